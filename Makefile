@@ -1,0 +1,55 @@
+# One command a job. Each sets up what it needs (.venv, the extension) and is quick when repeated.
+
+TORCH ?= torch==2.11.0
+PYTHON ?= python3
+VENV ?= .venv
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help demo test bench mutate lint clean FORCE
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
+	@echo "Another torch or Python: make test TORCH=torch==2.13.0 PYTHON=python3.12 VENV=.venv312"
+
+demo: $(VENV)/built ## train plain and residual nets on real digits and draw the pictures (3 minutes)
+	$(PY) examples/degradation.py
+
+test: $(VENV)/built ## run all tests, in parallel
+	$(PY) -m pytest tests -n $(CORES) --dist worksteal
+
+bench: $(VENV)/built ## time fused against eager and torch.compile
+	$(PY) -m bench
+
+mutate: $(VENV)/built ## break the kernels on purpose and count how many breaks the tests catch
+	$(PY) tests/mutate.py
+
+lint: $(VENV)/installed ## ruff, clang-format and mypy
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(SOURCES)
+	mypy
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build fusedres/_C*.so *.egg-info
+
+# Holds the name of the torch that is wanted; touched only when that changes.
+$(VENV)/torch: FORCE
+	@test -x $(VENV)/bin/pip || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	@echo "Installing $(TORCH) and the tools into $(VENV) (a few minutes the first time)"
+	$(PIP) install -qq $(TORCH) "setuptools>=77" wheel
+	FUSEDRES_SKIP_EXT=1 $(PIP) install -qq --no-build-isolation $(TORCH) --editable ".[dev]"
+	rm -rf build fusedres/_C*.so
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
+	@echo "Building the extension"
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@

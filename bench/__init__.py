@@ -1,0 +1,1 @@
+"""How fast a fused layer is, how short its host path, how little it saves: `python -m bench`."""

@@ -1,0 +1,171 @@
+"""How it is measured: a check first, then rounds that interleave the contenders; saved bytes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import resource
+from collections.abc import Callable
+from statistics import quantiles
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import CONTENDERS, STEP, Case, Job
+
+WARM_UP_CALLS = 3
+SAMPLE_SECONDS = 2e-3
+MIN_ROUNDS, MAX_ROUNDS = 7, 300
+NOISE = 0.02
+
+PROTOCOL = {
+    "rounds": f"{MIN_ROUNDS} to {MAX_ROUNDS}, in one process; a round times every contender once, "
+    "in rotating order; rounds in which another process took a core are dropped",
+    "calm": f"false: fewer than {MIN_ROUNDS} rounds went undisturbed, so all were kept",
+    "sample": f"{WARM_UP_CALLS} warm-up calls, then as many calls a sample as last "
+    f"{SAMPLE_SECONDS * 1e3:g} ms; garbage collection off",
+    "times_us": "microseconds a call, over rounds",
+    "ratios": "contender / fused within a round, over rounds; above 1 fused is faster",
+    "slower_than": f"if calm, contenders with median ratio < {1 - NOISE:g} and upper quartile < 1",
+    "saved_bytes": "storages that autograd saves in a forward, each once and whole, except what "
+    "lives anyway: inputs, parameters, buffers and the output (the next layer's input)",
+    "clock": "CPU: perf_counter; CUDA: events around the sample, warm caches, no graph",
+}
+
+
+def seconds_per_call(call: Callable[[], None], calls: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / calls
+    began = perf_counter()
+    for _ in range(calls):
+        call()
+    return (perf_counter() - began) / calls
+
+
+def interleave(
+    contenders: dict[str, Callable[[], None]], device: torch.device, seconds: float
+) -> tuple[list[dict[str, float]], bool]:
+    """Rounds of seconds a call by contender, for about `seconds`; True if undisturbed."""
+    calls = {}
+    for name, call in contenders.items():
+        for _ in range(WARM_UP_CALLS):
+            call()
+        once = min(seconds_per_call(call, 1, device) for _ in range(3))
+        calls[name] = max(1, math.ceil(SAMPLE_SECONDS / once))
+    every, calm = [], []
+    order = list(contenders)
+    gc.collect()
+    gc.disable()
+    try:
+        end = perf_counter() + seconds
+        while len(calm) < MAX_ROUNDS:
+            late = perf_counter() - end
+            if len(every) >= MIN_ROUNDS and late > (0 if len(calm) >= MIN_ROUNDS else seconds):
+                break
+            before = preemptions()
+            times = {n: seconds_per_call(contenders[n], calls[n], device) for n in order}
+            every.append(times)
+            calm += [times] if preemptions() == before else []
+            order.append(order.pop(0))
+    finally:
+        gc.enable()
+    enough = len(calm) >= MIN_ROUNDS
+    return (calm if enough else every), enough
+
+
+def preemptions() -> int:
+    """How often another process took one of our threads' core away, so far.
+
+    On a busy machine a thread that waits at a barrier then waits for a time slice, about 8 ms.
+    """
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    q1, middle, q3 = quantiles(values, n=4)
+    return {"median": middle, "q1": q1, "q3": q3}
+
+
+def saved_bytes(layer: Callable[..., Tensor], job: Job) -> int:
+    """What autograd keeps for backward beyond what lives anyway; see PROTOCOL."""
+    saved: dict[int, Any] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        saved[storage.data_ptr()] = storage  # held, so that no other storage gets its address
+        return t
+
+    job.fused.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(*job.inputs)
+    for t in (*job.leaves, *job.fused.buffers(), y):
+        saved.pop(t.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def check(job: Job) -> list[str]:
+    """Where fused is wrong: y and every gradient against the hand-written layer in float64.
+
+    The RMS error may be twice eager's (sums in another order) plus one rounding step. With ReLU, an
+    element that rounds across the kink has its gradient right or wrong as a whole, in every
+    implementation: about 16 eps of them lie that near, which is sqrt(16 eps) of a gradient's RMS.
+    """
+    eps = torch.finfo(job.dy.dtype).eps
+    kink = math.sqrt(16 * eps) if job.case.activation == "relu" else 0.0
+
+    def results(layer: Any, inputs: list[Tensor], dy: Tensor) -> dict[str, Tensor]:
+        parameters = dict(layer.train().named_parameters())
+        y = layer(*inputs)
+        grads = torch.autograd.grad(y, [*inputs, *parameters.values()], dy)
+        names = [*("x", "residual")[: len(inputs)], *parameters]
+        return {"y": y, **{f"d {name}": g for name, g in zip(names, grads, strict=True)}}
+
+    def rms(t: Tensor) -> float:
+        return t.double().square().mean().sqrt().item()
+
+    doubles = [t.detach().double().requires_grad_() for t in job.inputs]
+    exact = results(copy.deepcopy(job.eager).double(), doubles, job.dy.double())
+    eager = results(job.eager, list(job.inputs), job.dy)
+    fused = results(job.fused, list(job.inputs), job.dy)
+    wrong = []
+    for name, truth in exact.items():
+        error = rms(fused[name] - truth)
+        bound = 2 * rms(eager[name] - truth) + (eps + (name != "y") * kink) * rms(truth)
+        if not error <= bound:
+            wrong.append(f"{name} has RMS error {error:.3g}, expected at most {bound:.3g}")
+    return wrong
+
+
+def measure(case: Case, dtype: str, device: torch.device, without: set[str], seconds: float) -> Any:
+    """One row for each mode of the case, as the results file holds it."""
+    torch.compiler.reset()  # else the 9th case meets dynamo's limit of graphs for one function
+    job = Job(case, dtype, device)
+    layers = {name: CONTENDERS[name](job) for name in case.contenders if name not in without}
+    kept = {name: saved_bytes(layers[name], job) for name in ("eager", "fused")}
+    recipe = {
+        key: getattr(case, key) for key in ("rows", "features", "order", "norm", "activation")
+    }
+    rows = []
+    for mode in case.modes:
+        calls = {name: job.call(layer, mode) for name, layer in layers.items()}
+        rounds, calm = interleave(calls, device, seconds)
+        times = {name: summary([1e6 * r[name] for r in rounds]) for name in calls}
+        ratios = {n: summary([r[n] / r["fused"] for r in rounds]) for n in calls if n != "fused"}
+        row = {"case": case.name, "dtype": dtype, "mode": mode, **recipe, "host": case.host}
+        row |= {"backend": job.backend, "rounds": len(rounds), "calm": calm}
+        row |= {"times_us": times, "ratios": ratios}
+        row["slower_than"] = [
+            n for n, r in ratios.items() if calm and r["median"] < 1 - NOISE and r["q3"] < 1
+        ]
+        rows.append(row | ({"saved_bytes": kept} if mode == STEP else {}))
+    return rows

@@ -1,0 +1,158 @@
+// Row by row: replay the forward as far as a stage needs what it saw, then walk back through the stages.
+//
+//   act:  d *= act'(t)       gate: dgate += d t ; d *= gate      add: dresidual = s d       dropout: d *= mask
+//   norm: dgamma += d c ; dbeta += d ; g = gamma d ; d = rstd (g - mean(g) - c mean(g c))
+#include <vector>
+
+#include "cpu/rows.h"
+#include "cpu/stages.h"
+
+namespace fusedres::cpu {
+namespace {
+
+template <class A>
+inline void accumulate(A* sums, const A* d, int64_t n) {
+  if (sums)
+    for (int64_t i = 0; i < n; ++i) sums[i] += d[i];
+}
+
+template <class A>
+inline void accumulate_product(A* sums, const A* d, const A* t, int64_t n) {
+  if (sums)
+    for (int64_t i = 0; i < n; ++i) sums[i] += d[i] * t[i];
+}
+
+template <class A>
+inline void norm_grad(const Backward<A>& b, const Tape<A>& tape, A* d) {
+  const Program<A>& p = b.program;
+  const int64_t n = p.width;
+  accumulate_product(b.dgamma, d, tape.c, n);
+  accumulate(b.dbeta, d, n);
+  if (p.recipe->batch_stats) {  // the sums over all rows are known by now
+    const A weight = A(1) / static_cast<A>(p.M);
+    for (int64_t i = 0; i < n; ++i)
+      d[i] = p.rstd[i] * (d[i] - weight * (b.dh_sum[i] + tape.c[i] * b.dhc_sum[i]));
+    return scale_shift<A>(d, p.gamma, nullptr, n);
+  }
+  scale_shift<A>(d, p.gamma, nullptr, n);
+  if (p.recipe->norm == Norm::batch)
+    for (int64_t i = 0; i < n; ++i) d[i] *= p.rstd[i];
+  else
+    normalize_grad(d, tape.c, tape.rstd, n, p.recipe->norm == Norm::layer);
+}
+
+// d becomes the gradient of what `stage` acted on. `dx_add` collects what `add` sends to the program's own input.
+template <class T, class A>
+inline void backward_stage(const Backward<A>& b, Stage stage, int64_t m, const Tape<A>& tape, A* d, A* dx_add) {
+  const Program<A>& p = b.program;
+  const Recipe& r = *p.recipe;
+  const int64_t n = p.width;
+  switch (stage) {
+    case Stage::norm:
+      return norm_grad(b, tape, d);
+    case Stage::act:
+      return activate_grad(r.act, d, tape.act, n);
+    case Stage::gate:
+      accumulate_product(b.dgate, d, tape.gate, n);
+      for (int64_t i = 0; i < n; ++i) d[i] *= p.gate[r.scalar_gate ? 0 : i];
+      return;
+    case Stage::dropout:
+      return drop_elements(d, n, p.seed, static_cast<uint64_t>(m) * n, r.dropout);
+    case Stage::droppath:
+      return drop_sample(d, n, p.seed, m / p.sample_rows, r.drop_path);
+    case Stage::add: {
+      const A scale = static_cast<A>(r.residual_scale);
+      if (p.residual_is_input)
+        for (int64_t i = 0; i < n; ++i) dx_add[i] = scale * d[i];
+      if (b.dresidual.data) {
+        for (int64_t i = 0; i < n; ++i) dx_add[i] = scale * d[i];
+        store_row(dx_add, row<T>(b.dresidual, m), std::min(b.dresidual.features, n));
+      }
+      return;
+    }
+    case Stage::linear:
+      return;
+  }
+}
+
+// How many stages must be replayed: up to the last one whose backward needs what it saw.
+inline size_t replayed(const std::vector<Stage>& stages) {
+  size_t count = stages.size();
+  while (count > 0 && !needs_input(stages[count - 1])) --count;
+  return count;
+}
+
+template <class A>
+struct Buffers {
+  std::vector<A> memory;
+  A *t, *d, *dx_add;
+  Tape<A> tape;
+  explicit Buffers(int64_t n) : memory(6 * n), t(memory.data()), d(t + n), dx_add(d + n) {
+    tape.act = dx_add + n;
+    tape.gate = tape.act + n;
+    tape.c = tape.gate + n;
+  }
+};
+
+// Leaves in d the gradient of the value that stages[first] acted on.
+template <class T, class A>
+inline void backward_row(const Backward<A>& b, int64_t m, size_t replay, size_t first, Buffers<A>& buffers) {
+  const Program<A>& p = b.program;
+  const std::vector<Stage>& stages = *p.stages;
+  if (replay > 0) load_row(row<const T>(p.input, m), buffers.t, p.width);
+  for (size_t i = 0; i < replay; ++i) forward_stage<T, A, true>(p, stages[i], m, buffers.t, &buffers.tape);
+  load_row(row<const T>(b.dy, m), buffers.d, p.width);
+  for (size_t i = stages.size(); i > first; --i)
+    backward_stage<T>(b, stages[i - 1], m, buffers.tape, buffers.d, buffers.dx_add);
+}
+
+template <class T, class A>
+FUSEDRES_SIMD_CLONES void backward_typed(const Backward<A>& b, int64_t begin, int64_t end, Buffers<A>& buffers) {
+  const Program<A>& p = b.program;
+  const size_t replay = replayed(*p.stages);
+  A* d = buffers.d;
+  for (int64_t m = begin; m < end; ++m) {
+    backward_row<T>(b, m, replay, 0, buffers);
+    accumulate(b.dbias, d, p.width);
+    if (!b.dinput.data) continue;
+    if (p.residual_is_input) accumulate(d, buffers.dx_add, p.width);
+    if (b.skip.data)
+      add_scaled(row<const T>(b.skip, m), static_cast<A>(b.skip_scale), d, std::min(b.skip.features, p.width));
+    store_row(d, row<T>(b.dinput, m), p.width);
+  }
+}
+
+template <class T, class A>
+FUSEDRES_SIMD_CLONES void norm_sums_typed(const Backward<A>& b, A* dh_sum, A* dhc_sum, int64_t begin, int64_t end,
+                                          Buffers<A>& buffers) {
+  const std::vector<Stage>& stages = *b.program.stages;
+  const size_t norm = std::find(stages.begin(), stages.end(), Stage::norm) - stages.begin();
+  const size_t replay = replayed(stages);
+  for (int64_t m = begin; m < end; ++m) {
+    backward_row<T>(b, m, replay, norm + 1, buffers);
+    accumulate(dh_sum, buffers.d, b.program.width);
+    accumulate_product(dhc_sum, buffers.d, buffers.tape.c, b.program.width);
+  }
+}
+
+}  // namespace
+
+template <class A>
+void backward_rows(const Backward<A>& b, int64_t begin, int64_t end) {
+  Buffers<A> buffers(b.program.width);
+  with_storage<A>(b.program.dtype, [&](auto v) { backward_typed<decltype(v), A>(b, begin, end, buffers); });
+}
+
+template <class A>
+void norm_gradient_sums(const Backward<A>& b, A* dh_sum, A* dhc_sum, int64_t begin, int64_t end) {
+  Buffers<A> buffers(b.program.width);
+  with_storage<A>(b.program.dtype,
+                  [&](auto v) { norm_sums_typed<decltype(v), A>(b, dh_sum, dhc_sum, begin, end, buffers); });
+}
+
+template void backward_rows<float>(const Backward<float>&, int64_t, int64_t);
+template void backward_rows<double>(const Backward<double>&, int64_t, int64_t);
+template void norm_gradient_sums<float>(const Backward<float>&, float*, float*, int64_t, int64_t);
+template void norm_gradient_sums<double>(const Backward<double>&, double*, double*, int64_t, int64_t);
+
+}  // namespace fusedres::cpu

@@ -1,0 +1,25 @@
+// The CPU kernels: a program's stages over rows [begin, end). They allocate row buffers and nothing else, never throw
+// (but for memory), and know no threads: ops.cpp cuts the rows and adds up what the cuts return.
+#pragma once
+
+#include "params.h"
+
+namespace fusedres::cpu {
+
+// y[m] = stages(input[m])
+template <class A>
+void forward_rows(const Program<A>& program, const Rows& y, int64_t begin, int64_t end);
+
+// Mean and sum of squared distances from it, down the rows, of what reaches the norm. mean, m2: (width).
+template <class A>
+void column_statistics(const Program<A>& program, A* mean, A* m2, int64_t begin, int64_t end);
+
+// dinput, dresidual and the column sums of rows [begin, end).
+template <class A>
+void backward_rows(const Backward<A>& backward, int64_t begin, int64_t end);
+
+// For batch statistics, before backward_rows: dgamma = sum of dh * c and dbeta = sum of dh, dh the norm's gradient.
+template <class A>
+void norm_gradient_sums(const Backward<A>& backward, A* dh_sum, A* dhc_sum, int64_t begin, int64_t end);
+
+}  // namespace fusedres::cpu

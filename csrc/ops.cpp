@@ -1,0 +1,454 @@
+// The ops fusedres::residual_forward and fusedres::residual_backward on CPU tensors.
+//
+//   z = prologue(x) @ weight.T + bias        vendor library
+//   y = epilogue(z)                          cpu/forward.cpp, one pass
+//
+// This file alone knows torch, through its stable ABI: one binary loads on every torch from 2.11 on. It checks, allocates,
+// cuts rows into chunks whose number depends on the shape only (so results do not depend on the thread count), and adds up
+// the chunks' column sums in order.
+#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
+
+#include "tensors.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "cpu/rows.h"
+
+namespace fusedres {
+namespace {
+
+enum Input { kX, kWeight, kBias, kNormWeight, kNormBias, kGate, kResidual, kInputs };
+
+// What every call has: see fusedres/autograd.py.
+struct Call {
+  const Tensor &x, &weight;
+  const Optional &norm_weight, &norm_bias, &gate, &residual, &running_mean, &running_var, &seed;
+  int64_t sample_rows;
+  const Recipe& recipe;
+
+  int64_t M() const { return x.size(0); }
+  int64_t N() const { return weight.size(0); }
+  int64_t K() const { return weight.size(1); }
+  bool in_prologue(Stage stage) const {
+    return std::find(recipe.prologue.begin(), recipe.prologue.end(), stage) != recipe.prologue.end();
+  }
+  int64_t width(Stage stage) const { return in_prologue(stage) ? K() : N(); }
+};
+
+// ---- checks: whoever calls the op directly gets an error, not a crash ------------------------------------------
+
+void check_vector(const char* name, const Optional& t, int64_t size) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == size, "fusedres: ", name, " has shape ", shape_text(*t),
+                  ", expected (", size, ",) on the CPU");
+  dtype_of(*t);
+}
+
+void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& x) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "fusedres: ", name,
+                  " has shape ", shape_text(t), ", expected (", rows, ", ", columns, ") on the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "fusedres: ", name, " and x have different dtypes");
+}
+
+void check(const Call& c) {
+  const Recipe& r = c.recipe;
+  STD_TORCH_CHECK(c.x.is_cpu() && c.x.dim() == 2, "fusedres: x has shape ", shape_text(c.x), ", expected (M, K) on the CPU");
+  STD_TORCH_CHECK(c.weight.dim() == 2, "fusedres: weight has shape ", shape_text(c.weight), ", expected (N, K)");
+  check_matrix("x", c.x, c.x.size(0), c.weight.size(1), c.x);
+  check_matrix("weight", c.weight, c.N(), c.K(), c.x);
+  dtype_of(c.x);
+  check_vector("norm_weight", c.norm_weight, c.width(Stage::norm));
+  check_vector("norm_bias", c.norm_bias, c.width(Stage::norm));
+  check_vector("running_mean", c.running_mean, c.width(Stage::norm));
+  check_vector("running_var", c.running_var, c.width(Stage::norm));
+  check_vector("gate", c.gate, r.scalar_gate ? 1 : c.width(Stage::gate));
+  STD_TORCH_CHECK(c.gate || !r.has(Stage::gate), "fusedres: the recipe has a gate stage, but gate is None");
+  const bool running = r.has(Stage::norm) && r.norm == Norm::batch && !r.batch_stats;
+  STD_TORCH_CHECK(!running || (c.running_mean && c.running_var), "fusedres: batch norm without batch statistics needs ",
+                  "running_mean and running_var");
+  STD_TORCH_CHECK(c.sample_rows > 0, "fusedres: sample_rows must be positive, got ", c.sample_rows);
+  if (r.has(Stage::dropout) || r.has(Stage::droppath))
+    STD_TORCH_CHECK(c.seed && c.seed->is_cpu() && c.seed->numel() == 1 && c.seed->scalar_type() == ScalarType::Long,
+                    "fusedres: dropout and drop-path need seed, one int64 on the CPU");
+  if (c.residual) {
+    STD_TORCH_CHECK(c.residual->dim() == 2 && c.residual->size(1) <= c.width(Stage::add), "fusedres: residual has shape ",
+                    shape_text(*c.residual), ", expected (", c.M(), ", ", c.width(Stage::add), ")");
+    check_matrix("residual", *c.residual, c.M(), c.residual->size(1), c.x);
+  } else {
+    STD_TORCH_CHECK(!r.has(Stage::add) || c.K() <= c.width(Stage::add), "fusedres: residual is None, but x has ", c.K(),
+                    " features and the sum ", c.width(Stage::add));
+  }
+}
+
+// ---- rows in chunks -----------------------------------------------------------------------------------------------
+
+struct Chunks {
+  int64_t rows, count, size;
+  Chunks(int64_t M, int64_t width) : rows(M) {
+    constexpr int64_t kMost = 64, kElements = 16384;  // of work in a chunk, so that small calls stay on one thread
+    const int64_t least = std::max<int64_t>(1, kElements / std::max<int64_t>(1, width));
+    size = std::max(least, (M + kMost - 1) / kMost);
+    count = (M + size - 1) / size;
+  }
+  int64_t begin(int64_t chunk) const { return chunk * size; }
+  int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * size); }
+};
+
+template <class F>
+void for_each_chunk(const Chunks& chunks, const F& f) {
+  const auto run = [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) f(chunk, chunks.begin(chunk), chunks.end(chunk));
+  };
+  if (chunks.count <= 1) return run(0, chunks.count);
+  torch::stable::parallel_for(0, chunks.count, 1, run);
+}
+
+// `count` vectors of sums a chunk, added chunk by chunk in order: sums[j * width + n].
+template <class A, class F>
+std::vector<A> column_sums(const Chunks& chunks, int64_t count, int64_t width, const F& f) {
+  const int64_t stride = count * width;
+  std::vector<A> partial(std::max<int64_t>(1, chunks.count) * stride);
+  for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) { f(&partial[chunk * stride], begin, end); });
+  for (int64_t chunk = 1; chunk < chunks.count; ++chunk)
+    for (int64_t i = 0; i < stride; ++i) partial[i] += partial[chunk * stride + i];
+  partial.resize(stride);
+  return partial;
+}
+
+// ---- one side of `linear` --------------------------------------------------------------------------------------------
+
+template <class A>
+struct Side {
+  Program<A> program;
+  std::vector<A> gamma, beta, gate, mean, rstd, var;
+
+  Side(const Call& c, bool prologue, const Tensor& input) {
+    const Recipe& r = c.recipe;
+    program.stages = prologue ? &r.prologue : &r.epilogue;
+    program.recipe = &r;
+    program.dtype = dtype_of(c.x);
+    program.M = c.M();
+    program.width = prologue ? c.K() : c.N();
+    program.input = rows_of(input);
+    program.sample_rows = c.sample_rows;
+    const auto here = [&](Stage stage) { return r.has(stage) && c.in_prologue(stage) == prologue; };
+    if (here(Stage::norm)) {
+      program.gamma = load(gamma, c.norm_weight);
+      program.beta = load(beta, c.norm_bias);
+      if (r.norm == Norm::batch && !r.batch_stats) {
+        program.mean = load(mean, c.running_mean);
+        load(var, c.running_var);
+        set_rstd();
+      }
+    }
+    if (here(Stage::gate)) program.gate = load(gate, c.gate);
+    if (here(Stage::add)) {
+      program.residual_is_input = prologue && !c.residual;
+      if (!program.residual_is_input) program.residual = rows_of(c.residual ? *c.residual : c.x);
+    }
+    if (c.seed) program.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(c.seed->data_ptr()));
+    batch_norm = here(Stage::norm) && r.norm == Norm::batch && r.batch_stats;
+  }
+
+  bool batch_norm;  // this side normalises by this batch's statistics
+
+  void set_statistics(std::vector<A> batch_mean, std::vector<A> batch_var) {
+    mean = std::move(batch_mean);
+    var = std::move(batch_var);
+    program.mean = mean.data();
+    set_rstd();
+  }
+
+  // Mean and biased variance down the rows; chunks merged in order by Chan's formula.
+  void compute_statistics() {
+    const int64_t C = program.width;
+    const Chunks chunks(program.M, C);
+    std::vector<A> partial(std::max<int64_t>(1, chunks.count) * 2 * C);
+    for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+      A* mean = &partial[chunk * 2 * C];
+      cpu::column_statistics(program, mean, mean + C, begin, end);
+    });
+    std::vector<A> total_mean(partial.begin(), partial.begin() + C), m2(partial.begin() + C, partial.begin() + 2 * C);
+    for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+      const A *mean = &partial[chunk * 2 * C], before = static_cast<A>(chunks.begin(chunk));
+      const A rows = static_cast<A>(chunks.end(chunk) - chunks.begin(chunk)), all = before + rows;
+      for (int64_t n = 0; n < C; ++n) {
+        const A delta = mean[n] - total_mean[n];
+        total_mean[n] += delta * (rows / all);
+        m2[n] += mean[C + n] + delta * delta * (before * rows / all);
+      }
+    }
+    for (A& value : m2) value /= static_cast<A>(std::max<int64_t>(1, program.M));
+    set_statistics(std::move(total_mean), std::move(m2));
+  }
+
+  Tensor forward(const Tensor& like) {
+    if (batch_norm) compute_statistics();
+    Tensor out = empty({program.M, program.width}, like);
+    const Rows rows = rows_of(out);
+    for_each_chunk(Chunks(program.M, program.width),
+                   [&](int64_t, int64_t begin, int64_t end) { cpu::forward_rows(program, rows, begin, end); });
+    return out;
+  }
+
+ private:
+  static const A* load(std::vector<A>& into, const Optional& t) {
+    if (!t) return nullptr;
+    into = values<A>(*t);
+    return into.data();
+  }
+
+  void set_rstd() {
+    rstd.resize(var.size());
+    for (size_t n = 0; n < var.size(); ++n) rstd[n] = 1 / std::sqrt(var[n] + static_cast<A>(program.recipe->eps));
+    program.rstd = rstd.data();
+  }
+};
+
+// ---- forward ---------------------------------------------------------------------------------------------------------
+
+template <class A>
+std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, const Optional& bias, bool save) {
+  const Recipe& r = c.recipe;
+  const ScalarType exact = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  const Tensor x = adjacent_columns(c.x);
+  Tensor stats = empty({0}, x, exact);
+  const auto keep_statistics = [&](const Side<A>& side) {
+    if (!side.batch_norm) return;
+    stats = empty({2, side.program.width}, x, exact);
+    A* data = static_cast<A*>(stats.data_ptr());
+    std::copy(side.mean.begin(), side.mean.end(), data);
+    std::copy(side.var.begin(), side.var.end(), data + side.program.width);
+  };
+
+  Tensor operand = x;
+  if (!r.prologue.empty()) {
+    Side<A> side(c, true, x);
+    operand = side.forward(x);
+    keep_statistics(side);
+  }
+  const Tensor z = multiply(operand, transposed(c.weight), bias);
+  if (r.epilogue.empty()) return {z, empty({0}, x), stats};
+  Side<A> side(c, false, z);
+  const Tensor y = side.forward(x);
+  keep_statistics(side);
+  return {y, save && r.saves_z() ? z : empty({0}, x), stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> residual_forward(
+    const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& norm_weight, const Optional& norm_bias,
+    const Optional& gate, const Optional& residual_any, const Optional& running_mean, const Optional& running_var,
+    const Optional& seed, int64_t sample_rows, const std::string& text, bool save) {
+  const Optional residual = residual_any && residual_any->dim() == 2 ? adjacent_columns(*residual_any) : residual_any;
+  const Call c{x,           weight,      norm_weight, norm_bias,   gate,        residual,
+               running_mean, running_var, seed,        sample_rows, recipe(text)};
+  check(c);
+  check_vector("bias", bias, c.N());
+  return x.scalar_type() == ScalarType::Double ? forward<double>(c, bias, save) : forward<float>(c, bias, save);
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------------
+
+template <class A>
+struct Gradients {
+  Optional of[kInputs];
+};
+
+// Backward through one side: column sums wanted of it go to `grads`, the gradient of its input to the result.
+template <class A>
+Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t needs, bool want_input, bool want_bias,
+                       const Rows& skip, double skip_scale, const Optional& dresidual, Gradients<A>& grads) {
+  const Recipe& r = c.recipe;
+  Program<A>& p = side.program;
+  const int64_t C = p.width;
+  const Chunks chunks(p.M, C);
+  const auto wants = [&](Input input, Stage stage) {
+    const auto& stages = *p.stages;
+    return (needs >> input & 1) && std::find(stages.begin(), stages.end(), stage) != stages.end();
+  };
+  Backward<A> b;
+  b.program = p;
+  b.dy = rows_of(dy);
+  b.skip = skip;
+  b.skip_scale = skip_scale;
+
+  std::vector<A> norm_sums;
+  if (side.batch_norm) {
+    norm_sums = column_sums<A>(chunks, 2, C, [&](A* sums, int64_t begin, int64_t end) {
+      cpu::norm_gradient_sums(b, sums, sums + C, begin, end);
+    });
+    b.dh_sum = norm_sums.data();
+    b.dhc_sum = norm_sums.data() + C;
+    if (wants(kNormWeight, Stage::norm)) grads.of[kNormWeight] = vector_like(b.dhc_sum, C, *c.norm_weight);
+    if (wants(kNormBias, Stage::norm)) grads.of[kNormBias] = vector_like(b.dh_sum, C, *c.norm_bias);
+  }
+
+  const bool want_norm = !side.batch_norm;
+  const bool want[4] = {want_norm && wants(kNormWeight, Stage::norm), want_norm && wants(kNormBias, Stage::norm),
+                        wants(kGate, Stage::gate), want_bias};
+  Optional dinput;
+  if (want_input) {
+    dinput = empty({p.M, C}, c.x);
+    b.dinput = rows_of(*dinput);
+  }
+  if (dresidual && c.recipe.has(Stage::add)) b.dresidual = rows_of(*dresidual);
+  const int64_t vectors = want[0] + want[1] + want[2] + want[3];
+  const std::vector<A> sums = column_sums<A>(chunks, vectors, C, [&](A* partial, int64_t begin, int64_t end) {
+    Backward<A> mine = b;
+    A** targets[4] = {&mine.dgamma, &mine.dbeta, &mine.dgate, &mine.dbias};
+    for (int i = 0; i < 4; ++i)
+      if (want[i]) {
+        *targets[i] = partial;
+        partial += C;
+      }
+    cpu::backward_rows(mine, begin, end);
+  });
+  const A* next = sums.data();
+  const auto take = [&](const Tensor& like) {
+    const Tensor t = vector_like(next, C, like);
+    next += C;
+    return t;
+  };
+  if (want[0]) grads.of[kNormWeight] = take(*c.norm_weight);
+  if (want[1]) grads.of[kNormBias] = take(*c.norm_bias);
+  if (want[2]) {
+    if (r.scalar_gate) {
+      A total = 0;
+      for (int64_t n = 0; n < C; ++n) total += next[n];
+      grads.of[kGate] = vector_like(&total, 1, *c.gate);
+      next += C;
+    } else {
+      grads.of[kGate] = take(*c.gate);
+    }
+  }
+  if (want[3]) grads.of[kBias] = take(c.x);
+  return dinput;
+}
+
+template <class A>
+std::vector<Tensor> backward(const Call& c, const Tensor& dy_any, const Tensor& z, const Tensor& stats, int64_t needs) {
+  const Recipe& r = c.recipe;
+  const Tensor x = adjacent_columns(c.x), dy = adjacent_columns(dy_any);
+  const auto wants = [&](Input input) { return (needs >> input & 1) != 0; };
+  Gradients<A> grads;
+  const auto load_statistics = [&](Side<A>& side) {
+    if (!side.batch_norm) return;
+    const A* data = static_cast<const A*>(stats.data_ptr());
+    const int64_t C = side.program.width;
+    side.set_statistics({data, data + C}, {data + C, data + 2 * C});
+  };
+
+  // The skip: `add` sends s * d to the residual. Where the residual is x and `add` comes last, that is s * dy itself.
+  const bool adds_after = r.has(Stage::add) && !c.in_prologue(Stage::add);
+  const bool skip_to_x = adds_after && !c.residual && wants(kX);
+  const bool last = adds_after && r.epilogue.back() == Stage::add;
+  if (c.residual && wants(kResidual)) grads.of[kResidual] = empty({c.M(), c.residual->size(1)}, x);
+  Optional skip;
+  if (skip_to_x) skip = last ? dy : empty({c.M(), std::min(c.K(), c.N())}, x);
+  const Optional dresidual = skip_to_x && !last ? skip : grads.of[kResidual];
+
+  const bool before = !r.prologue.empty();
+  const bool want_operand = wants(kX) || (before && (wants(kNormWeight) || wants(kNormBias) || wants(kGate)));
+  const bool prologue_residual = before && c.in_prologue(Stage::add);
+  const bool want_dz = want_operand || wants(kWeight) || (prologue_residual && wants(kResidual));
+
+  Tensor dz = dy;  // an empty epilogue's dz
+  if (!r.epilogue.empty() || wants(kBias)) {
+    Side<A> side(c, false, r.saves_z() ? z : dy);
+    load_statistics(side);
+    const bool copy = want_dz && !r.epilogue.empty();
+    const Optional d = backward_side(c, side, dy, needs, copy, wants(kBias), Rows{}, 1.0,
+                                     prologue_residual ? Optional() : dresidual, grads);
+    if (d) dz = *d;
+  }
+
+  std::optional<Side<A>> prologue;
+  if (before && (wants(kWeight) || want_operand || (prologue_residual && wants(kResidual)))) {
+    prologue.emplace(c, true, x);
+    load_statistics(*prologue);
+  }
+  if (wants(kWeight)) {
+    Tensor operand = x;
+    if (before) {
+      Side<A> side(c, true, x);  // the operand is recomputed, with the statistics of forward
+      load_statistics(side);
+      side.batch_norm = false;
+      operand = side.forward(x);
+    }
+    grads.of[kWeight] = multiply(transposed(dz), operand);
+  }
+  if (want_operand || (prologue_residual && wants(kResidual))) {
+    Tensor doperand = multiply(dz, c.weight);
+    const Rows skip_rows = skip ? Rows{skip->data_ptr(), skip->stride(0), std::min(skip->size(1), c.K())} : Rows{};
+    const double scale = last ? r.residual_scale : 1.0;
+    if (before) {
+      grads.of[kX] = backward_side(c, *prologue, doperand, needs, wants(kX), false, skip_rows, scale,
+                                   prologue_residual ? grads.of[kResidual] : Optional(), grads);
+    } else {
+      grads.of[kX] = doperand;
+      if (skip) {  // dx += scale * skip, in place: dx is ours
+        static const std::vector<Stage> none;
+        Backward<A> b;
+        b.program.stages = &none;
+        b.program.recipe = &r;
+        b.program.dtype = dtype_of(x);
+        b.program.M = c.M();
+        b.program.width = c.K();
+        b.dy = b.dinput = rows_of(doperand);
+        b.skip = skip_rows;
+        b.skip_scale = scale;
+        for_each_chunk(Chunks(c.M(), c.K()),
+                       [&](int64_t, int64_t begin, int64_t end) { cpu::backward_rows(b, begin, end); });
+      }
+    }
+  }
+  std::vector<Tensor> out;
+  for (int i = 0; i < kInputs; ++i)
+    if (needs >> i & 1) {
+      STD_TORCH_CHECK(grads.of[i].has_value(), "fusedres: the gradient of input ", i, " was asked for, but there is none");
+      out.push_back(*grads.of[i]);
+    }
+  return out;
+}
+
+std::vector<Tensor> residual_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Optional& norm_weight, const Optional& norm_bias,
+    const Optional& gate, const Optional& residual_any, const Optional& running_mean, const Optional& running_var,
+    const Optional& seed, const Tensor& z, const Tensor& stats, int64_t sample_rows, const std::string& text,
+    int64_t needs) {
+  const Optional residual = residual_any && residual_any->dim() == 2 ? adjacent_columns(*residual_any) : residual_any;
+  const Call c{x,           weight,      norm_weight, norm_bias,   gate,        residual,
+               running_mean, running_var, seed,        sample_rows, recipe(text)};
+  check(c);
+  check_matrix("dy", dy, c.M(), c.N(), x);
+  if (c.recipe.saves_z()) {
+    check_matrix("z", z, c.M(), c.N(), x);
+    STD_TORCH_CHECK(z.is_contiguous(), "fusedres: z must be contiguous");
+  }
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  if (c.recipe.batch_stats)
+    STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous() && stats.numel() == 2 * c.width(Stage::norm) &&
+                        stats.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                    "fusedres: stats has shape ", shape_text(stats), ", expected (2, ", c.width(Stage::norm), ")");
+  return wide ? backward<double>(c, dy, z, stats, needs) : backward<float>(c, dy, z, stats, needs);
+}
+
+}  // namespace
+}  // namespace fusedres
+
+STABLE_TORCH_LIBRARY(fusedres, m) {
+  m.def(
+      "residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
+      "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, SymInt sample_rows, str recipe, "
+      "bool save) -> (Tensor y, Tensor z, Tensor stats)");
+  m.def(
+      "residual_backward(Tensor dy, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
+      "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, Tensor z, Tensor stats, "
+      "SymInt sample_rows, str recipe, int needs) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres, CPU, m) {
+  m.impl("residual_forward", TORCH_BOX(&fusedres::residual_forward));
+  m.impl("residual_backward", TORCH_BOX(&fusedres::residual_backward));
+}

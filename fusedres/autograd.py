@@ -1,0 +1,81 @@
+"""The autograd Function: what is saved, which gradients are needed. No maths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .reference import composite
+from .spec import Spec
+
+DIFFERENTIABLE = 7  # x, weight, bias, norm_weight, norm_bias, gate, residual
+
+
+class FusedResidualFunction(torch.autograd.Function):
+    """y, stats = apply(x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed,
+    sample_rows, recipe, backend)
+
+    x (M, K), weight (N, K), bias (N,), norm parameters and running statistics (C,), gate (1,) or (C,), residual
+    (M, R) or None for x, seed (1,) int64; `recipe` is ``str(spec)``. Returns y (M, N) and stats: (2, C) mean and
+    biased variance where batch norm used this batch's statistics, else empty; stats carry no gradient.
+
+    Saved for backward: the inputs, z (M, N) where a non-linear stage follows ``linear``, the batch statistics.
+    Everything else is recomputed. Inputs are assumed checked (see checks.py).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        gate: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        seed: Tensor | None,
+        sample_rows: int,
+        recipe: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        y, z, stats = ops.FORWARD[backend](
+            x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed, sample_rows,
+            recipe, any(ctx.needs_input_grad),
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed, z, stats
+        )
+        ctx.settings = sample_rows, recipe, backend
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return y, stats
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Any = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:DIFFERENTIABLE]
+        rest = (None,) * 6
+        if dy is None:
+            return (None,) * DIFFERENTIABLE + rest
+        sample_rows, recipe, backend = ctx.settings
+        if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated again
+            return _composite_gradients(saved, needs, dy, recipe, sample_rows) + rest
+        x, weight, _bias, *others, z, stats = saved
+        mask = sum(need << i for i, need in enumerate(needs))
+        grads = iter(ops.BACKWARD[backend](dy, x, weight, *others, z, stats, sample_rows, recipe, mask))
+        return tuple(next(grads) if need else None for need in needs) + rest
+
+
+def _composite_gradients(
+    saved: tuple[Any, ...], needs: tuple[bool, ...], dy: Tensor, recipe: str, sample_rows: int
+) -> tuple[Tensor | None, ...]:
+    *inputs, running_mean, running_var, seed, _z, _stats = saved
+    y = composite(Spec.parse(recipe), *inputs, running_mean, running_var, seed, sample_rows)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    return tuple(next(grads) if need else None for need in needs)

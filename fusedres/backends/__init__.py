@@ -1,0 +1,72 @@
+"""Which backend runs a call, and why."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+
+import torch
+
+from .. import ops
+from ..checks import BACKENDS
+from ..spec import Spec, one_of
+
+_log = logging.getLogger("fusedres")
+
+
+def why_not(backend: str, spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str | None:
+    """None if `backend` can run a layer of N outputs and K inputs, else the reason."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return f"x is on {device}" if device.type != "cpu" else ops.native_missing
+    if backend == "triton":
+        from . import triton
+
+        return triton.why_not(spec, dtype, device, N, K)
+    return "this version has no CUDA C++ kernels"
+
+
+AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}  # device type -> what "auto" tries, best first
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=4096)
+def choose(backend: str, recipe: str, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str:
+    """The backend that runs this layer; the batch size has no say, so a compiled graph serves every batch.
+
+    Raises NotImplementedError with the reason if a named backend cannot. FUSEDRES_DISABLE=1 and
+    FUSEDRES_BACKEND are read when a layer of this kind runs for the first time.
+    """
+    spec = Spec.parse(recipe)
+    if backend == "auto":
+        backend = environment_backend()
+    if backend == "auto":
+        candidates = AUTO.get(device.type, ())
+        able = (name for name in candidates if why_not(name, spec, dtype, device, N, K) is None)
+        backend = next(able, "reference")
+    reason = why_not(backend, spec, dtype, device, N, K)
+    if reason is not None:
+        raise NotImplementedError(
+            f"fused_residual: backend={backend!r} cannot run '{spec}' with {dtype}, N={N}, K={K}: {reason}; "
+            f"backend='auto' falls back"
+        )
+    if backend == "triton":
+        from . import triton
+
+        triton.register()
+    if environment_flag("FUSEDRES_LOG"):
+        _log.warning("'%s' %s %s N=%d K=%d -> %s", spec, dtype, device, N, K, backend)
+    return backend
+
+
+def environment_flag(name: str) -> bool:
+    return one_of(name, os.environ.get(name, "0"), ("0", "1")) == "1"
+
+
+def environment_backend() -> str:
+    """What FUSEDRES_DISABLE and FUSEDRES_BACKEND make of "auto"; a value they do not know is an error."""
+    if environment_flag("FUSEDRES_DISABLE"):
+        return "reference"
+    return one_of("FUSEDRES_BACKEND", os.environ.get("FUSEDRES_BACKEND", "auto"), BACKENDS)

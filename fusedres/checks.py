@@ -1,0 +1,171 @@
+"""What a call must look like. Every message names the op, the argument, what came and what was expected.
+
+Inside the package nothing checks again: code behind these functions assumes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .spec import Spec, one_of
+
+OP = "fused_residual"
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def check_feature_counts(op: str, **counts: Any) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{op}: {name} must be a positive int, got {value!r}")
+
+
+def check_tensor(name: str, value: Any, optional: bool = False) -> None:
+    if not (isinstance(value, Tensor) or (optional and value is None)):
+        expected = "a torch.Tensor or None" if optional else "a torch.Tensor"
+        raise TypeError(f"{OP}: {name} must be {expected}, got {type(value).__name__}")
+
+
+def _check_vector(name: str, value: Tensor | None, size: int, meaning: str, device: torch.device) -> None:
+    if value is None:
+        return
+    check_tensor(name, value)
+    if value.dim() != 1 or value.shape[0] != size:
+        raise ValueError(f"{OP}: {name} has shape {_shape(value)}, expected ({size},), {meaning}")
+    if not value.is_floating_point():
+        raise TypeError(f"{OP}: {name} has dtype {value.dtype}, expected a floating dtype")
+    if value.device != device:
+        raise ValueError(f"{OP}: {name} is on {value.device}, x is on {device}; move it with .to()")
+
+
+def _check_like_x(name: str, value: Tensor, x: Tensor) -> None:
+    if value.dtype != x.dtype:
+        raise TypeError(
+            f"{OP}: {name} has dtype {value.dtype}, x has {x.dtype}; they must agree: convert one with .to(), "
+            f"or run under torch.autocast"
+        )
+    if value.device != x.device:
+        raise ValueError(f"{OP}: {name} is on {value.device}, x is on {x.device}; move one with .to()")
+
+
+def check_x(x: Any, in_features: int) -> None:
+    """The part of the checks that a module can do before it computes its shortcut."""
+    check_tensor("x", x)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"{OP}: x has shape {_shape(x)}, expected (..., {in_features}): in_features={in_features}")
+
+
+def check_call(
+    spec: Spec,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    norm_weight: Any,
+    norm_bias: Any,
+    gate: Any,
+    residual: Any,
+    running_mean: Any,
+    running_var: Any,
+    pad: bool,
+) -> None:
+    """Everything that can be wrong with the tensors of one call. `pad`: a narrower shortcut is zero-padded."""
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    for name, value in (("bias", bias), ("residual", residual), ("gate", gate)):
+        check_tensor(name, value, optional=True)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{OP}: x has dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if x.layout != torch.strided or weight.layout != torch.strided:
+        raise TypeError(f"{OP}: x and weight must be dense (torch.strided), got {x.layout} and {weight.layout}")
+    if weight.dim() != 2:
+        raise ValueError(f"{OP}: weight has shape {_shape(weight)}, expected (N, K)")
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        features = "no" if x.dim() == 0 else x.shape[-1]
+        raise ValueError(f"{OP}: x has {features} features (shape {_shape(x)}), weight (N={N}, K={K}) expects {K}")
+    _check_like_x("weight", weight, x)
+    if bias is not None:
+        _check_vector("bias", bias, N, f"one value for each of weight's {N} rows", x.device)
+        _check_like_x("bias", bias, x)
+    _check_norm(spec, x, norm_weight, norm_bias, running_mean, running_var, N, K)
+    _check_gate(spec, gate, spec.width("gate", K, N), x.device)
+    check_residual(spec, x, residual, spec.width("add", K, N), pad)
+
+
+def _check_norm(spec: Spec, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, N: int, K: int) -> None:
+    if spec.norm is None:
+        for name, value in (("norm_weight", weight), ("norm_bias", bias)):
+            if value is not None:
+                raise ValueError(f"{OP}: {name} was given, but order '{'-'.join(spec.stages)}' runs no norm")
+        return
+    width = spec.width("norm", K, N)
+    meaning = f"the width where the norm acts (order '{'-'.join(spec.stages)}')"
+    _check_vector("norm_weight", weight, width, meaning, x.device)
+    _check_vector("norm_bias", bias, width, meaning, x.device)
+    if spec.norm != "batch":
+        return
+    _check_vector("running_mean", mean, width, meaning, x.device)
+    _check_vector("running_var", var, width, meaning, x.device)
+    if (mean is None) != (var is None):
+        raise ValueError(f"{OP}: give both running_mean and running_var, or neither")
+    if not spec.batch_stats and mean is None:
+        raise ValueError(f"{OP}: batch norm in evaluation needs running_mean and running_var (or training=True)")
+    rows = math.prod(x.shape[:-1])
+    if spec.batch_stats and rows == 1:
+        raise ValueError(
+            f"{OP}: batch norm in training needs more than 1 row to have a variance, got x of shape {_shape(x)}; "
+            f"use more rows or .eval()"
+        )
+
+
+def _check_gate(spec: Spec, gate: Tensor | None, width: int, device: torch.device) -> None:
+    if (gate is None) != (spec.gate is None):
+        came = "no tensor" if gate is None else "a tensor"
+        raise ValueError(f"{OP}: gate={spec.gate!r} but {came} was given as the gate")
+    if gate is not None:
+        size = 1 if spec.gate == "scalar" else width
+        _check_vector("gate", gate, size, f"gate={spec.gate!r}", device)
+
+
+def check_residual(spec: Spec, x: Tensor, residual: Tensor | None, width: int, pad: bool) -> None:
+    if residual is None:
+        if spec.adds and x.shape[-1] != width and not (pad and x.shape[-1] < width):
+            residual_required(x.shape[-1], width)
+        return
+    if not spec.adds:
+        raise ValueError(f"{OP}: residual was given, but order '{'-'.join(spec.stages)}' has no 'add' stage")
+    features = residual.shape[-1] if residual.dim() else 0
+    fits = features == width or (pad and 0 < features < width)
+    if not fits or residual.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{OP}: residual has shape {_shape(residual)}, expected {(*x.shape[:-1], width)}"
+            + (" or fewer features (shortcut='pad')" if pad else "")
+        )
+    _check_like_x("residual", residual, x)
+
+
+def residual_required(features: int, width: int) -> NoReturn:
+    raise ValueError(
+        f"{OP}: x has {features} features and the sum {width}, so x cannot be its own shortcut: pass "
+        f"residual=(..., {width}), or use shortcut='linear' or 'pad'"
+    )
+
+
+def check_shortcut_input(source: Tensor, in_features: int) -> None:
+    if source.shape[-1] != in_features:
+        raise ValueError(
+            f"{OP}: the shortcut's input has shape {_shape(source)}, expected (..., {in_features}), the in_features "
+            f"of the linear shortcut"
+        )
+
+
+def check_backend_name(backend: Any) -> None:
+    one_of("backend", backend, BACKENDS)

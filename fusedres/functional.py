@@ -1,0 +1,180 @@
+"""From a call to a backend: settings, autocast, checks, flattening to rows, seed, choice.
+
+    z = x @ weight.T + bias
+    y = act(norm(z)) + residual_scale * residual         # order "note"
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, checks
+from .autograd import FusedResidualFunction
+from .reference import composite, draw_seed, rows_per_sample
+from .spec import Spec, make_spec, one_of
+
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def composite_only(x: Tensor, weight: Tensor) -> bool:
+    """Whether a transform looks inside the layer, so that it must run as ordinary torch ops.
+
+    Under functorch transforms torch.compile takes an autograd.Function's kernels for the truth and is silently
+    wrong (torch 2.11 and 2.13); forward-mode AD has no rule for them; a wrapper subclass such as DTensor
+    brings its own rules for torch ops only. The two probes are private to torch, hence the getattr.
+    """
+    forward_ad = getattr(torch.autograd.forward_ad, "_current_level", -1)
+    if _transforms_active() or forward_ad >= 0:
+        return True
+    if type(x) in _PLAIN and type(weight) in _PLAIN:
+        return False
+    wrapped = torch.utils._python_dispatch.is_traceable_wrapper_subclass
+    return wrapped(x) or wrapped(weight)
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts as autocast casts a matmul's operands: floating tensors, but not float64."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+        for t in (x, *others)
+    )
+
+
+def run(
+    spec: Spec,
+    x: Tensor,  # (..., K)
+    weight: Tensor,  # (N, K)
+    bias: Tensor | None,  # (N,)
+    norm_weight: Tensor | None,  # (C,)
+    norm_bias: Tensor | None,  # (C,)
+    gate: Tensor | None,  # (1,) or (C,)
+    residual: Tensor | None,  # (..., R)
+    running_mean: Tensor | None,  # (C,)
+    running_var: Tensor | None,  # (C,)
+    momentum: float,
+    pad: bool,
+    backend: str,
+) -> Tensor:
+    """One layer on tensors that were not checked yet. Returns y (..., N)."""
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, residual = _autocast(x, weight, bias, residual)  # type: ignore[assignment]
+    checks.check_call(
+        spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, pad
+    )
+    N, K = weight.shape
+    rows = x if x.dim() == 2 else x.reshape(-1, K)
+    r = residual if residual is None or x.dim() == 2 else residual.reshape(-1, residual.shape[-1])
+    sample_rows = rows_per_sample(x) if x.dim() > 2 else 1
+    seed = draw_seed(x.device) if spec.random else None
+    statistics = (running_mean, running_var)
+
+    inner = composite_only(x, weight)
+    name = "reference" if inner else backends.choose(backend, spec.text, x.dtype, x.device, N, K)
+    if name == "reference":
+        y = composite(
+            spec, rows, weight, bias, norm_weight, norm_bias, gate, r, *statistics, seed, sample_rows, momentum
+        )
+    else:
+        if spec.batch_stats:
+            statistics = (None, None)
+        y, stats = FusedResidualFunction.apply(
+            rows, weight, bias, norm_weight, norm_bias, gate, r, *statistics, seed, sample_rows, spec.text, name
+        )
+        if spec.batch_stats and running_mean is not None and running_var is not None:
+            update_running_statistics(running_mean, running_var, stats, rows.shape[0], momentum)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], N)
+
+
+@torch.no_grad()
+def update_running_statistics(
+    running_mean: Tensor, running_var: Tensor, stats: Tensor, rows: int, momentum: float
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, as torch does."""
+    if rows > 1:
+        mean, var = stats.unbind()
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (rows / (rows - 1))).to(running_var.dtype), momentum)
+
+
+def fused_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    order: str = "note",
+    norm: str | None = "layer",
+    activation: str | None = "relu",
+    eps: float = 1e-5,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
+    training: bool = False,
+    gate: Tensor | None = None,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    residual_scale: float = 1.0,
+    shortcut: str | None = None,
+    shortcut_weight: Tensor | None = None,
+    shortcut_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """act(norm(x @ weight.T + bias)) + residual, or any other order, in one fused call.
+
+    Args:
+        x: (..., K); float32, bfloat16, float16 or float64.
+        weight, bias: (N, K) and (N,), of x's dtype.
+        norm_weight, norm_bias: (C,) with C = K where the norm stands before ``linear``, else N; any floating
+            dtype. None: no scale, no shift.
+        residual: (..., R), what goes into the shortcut; default x. R is the width at ``add``.
+        order, norm, activation: see :class:`fusedres.Residual`.
+        eps: added to the variance (no unit).
+        running_mean, running_var: (C,), for ``norm="batch"``; updated in place in training, by `momentum`.
+        training: batch statistics for batch norm; dropout and drop-path on.
+        gate: (1,) or (C,), factor on the branch.
+        dropout, drop_path: probabilities; masks come from one draw of torch's generator.
+        residual_scale: factor on the shortcut.
+        shortcut: None, "identity", "pad" (a residual narrower than the sum counts as 0 beyond its features)
+            or "linear" (needs shortcut_weight).
+        shortcut_weight, shortcut_bias: (R, K) and (R,): the shortcut is residual @ shortcut_weight.T + bias.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". A named backend that cannot run the call
+            raises NotImplementedError with the reason; "auto" falls back.
+
+    Returns:
+        y: (..., N), x's dtype (the autocast dtype under autocast). Differentiable, any number of times.
+
+    Raises:
+        ValueError, TypeError: a tensor or setting that does not fit; the message says what was expected.
+    """
+    checks.check_tensor("x", x)
+    checks.check_tensor("gate", gate, optional=True)
+    gate_kind = None if gate is None else "scalar" if gate.numel() == 1 else "channel"
+    spec = make_spec(order, norm, activation, gate_kind, eps, dropout, drop_path, residual_scale, training)
+    if spec.norm == "batch" and not training and running_mean is None:
+        spec = make_spec(order, norm, activation, gate_kind, eps, 0.0, 0.0, residual_scale, True)
+    if shortcut is not None:
+        one_of("shortcut", shortcut, ("identity", "pad", "linear"))
+    if (shortcut == "linear") and shortcut_weight is None:
+        raise ValueError(f"{checks.OP}: shortcut='linear' needs shortcut_weight (R, K)")
+    if shortcut_weight is not None:
+        residual = plain_linear(x if residual is None else residual, shortcut_weight, shortcut_bias, backend)
+    return run(
+        spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, momentum,
+        shortcut == "pad", backend,
+    )  # fmt: skip
+
+
+_PLAIN_LINEAR = make_spec("linear", None, None)
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """x @ weight.T + bias by the same backends: the linear shortcut."""
+    none: Any = None
+    return run(_PLAIN_LINEAR, x, weight, bias, none, none, none, none, none, none, 0.0, False, backend)

@@ -1,0 +1,193 @@
+"""The order grammar: which stages a residual layer has, and in which order.
+
+This file is the single list of stages, orders, norms, activations, gates and shortcuts. Everything else, in
+Python, Triton and C++, is derived from it or tested against it.
+
+A :class:`Spec` is one layer's recipe without its tensors. ``str(spec)`` is a line of text that every backend
+reads (it is the ``recipe`` argument of the registered ops), and ``Spec.parse`` reads it back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any
+
+STAGES = ("norm", "act", "linear", "gate", "dropout", "droppath", "add")
+
+ORDERS = {
+    "note": "linear-norm-act-add",
+    "resnet-v1": "linear-norm-add-act",
+    "preact": "norm-act-linear-add",
+    "prenorm": "norm-linear-act-add",
+    "postnorm": "linear-act-add-norm",
+    "bert-output": "linear-dropout-add-norm",
+    "branch-norm": "linear-act-norm-add",
+}
+
+NORMS = ("layer", "rms", "batch")
+
+ACTIVATIONS = (
+    "relu", "leaky_relu", "relu2", "relu6", "elu", "selu", "gelu", "gelu_tanh", "silu", "mish", "softplus",
+    "hardswish", "hardsigmoid", "sigmoid", "tanh", "sin", "softsign",
+)  # fmt: skip
+
+GATES = ("scalar", "channel")
+
+SHORTCUTS = ("identity", "linear", "pad")
+
+
+def one_of(what: str, value: object, known: tuple[str, ...] | dict[str, str]) -> str:
+    """`value` if it is one of `known`, else a ValueError that lists them."""
+    if isinstance(value, str) and value in known:
+        return value
+    raise ValueError(f"fusedres: unknown {what} {value!r}; known: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One layer's recipe. `stages` holds only stages that do something, in the order in which they act."""
+
+    stages: tuple[str, ...]
+    norm: str | None = None
+    activation: str | None = None
+    gate: str | None = None
+    eps: float = 1e-5
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    residual_scale: float = 1.0
+    batch_stats: bool = False  # batch norm by the statistics of this very batch, as in training
+
+    # derived, plain attributes so that torch.compile can read them
+    prologue: tuple[str, ...] = field(init=False, compare=False, repr=False)  # before `linear`: K features
+    epilogue: tuple[str, ...] = field(init=False, compare=False, repr=False)  # after `linear`: N features
+    adds: bool = field(init=False, compare=False, repr=False)
+    random: bool = field(init=False, compare=False, repr=False)  # dropout or drop-path: needs a seed
+    saves_z: bool = field(init=False, compare=False, repr=False)  # backward needs z
+    saves_residual: bool = field(init=False, compare=False, repr=False)  # backward needs the shortcut's value
+    text: str = field(init=False, compare=False, repr=False)  # one line that says it all
+
+    def __post_init__(self) -> None:
+        linear = self.stages.index("linear")
+        self._derive("prologue", self.stages[:linear])
+        self._derive("epilogue", self.stages[linear + 1 :])
+        self._derive("adds", "add" in self.stages)
+        self._derive("random", "dropout" in self.stages or "droppath" in self.stages)
+        # `add`, `dropout` and `droppath` have factors that backward knows without the value they act on
+        after_add = self.stages[self.stages.index("add") + 1 :] if self.adds else ()
+        self._derive("saves_z", any(stage in _NEEDS_INPUT for stage in self.epilogue))
+        self._derive("saves_residual", any(stage in _NEEDS_INPUT for stage in after_add))
+        words = [f"{name}={_WRITE.get(name, str)(getattr(self, name))}" for name in _SETTINGS]
+        words = [word for word, name in zip(words, _SETTINGS, strict=True) if getattr(self, name) != _DEFAULTS[name]]
+        self._derive("text", " ".join(("-".join(self.stages), *words)))
+
+    def _derive(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def width(self, stage: str, in_features: int, out_features: int) -> int:
+        """How many features the tensor has where `stage` acts."""
+        return in_features if stage in self.prologue else out_features
+
+    def with_batch_stats(self, batch_stats: bool) -> Spec:
+        """This recipe with batch norm by this batch's statistics, or by the running ones."""
+        return self if batch_stats == self.batch_stats else replace(self, batch_stats=batch_stats)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> Spec:
+        """The inverse of ``str(spec)``."""
+        stages, *words = text.split(" ")
+        settings = dict(word.split("=", 1) for word in words)
+        return Spec(tuple(stages.split("-")), **{k: _READ.get(k, float)(v) for k, v in settings.items()})
+
+
+_NEEDS_INPUT = ("norm", "act", "gate")
+_SETTINGS = tuple(f.name for f in fields(Spec) if f.init and f.name != "stages")
+_DEFAULTS = {f.name: f.default for f in fields(Spec)}
+_WRITE: dict[str, Any] = {"batch_stats": int}
+_READ: dict[str, Any] = {"norm": str, "activation": str, "gate": str, "batch_stats": lambda v: v == "1"}
+
+
+def parse_order(order: str) -> tuple[str, ...]:
+    """An alias or a string of stages joined by "-" as a tuple of stages; nonsense is a ValueError."""
+    if not isinstance(order, str):
+        raise ValueError(f"fusedres: order must be a string such as 'linear-norm-act-add', got {order!r}")
+    stages = tuple(ORDERS.get(order, order).split("-"))
+    for stage in stages:
+        if stage not in STAGES:
+            raise ValueError(
+                f"fusedres: unknown stage {stage!r} in order {order!r}; stages: {', '.join(STAGES)}; "
+                f"well-known orders: {', '.join(ORDERS)}"
+            )
+        if stages.count(stage) > 1:
+            raise ValueError(f"fusedres: stage {stage!r} stands more than once in order {order!r}")
+    if "linear" not in stages:
+        raise ValueError(f"fusedres: order {order!r} has no 'linear' stage; a layer needs exactly one")
+    return stages
+
+
+def _probability(what: str, p: float) -> float:
+    if not isinstance(p, (int, float)) or not 0.0 <= p <= 1.0:
+        raise ValueError(f"fusedres: {what} must be a probability between 0 and 1, got {p!r}")
+    return float(p)
+
+
+def _number(what: str, value: float, least: float | None = None) -> float:
+    ok = isinstance(value, (int, float)) and value == value and abs(value) != float("inf")
+    if not ok or (least is not None and value < least):
+        bound = "" if least is None else f" >= {least:g}"
+        raise ValueError(f"fusedres: {what} must be a finite number{bound}, got {value!r}")
+    return float(value)
+
+
+@lru_cache(maxsize=4096)
+def make_spec(
+    order: str = "note",
+    norm: str | None = "layer",
+    activation: str | None = "relu",
+    gate: str | None = None,
+    eps: float = 1e-5,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    residual_scale: float = 1.0,
+    training: bool = False,
+) -> Spec:
+    """Checks every setting and drops stages that are off.
+
+    `gate`, `dropout` and `drop_path` that are on but have no stage in `order` get their usual place: in this
+    order straight before `add` (at the end where there is no `add`). `norm` and `activation` act only where
+    the order has a stage for them: `bert-output`, for one, has no activation whatever `activation` says.
+    Without `training`, dropout and drop-path are off and batch norm uses its running statistics.
+    """
+    stages = list(parse_order(order))
+    if norm is not None:
+        one_of("norm", norm, NORMS)
+    if activation is not None:
+        one_of("activation", activation, ACTIVATIONS)
+    if gate is not None:
+        one_of("gate", gate, GATES)
+    on = {
+        "norm": norm is not None,
+        "act": activation is not None,
+        "gate": gate is not None,
+        "dropout": _probability("dropout", dropout) > 0 and training,
+        "droppath": _probability("drop_path", drop_path) > 0 and training,
+    }
+    for stage in ("gate", "dropout", "droppath"):
+        if on[stage] and stage not in stages:
+            stages.insert(stages.index("add") if "add" in stages else len(stages), stage)
+    stages = [stage for stage in stages if on.get(stage, True)]
+    return Spec(
+        stages=tuple(stages),
+        norm=norm if "norm" in stages else None,
+        activation=activation if "act" in stages else None,
+        gate=gate,
+        eps=_number("eps", eps, 0.0) if "norm" in stages else 1e-5,
+        dropout=float(dropout) if on["dropout"] else 0.0,
+        drop_path=float(drop_path) if on["droppath"] else 0.0,
+        residual_scale=_number("residual_scale", residual_scale) if "add" in stages else 1.0,
+        batch_stats=norm == "batch" and "norm" in stages and bool(training),
+    )

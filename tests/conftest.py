@@ -1,0 +1,37 @@
+"""What every test has: one thread a worker, the same random numbers in every run, GPU tests skipped without one."""
+
+import os
+
+import pytest
+import torch
+
+import fusedres.ops
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are the parallelism
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; none is visible"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng():
+    """A seeded generator of its own, for draws that torch.manual_seed must not disturb."""
+    return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture
+def native():
+    """The name of the C++ backend, for tests of what only it promises (bitwise layouts, say)."""
+    if fusedres.ops.native_missing:
+        pytest.skip(fusedres.ops.native_missing)
+    return "cpu"

@@ -1,0 +1,269 @@
+"""Operands of one call, and the three results that every accuracy test compares.
+
+`exact`: the formula in float64. `eager`: the same formula in the tested dtype by plain torch. `fused`: ours.
+A result is a dict: "y", "dx", "dweight", ... and "running_mean", "running_var" where they were updated.
+"""
+
+import zlib
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+
+from fusedres import ORDERS, fused_residual
+from fusedres.reference import ACTIVATION_FUNCTIONS, composite, draw_seed, rows_per_sample
+from fusedres.spec import make_spec
+
+DIFFERENTIABLE = ("x", "weight", "bias", "norm_weight", "norm_bias", "gate", "residual")
+STATISTICS = ("running_mean", "running_var")
+KINKS = {
+    "relu": (0,), "leaky_relu": (0,), "relu6": (0, 6), "selu": (0,), "hardswish": (-3, 3), "hardsigmoid": (-3, 3),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: settings of make_spec, operands by composite's names, the cotangent dy, the seed of the masks."""
+
+    settings: dict
+    tensors: dict
+    dy: torch.Tensor
+    pad: bool = False
+    momentum: float = 0.1
+    seed: int = 7
+
+    @property
+    def spec(self):
+        return make_spec(**self.settings)
+
+    @property
+    def x(self):
+        return self.tensors["x"]
+
+    @property
+    def asked(self):
+        """Everything that can have a gradient."""
+        return tuple(name for name in DIFFERENTIABLE if name in self.tensors)
+
+    def with_tensors(self, dy=None, **tensors):
+        return replace(self, tensors={**self.tensors, **tensors}, dy=self.dy if dy is None else dy)
+
+
+def make_case(
+    M=64, K=339, N=None, *, lead=None, order="note", norm="layer", activation="relu", gate=None, dropout=0.0,
+    drop_path=0.0, residual_scale=1.0, eps=1e-5, training=True, dtype=torch.float32, bias=True, affine=True,
+    norm_bias=None, residual=None, pad=False, scale=1.0, mean=0.0, draw=0,
+):  # fmt: skip
+    """Random operands. `residual`: None for x itself (where widths allow), else its width.
+
+    `scale`: sigma of x, bias and residual. `mean`: of what the norm sees. `draw`: another one, another case.
+    """
+    N = K if N is None else N
+    settings = {
+        "order": order, "norm": norm, "activation": activation, "gate": gate, "eps": eps, "dropout": dropout,
+        "drop_path": drop_path, "residual_scale": residual_scale, "training": training,
+    }  # fmt: skip
+    spec = make_spec(**settings)
+    lead = (M,) if lead is None else lead
+    random = torch.Generator().manual_seed(zlib.crc32(repr((settings, lead, K, N, dtype, scale, draw)).encode()))
+
+    def normal(*shape, mean=0.0, sigma=1.0):
+        return (mean + sigma * torch.randn(shape, generator=random, dtype=torch.float64)).to(dtype)
+
+    early = "norm" in spec.prologue
+    tensors = {"x": normal(*lead, K, mean=mean if early else 0.0, sigma=scale)}
+    tensors["weight"] = normal(N, K, sigma=K**-0.5)
+    if bias:
+        tensors["bias"] = normal(N, mean=0.0 if early else mean, sigma=0.3 * scale)
+    if spec.norm is not None:
+        C = spec.width("norm", K, N)
+        if affine:
+            tensors["norm_weight"] = normal(C, mean=1.0, sigma=0.3)
+            if (spec.norm != "rms") if norm_bias is None else norm_bias:
+                tensors["norm_bias"] = normal(C, sigma=0.3)
+        if spec.norm == "batch":
+            tensors["running_mean"] = normal(C, sigma=0.1)
+            tensors["running_var"] = normal(C, mean=1.0, sigma=0.1).abs()
+    if spec.gate is not None:
+        tensors["gate"] = normal(1 if gate == "scalar" else spec.width("gate", K, N), mean=0.7, sigma=0.3)
+    width = spec.width("add", K, N)
+    if residual is None and spec.adds and width != K and not (pad and width > K):
+        residual = width
+    if residual is not None:
+        tensors["residual"] = normal(*lead, residual, sigma=scale)
+    return Case(settings, tensors, normal(*lead, N), pad)
+
+
+def gradients(leaves, asked, y, dy):
+    """{"y": y, "dx": dx, ...} for the leaves asked for."""
+    wanted = [leaves[name] for name in asked]
+    grads = torch.autograd.grad(y, wanted, dy) if wanted else ()
+    return {"y": y.detach(), **{f"d{name}": g for name, g in zip(asked, grads, strict=True)}}
+
+
+def _leaves(case, asked, dtype):
+    """Fresh leaves with the operands' values and strides, in `dtype`; running statistics are copies."""
+    copies = {name: case.tensors[name].clone() for name in STATISTICS if name in case.tensors}
+    return {
+        name: t.detach().to(dtype).requires_grad_(name in asked)
+        for name, t in {**case.tensors, **copies}.items()
+    }
+
+
+def _statistics(case, leaves):
+    return {name: leaves[name] for name in STATISTICS if name in leaves and case.spec.batch_stats}
+
+
+def fused(case, backend="auto", asked=None):
+    """By fused_residual."""
+    asked = case.asked if asked is None else asked
+    leaves = _leaves(case, asked, case.x.dtype)
+    settings = {name: value for name, value in case.settings.items() if name != "gate"}
+    torch.manual_seed(case.seed)
+    y = fused_residual(
+        **leaves, **settings, momentum=case.momentum, shortcut="pad" if case.pad else None, backend=backend
+    )
+    return gradients(leaves, asked, y, case.dy) | _statistics(case, leaves)
+
+
+def _plain(case, dtype, asked, shuffle=None):
+    """By the composite in `dtype`; `shuffle` (K,) reorders its sums over x's features, and nothing else."""
+    spec, leaves = case.spec, _leaves(case, asked, dtype)
+    x, weight, *others = (leaves.get(name) for name in DIFFERENTIABLE)
+    bias, norm_weight, norm_bias, gate, r = others
+    rows = x.reshape(-1, x.shape[-1])
+    r = r if r is None else r.reshape(-1, r.shape[-1])
+    statistics = [leaves.get(name) for name in STATISTICS]
+    if "dropout" in spec.prologue:
+        shuffle = None  # the mask goes by position
+    if shuffle is not None:
+        r = rows if r is None and spec.adds else r
+        rows, weight = rows[:, shuffle], weight[:, shuffle]
+        if "norm" in spec.prologue:
+            norm_weight, norm_bias = (t if t is None else t[shuffle] for t in (norm_weight, norm_bias))
+            statistics = [t if t is None else t[shuffle] for t in statistics]
+        if "gate" in spec.prologue and gate.numel() > 1:
+            gate = gate[shuffle]
+    torch.manual_seed(case.seed)
+    seed = draw_seed(x.device) if spec.random else None
+    y = composite(
+        spec, rows, weight, bias, norm_weight, norm_bias, gate, r, *statistics, seed, rows_per_sample(x), case.momentum
+    )
+    if shuffle is not None and "norm" in spec.prologue:
+        for name, t in zip(STATISTICS, statistics, strict=True):
+            if t is not None:
+                leaves[name][shuffle] = t
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return gradients(leaves, asked, y, case.dy.to(dtype)) | _statistics(case, leaves)
+
+
+def exact(case, asked=None):
+    return _plain(case, torch.float64, case.asked if asked is None else asked)
+
+
+def eager(case, asked=None):
+    """In float64, where eager is the oracle itself, eager with its sums in another order shows eager's error."""
+    asked = case.asked if asked is None else asked
+    if case.x.dtype != torch.float64:
+        return _plain(case, case.x.dtype, asked)
+    K = case.x.shape[-1]
+    return _plain(case, torch.float64, asked, torch.randperm(K, generator=torch.Generator().manual_seed(K)))
+
+
+def pre_activation(case, dtype):
+    """What the activation sees."""
+    seen, name = [], case.spec.activation
+    function = ACTIVATION_FUNCTIONS[name]
+    with mock.patch.dict(ACTIVATION_FUNCTIONS, {name: lambda h: seen.append(h) or function(h)}):
+        _plain(case, dtype, ())
+    return seen[0]
+
+
+def near_kink(case):
+    """(M, C) bool: eager's own error, four times over, could carry this pre-activation across a kink.
+
+    There the derivative is not defined to the dtype's precision. In half precision that is so for one element
+    in a hundred, in eager and in ours alike: no element can be left out, and the errors are compared with them.
+    """
+    kinks = KINKS.get(case.spec.activation, ())
+    h = pre_activation(case, torch.float64)
+    near = torch.zeros(h.shape, dtype=torch.bool)
+    if case.x.dtype in (torch.float32, torch.float64) and h.numel():
+        reach = 4 * (pre_activation(case, torch.float32) - h).abs().max()
+        reach *= torch.finfo(case.x.dtype).eps / torch.finfo(torch.float32).eps
+        for kink in kinks:
+            near |= (h - kink).abs() <= reach
+    return near
+
+
+def without_kinks(case):
+    """The case without the rows that have an element near a kink: at most 0.5 % of the elements are near one."""
+    if case.spec.activation not in KINKS:
+        return case
+    near = near_kink(case)
+    assert near.double().mean() <= 0.005, f"{near.sum()} of {near.numel()} elements lie near a kink"
+    keep = ~near.any(1)
+    rows = {name: case.tensors[name][keep] for name in ("x", "residual") if name in case.tensors}
+    return case.with_tensors(dy=case.dy[keep], **rows)
+
+
+def _errors(name, ours, plain, true):
+    for result in (ours, plain):
+        assert result.shape == true.shape, f"{name}: shape {result.shape}, expected {true.shape}"
+        assert result.dtype == plain.dtype, f"{name}: dtype {result.dtype}, expected {plain.dtype}"
+    return (ours.double() - true).abs().flatten(), (plain.double() - true).abs().flatten()
+
+
+def assert_as_accurate(ours, plain, true, what=""):
+    """NUMERICS 1 for every tensor of three results: RMS error <= 1.10x, largest error <= 2x eager's.
+
+    Each plus one rounding step at the largest value: for the RMS, in one element. The RMS of n errors is itself
+    only known to 1/sqrt(2n): the ratio of two may exceed 1.10 by 4/sqrt(n), four standard deviations. In
+    float64 both errors are differences from a third computation that has errors too, part of them common to
+    it and eager: 2x.
+    """
+    assert ours.keys() == true.keys()
+    for name in true:
+        error, allowed = _errors(name, ours[name], plain[name], true[name])
+        n = error.numel()
+        if n == 0:
+            continue
+        step = torch.finfo(ours[name].dtype).eps * true[name].abs().max()
+        rms, rms_allowed = error.square().mean().sqrt(), allowed.square().mean().sqrt()
+        factor = (2.0 if ours[name].dtype == torch.float64 else 1.10) + 4 * n**-0.5
+        told = f"{name} of {what}: RMS error {rms:.3g}, eager {rms_allowed:.3g} (x{rms / rms_allowed:.2f}); "
+        told += f"largest {error.max():.3g}, eager {allowed.max():.3g}; one step {step:.3g}; n = {n}"
+        assert rms <= factor * rms_allowed + step * n**-0.5, told
+        assert error.max() <= 2 * allowed.max() + step, told
+
+
+def assert_close(ours, plain, true, terms, what=""):
+    """For a few elements, where no RMS is to be had: within twice eager's error plus a random walk of roundings.
+
+    `terms`: how many additions a sum has. What this looks for is wrong by the size of the values themselves.
+    """
+    assert ours.keys() == true.keys()
+    for name in true:
+        error, allowed = _errors(name, ours[name], plain[name], true[name])
+        if error.numel():
+            walk = torch.finfo(ours[name].dtype).eps * true[name].abs().max() * terms**0.5
+            told = f"{name} of {what}: error {error.max():.3g}, eager {allowed.max():.3g}, walk {walk:.3g}"
+            assert error.max() <= 2 * allowed.max() + walk, told
+
+
+def pooled(results):
+    """Several results as one, for tensors too small for an RMS of their own."""
+    return {name: torch.cat([result[name].flatten() for result in results]) for name in results[0]}
+
+
+def check_accuracy(*cases, backend="auto"):
+    """The accuracy rule for one case, or for the errors of several cases together."""
+    results = [[run(case) for case in cases] for run in (lambda c: fused(c, backend), eager, exact)]
+    for ours, plain in zip(results[0], results[1], strict=True):
+        for name in plain:
+            assert ours[name].shape == plain[name].shape and ours[name].dtype == plain[name].dtype
+    what = f"'{cases[0].spec}', {cases[0].x.dtype}"
+    assert_as_accurate(*(r[0] if len(r) == 1 else pooled(r) for r in results), what)
+
+
+ALIASES = tuple(ORDERS)
