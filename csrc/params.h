@@ -31,7 +31,8 @@ struct Recipe {
 // The recipe of `text`, which lives as long as the process. Throws std::invalid_argument.
 const Recipe& recipe(const std::string& text);
 
-bool needs_input(Stage stage);  // norm, act, gate: their backward needs the value they acted on
+// Whether a stage's backward needs the value it acted on.
+inline bool needs_input(Stage stage) { return stage == Stage::norm || stage == Stage::act || stage == Stage::gate; }
 
 // Rows of a matrix whose columns are adjacent: element (m, n) is at data[m * stride + n].
 struct Rows {

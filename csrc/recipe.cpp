@@ -69,8 +69,6 @@ bool contains(const std::vector<Stage>& stages, Stage stage) {
 
 }  // namespace
 
-bool needs_input(Stage stage) { return stage == Stage::norm || stage == Stage::act || stage == Stage::gate; }
-
 bool Recipe::has(Stage stage) const { return contains(prologue, stage) || contains(epilogue, stage); }
 
 bool Recipe::saves_z() const {

@@ -1,9 +1,9 @@
 """The degradation experiment on real digits: deep plain nets do not train, deep residual nets do.
 
-Each net is a stem (64 -> 64), `depth` blocks of one `FusedResidual` each, and a head (64 -> 10). A plain
-net is the same layer without `add`. A deep plain net could copy a shallow one and fill the rest with
-identity layers; that is shown exactly, and still training does not find it.
-Source: He et al., "Deep Residual Learning for Image Recognition" (2015), here without convolutions.
+Each net is a stem (64 -> 64), `depth` blocks of one `FusedResidual` each, and a head (64 -> 10).
+A plain net's layer is the same without `add`. A deep plain net could copy a shallow one and fill the
+rest with identity layers; that is shown exactly, and still training does not find it.
+Source: He et al., "Deep Residual Learning for Image Recognition" (2015), without convolutions.
 
 Run: python examples/degradation.py
 """
@@ -89,7 +89,9 @@ def train(kind: str, depth: int) -> Net:
     gates = [block.gate for block in net.blocks if block.gate is not None]
     others = [p for name, p in net.named_parameters() if not name.endswith("gate")]
     optimizer = torch.optim.Adam(
-        [{"params": others}, {"params": gates, "lr": GATE_LEARNING_RATE}], LEARNING_RATE, foreach=True
+        [{"params": others}, {"params": gates, "lr": GATE_LEARNING_RATE}],
+        LEARNING_RATE,
+        foreach=True,
     )
     steps = EPOCHS * math.ceil(len(x) / BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -189,6 +191,7 @@ def draw(results: Results) -> None:
                 color=colour,
                 label=kind,
             )
+        axis.axhline(10, color="#808080", linestyle=":", label="guessing")
         axis.set_xscale("log")
         axis.set_xticks(DEPTHS, map(str, DEPTHS))
         axis.minorticks_off()
@@ -207,9 +210,9 @@ def main() -> None:
 
     difference = identity_padding_difference()
     print(
-        f"\nA trained plain net of {DEPTHS[0]} layers, padded with identity layers to {DEPTHS[-1]}: "
-        f"logits differ by {difference}.\nSo the deep plain net contains the shallow one's solution, "
-        "and training does not find it."
+        f"\nA trained plain net of {DEPTHS[0]} layers, padded with identity layers to {DEPTHS[-1]}:"
+        f" logits differ by {difference}.\nSo the deep plain net contains the shallow one's"
+        " solution, and training does not find it."
     )
     assert difference == 0
     check(results)

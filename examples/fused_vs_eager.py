@@ -18,8 +18,6 @@ WIDTHS = (64, 128, 256, 339, 512, 1024)
 SECONDS = 1.0  # per width and measurement
 PICTURE = Path(__file__).with_name("fused_vs_eager.png")
 
-Pair = tuple[float, float]  # eager, fused
-
 
 def interleaved_medians(*calls: Callable[[], object]) -> list[float]:
     """Median milliseconds of each call; they take turns, so that a slow moment hits all of them."""
@@ -34,8 +32,7 @@ def interleaved_medians(*calls: Callable[[], object]) -> list[float]:
 
 
 def saved_bytes(layer: fusedres.Residual, x: Tensor) -> int:
-    """What the layer keeps for its backward, beside x and its parameters, which live anyway."""
-    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    """What the layer keeps for its backward, beside what lives anyway: x, y and the parameters."""
     saved = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -43,11 +40,14 @@ def saved_bytes(layer: fusedres.Residual, x: Tensor) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x)
-    return sum(size for pointer, size in saved.items() if pointer not in known)
+        y = layer(x)
+    for t in (x, y, *layer.parameters()):
+        saved.pop(t.untyped_storage().data_ptr(), None)
+    return sum(saved.values())
 
 
-def measure(width: int) -> dict[str, Pair]:
+def measure(width: int) -> dict[str, list[float]]:
+    """Eager's and fused's value by name of the measurement."""
     torch.manual_seed(0)
     x, dy = torch.randn(ROWS, width, requires_grad=True), torch.randn(ROWS, width)
     eager = fusedres.Residual(width, activation="gelu")
@@ -62,45 +62,36 @@ def measure(width: int) -> dict[str, Pair]:
             layer(x)
 
     return {
-        "forward + backward, ms": tuple(
-            interleaved_medians(lambda: step(eager), lambda: step(fused))
-        ),
-        "forward, ms": tuple(interleaved_medians(lambda: infer(eager), lambda: infer(fused))),
-        "saved for backward, MB": (saved_bytes(eager, x) / 1e6, saved_bytes(fused, x) / 1e6),
+        "forward + backward, ms": interleaved_medians(lambda: step(eager), lambda: step(fused)),
+        "forward, ms": interleaved_medians(lambda: infer(eager), lambda: infer(fused)),
+        "saved for backward, MB": [saved_bytes(layer, x) / 1e6 for layer in (eager, fused)],
     }
 
 
-def draw(rows: dict[int, dict[str, Pair]]) -> None:
+def draw(rows: dict[int, dict[str, list[float]]]) -> None:
     import matplotlib.pyplot as plt
 
-    names = list(next(iter(rows.values())))
-    figure, axes = plt.subplots(1, len(names), figsize=(11, 3.8), facecolor="white")
+    names = list(rows[WIDTHS[0]])
+    figure, axes = plt.subplots(1, len(names), figsize=(10, 3.9), sharey=True, facecolor="white")
     for axis, name in zip(axes, names, strict=True):
-        for index, (pair, (label, colour)) in enumerate(
-            zip(
-                zip(*(row[name] for row in rows.values()), strict=True),
-                (("eager", "#b0b0b0"), ("fused", "#1f77b4")),
-                strict=True,
-            )
-        ):
-            places = [place + 0.4 * index - 0.2 for place in range(len(rows))]
-            bars = axis.bar(places, pair, 0.4, color=colour, label=label)
-            if label == "fused":
-                ratios = [f"{row[name][0] / row[name][1]:.1f}x" for row in rows.values()]
-                axis.bar_label(bars, ratios, fontsize=8)
-        axis.set_yscale("log")
-        axis.set_xticks(range(len(rows)), map(str, rows))
-        axis.set(title=name, xlabel="width")
-    axes[0].legend()
-    figure.suptitle(f"linear, LayerNorm, GELU, add; {ROWS} rows, float32, CPU")
+        ratios = [row[name][1] / row[name][0] for row in rows.values()]
+        labels = [f"{width}\n{row[name][0]:.2g}" for width, row in rows.items()]
+        axis.bar_label(axis.bar(labels, ratios, color="#1f77b4"), fmt="%.2f")
+        axis.axhline(1, color="#d62728", linestyle="--", label="eager")
+        unit = name.rsplit(" ", 1)[1]
+        axis.set(title=name.rsplit(",", 1)[0], xlabel=f"width, and below it eager's {unit}")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="fused / eager (lower is better)", ylim=(0, 1.2))
+    axes[0].legend(loc="upper right")
+    figure.suptitle(f"fused: linear, LayerNorm, GELU, add; {ROWS} rows, float32, CPU")
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=130)
 
 
 def main() -> None:
+    print(f"\nOne layer, {ROWS} rows, eager -> fused:\n")
     rows = {width: measure(width) for width in WIDTHS}
     names = list(rows[WIDTHS[0]])
-    print(f"\nOne layer, {ROWS} rows, eager -> fused:\n")
     print(f"{'width':>6}" + "".join(f"{name:>28}" for name in names))
     for width, row in rows.items():
         cells = ("{:.3g} -> {:.3g}".format(*row[name]) for name in names)

@@ -1,7 +1,10 @@
 """fusedres: residual layers, y = act(norm(x @ weight.T + bias)) + x, in one kernel launch."""
 
 from .autograd import FusedResidualFunction
+from .convert import convert, revert
+from .explain import explain
 from .functional import fused_residual
+from .mlp import FusedResidualMLP
 from .modules import FusedResidual
 from .reference import Residual
 from .spec import ACTIVATIONS, GATES, NORMS, ORDERS, SHORTCUTS, STAGES
@@ -10,5 +13,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACTIVATIONS", "GATES", "NORMS", "ORDERS", "SHORTCUTS", "STAGES",
-    "FusedResidual", "FusedResidualFunction", "Residual", "fused_residual",
+    "FusedResidual", "FusedResidualFunction", "FusedResidualMLP", "Residual", "convert", "explain",
+    "fused_residual", "revert",
 ]  # fmt: skip

@@ -75,6 +75,8 @@ def _composite_gradients(
     saved: tuple[Any, ...], needs: tuple[bool, ...], dy: Tensor, recipe: str, sample_rows: int
 ) -> tuple[Tensor | None, ...]:
     *inputs, running_mean, running_var, seed, _z, _stats = saved
+    # views: one input may be computed from another (a linear shortcut from x), or be the same tensor
+    inputs = [t if t is None else t.view_as(t) for t in inputs]
     y = composite(Spec.parse(recipe), *inputs, running_mean, running_var, seed, sample_rows)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))

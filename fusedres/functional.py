@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from . import backends, checks
 from .autograd import FusedResidualFunction
 from .reference import composite, draw_seed, rows_per_sample
 from .spec import Spec, make_spec, one_of
+from .tracing import by_value
 
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_forward_ad = torch.autograd.forward_ad
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -27,8 +30,7 @@ def composite_only(x: Tensor, weight: Tensor) -> bool:
     wrong (torch 2.11 and 2.13); forward-mode AD has no rule for them; a wrapper subclass such as DTensor
     brings its own rules for torch ops only. The two probes are private to torch, hence the getattr.
     """
-    forward_ad = getattr(torch.autograd.forward_ad, "_current_level", -1)
-    if _transforms_active() or forward_ad >= 0:
+    if _transforms_active() or getattr(_forward_ad, "_current_level", -1) >= 0:
         return True
     if type(x) in _PLAIN and type(weight) in _PLAIN:
         return False
@@ -156,9 +158,9 @@ def fused_residual(
     checks.check_tensor("x", x)
     checks.check_tensor("gate", gate, optional=True)
     gate_kind = None if gate is None else "scalar" if gate.numel() == 1 else "channel"
-    spec = make_spec(order, norm, activation, gate_kind, eps, dropout, drop_path, residual_scale, training)
+    spec = _spec_of(order, norm, activation, gate_kind, eps, dropout, drop_path, residual_scale, training)
     if spec.norm == "batch" and not training and running_mean is None:
-        spec = make_spec(order, norm, activation, gate_kind, eps, 0.0, 0.0, residual_scale, True)
+        spec = _spec_of(order, norm, activation, gate_kind, eps, 0.0, 0.0, residual_scale, True)
     if shortcut is not None:
         one_of("shortcut", shortcut, ("identity", "pad", "linear"))
     if (shortcut == "linear") and shortcut_weight is None:
@@ -169,6 +171,11 @@ def fused_residual(
         spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, momentum,
         shortcut == "pad", backend,
     )  # fmt: skip
+
+
+def _spec_of(*settings: Any) -> Spec:
+    """make_spec; dynamo traces it, since it cannot hold an object that it did not see being made."""
+    return make_spec.__wrapped__(*by_value(settings)) if is_dynamo_compiling() else make_spec(*settings)
 
 
 _PLAIN_LINEAR = make_spec("linear", None, None)

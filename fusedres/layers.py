@@ -1,4 +1,4 @@
-"""What torch's own layers are called here: norm and activation modules as `Residual` settings."""
+"""What torch's own layers are called here: modules as stages, norms and activations as settings."""
 
 from __future__ import annotations
 
@@ -18,6 +18,24 @@ _ACTIVATIONS: dict[type, str] = {
 }  # fmt: skip
 
 _FIXED = {nn.LeakyReLU: ("negative_slope", 0.01), nn.ELU: ("alpha", 1.0), nn.Softplus: ("beta", 1.0)}
+
+_STAGES: dict[type, str] = {
+    nn.Linear: "linear", nn.Dropout: "dropout", **dict.fromkeys(_NORMS, "norm"), **dict.fromkeys(_ACTIVATIONS, "act"),
+}  # fmt: skip
+
+
+def stage_of(module: nn.Module) -> str | None:
+    """The stage that a module of torch's own is, by its exact class; None for any other module."""
+    return _STAGES.get(type(module))
+
+
+def customised(module: nn.Module) -> str | None:
+    """Why calling the module does more than its class's forward; None if it does not."""
+    m: Any = module
+    if "forward" in m.__dict__:
+        return "its forward was replaced"
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return "it has hooks" if hooks else None
 
 
 def activation_name(activation: str | nn.Module | None) -> str | None:

@@ -16,8 +16,12 @@ from fusedres.spec import make_spec
 
 DIFFERENTIABLE = ("x", "weight", "bias", "norm_weight", "norm_bias", "gate", "residual")
 STATISTICS = ("running_mean", "running_var")
-KINKS = {
-    "relu": (0,), "leaky_relu": (0,), "relu6": (0, 6), "selu": (0,), "hardswish": (-3, 3), "hardsigmoid": (-3, 3),
+
+# activation -> where its derivative jumps, and where _aside puts pre-activations in half precision
+KINKS = {"relu": (0,), "leaky_relu": (0,), "selu": (0,), "relu6": (0, 6), "hardswish": (-3, 3), "hardsigmoid": (-3, 3)}
+ASIDE = {
+    "relu": (-8, 8), "leaky_relu": (-8, 8), "selu": (-8, 8), "relu6": (-8, 14), "hardswish": (-11, 0, 11),
+    "hardsigmoid": (-11, 0, 11),
 }  # fmt: skip
 
 
@@ -91,7 +95,24 @@ def make_case(
         residual = width
     if residual is not None:
         tensors["residual"] = normal(*lead, residual, sigma=scale)
+    if spec.activation in KINKS and dtype in (torch.bfloat16, torch.float16):
+        _aside(spec, tensors, K, N, max(scale, 1.0))
     return Case(settings, tensors, normal(*lead, N), pad)
+
+
+def _aside(spec, tensors, K, N, scale):
+    """Shifts whole columns of the pre-activation away from the kinks.
+
+    In half precision one element in a hundred lies within its rounding error of a kink, for eager as for us, and
+    the few that fall on another side than the exact one decide about the RMS error: luck, not accuracy.
+    """
+    before = [stage for stage in spec.stages[: spec.stages.index("act")] if stage in ("norm", "linear")]
+    if not before:
+        return  # the activation sees x itself
+    name, width = ("norm_bias", spec.width("norm", K, N)) if before[-1] == "norm" else ("bias", N)
+    to = torch.tensor(ASIDE[spec.activation]).repeat(width)[:width] * (1.0 if name == "norm_bias" else scale)
+    old = tensors.get(name, torch.zeros(()))
+    tensors[name] = (old + to).to(tensors["x"].dtype)
 
 
 def gradients(leaves, asked, y, dy):
@@ -126,34 +147,17 @@ def fused(case, backend="auto", asked=None):
     return gradients(leaves, asked, y, case.dy) | _statistics(case, leaves)
 
 
-def _plain(case, dtype, asked, shuffle=None):
-    """By the composite in `dtype`; `shuffle` (K,) reorders its sums over x's features, and nothing else."""
+def _plain(case, dtype, asked):
+    """By the composite in `dtype`."""
     spec, leaves = case.spec, _leaves(case, asked, dtype)
-    x, weight, *others = (leaves.get(name) for name in DIFFERENTIABLE)
-    bias, norm_weight, norm_bias, gate, r = others
-    rows = x.reshape(-1, x.shape[-1])
-    r = r if r is None else r.reshape(-1, r.shape[-1])
-    statistics = [leaves.get(name) for name in STATISTICS]
-    if "dropout" in spec.prologue:
-        shuffle = None  # the mask goes by position
-    if shuffle is not None:
-        r = rows if r is None and spec.adds else r
-        rows, weight = rows[:, shuffle], weight[:, shuffle]
-        if "norm" in spec.prologue:
-            norm_weight, norm_bias = (t if t is None else t[shuffle] for t in (norm_weight, norm_bias))
-            statistics = [t if t is None else t[shuffle] for t in statistics]
-        if "gate" in spec.prologue and gate.numel() > 1:
-            gate = gate[shuffle]
+    operands = {name: leaves.get(name) for name in (*DIFFERENTIABLE, *STATISTICS)}
+    for name in ("x", "residual"):
+        if operands[name] is not None:
+            operands[name] = operands[name].reshape(-1, operands[name].shape[-1])
     torch.manual_seed(case.seed)
-    seed = draw_seed(x.device) if spec.random else None
-    y = composite(
-        spec, rows, weight, bias, norm_weight, norm_bias, gate, r, *statistics, seed, rows_per_sample(x), case.momentum
-    )
-    if shuffle is not None and "norm" in spec.prologue:
-        for name, t in zip(STATISTICS, statistics, strict=True):
-            if t is not None:
-                leaves[name][shuffle] = t
-    y = y.view(*x.shape[:-1], y.shape[-1])
+    seed = draw_seed(case.x.device) if spec.random else None
+    y = composite(spec, *operands.values(), seed, rows_per_sample(case.x), case.momentum)
+    y = y.view(*case.x.shape[:-1], y.shape[-1])
     return gradients(leaves, asked, y, case.dy.to(dtype)) | _statistics(case, leaves)
 
 
@@ -162,12 +166,14 @@ def exact(case, asked=None):
 
 
 def eager(case, asked=None):
-    """In float64, where eager is the oracle itself, eager with its sums in another order shows eager's error."""
+    """In float64, where eager is the oracle itself: with the error it has in float32, scaled by the two eps."""
     asked = case.asked if asked is None else asked
     if case.x.dtype != torch.float64:
         return _plain(case, case.x.dtype, asked)
-    K = case.x.shape[-1]
-    return _plain(case, torch.float64, asked, torch.randperm(K, generator=torch.Generator().manual_seed(K)))
+    single = case.with_tensors(case.dy.float(), **{name: t.float() for name, t in case.tensors.items()})
+    shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    rounded, true = eager(single, asked), exact(single, asked)
+    return {name: t + shrink * (rounded[name] - true[name]) for name, t in exact(case, asked).items()}
 
 
 def pre_activation(case, dtype):
@@ -180,19 +186,14 @@ def pre_activation(case, dtype):
 
 
 def near_kink(case):
-    """(M, C) bool: eager's own error, four times over, could carry this pre-activation across a kink.
-
-    There the derivative is not defined to the dtype's precision. In half precision that is so for one element
-    in a hundred, in eager and in ours alike: no element can be left out, and the errors are compared with them.
-    """
-    kinks = KINKS.get(case.spec.activation, ())
+    """(M, C) bool: twice the largest error that eager makes near a kink could carry the element across it."""
     h = pre_activation(case, torch.float64)
-    near = torch.zeros(h.shape, dtype=torch.bool)
-    if case.x.dtype in (torch.float32, torch.float64) and h.numel():
-        reach = 4 * (pre_activation(case, torch.float32) - h).abs().max()
-        reach *= torch.finfo(case.x.dtype).eps / torch.finfo(torch.float32).eps
-        for kink in kinks:
-            near |= (h - kink).abs() <= reach
+    dtype = torch.float32 if case.x.dtype == torch.float64 else case.x.dtype
+    error, near = (pre_activation(case, dtype) - h).abs(), torch.zeros(h.shape, dtype=torch.bool)
+    for kink in KINKS.get(case.spec.activation, {}):
+        around = (h - kink).abs()
+        if (around < 1).any():
+            near |= around <= 2 * error[around < 1].max()
     return near
 
 
@@ -203,6 +204,7 @@ def without_kinks(case):
     near = near_kink(case)
     assert near.double().mean() <= 0.005, f"{near.sum()} of {near.numel()} elements lie near a kink"
     keep = ~near.any(1)
+    assert keep.double().mean() >= 0.4, f"{keep.sum()} of {keep.numel()} rows are left"
     rows = {name: case.tensors[name][keep] for name in ("x", "residual") if name in case.tensors}
     return case.with_tensors(dy=case.dy[keep], **rows)
 
@@ -219,8 +221,7 @@ def assert_as_accurate(ours, plain, true, what=""):
 
     Each plus one rounding step at the largest value: for the RMS, in one element. The RMS of n errors is itself
     only known to 1/sqrt(2n): the ratio of two may exceed 1.10 by 4/sqrt(n), four standard deviations. In
-    float64 both errors are differences from a third computation that has errors too, part of them common to
-    it and eager: 2x.
+    float64 the oracle has errors of the same size: twice as much.
     """
     assert ours.keys() == true.keys()
     for name in true:
@@ -230,23 +231,25 @@ def assert_as_accurate(ours, plain, true, what=""):
             continue
         step = torch.finfo(ours[name].dtype).eps * true[name].abs().max()
         rms, rms_allowed = error.square().mean().sqrt(), allowed.square().mean().sqrt()
-        factor = (2.0 if ours[name].dtype == torch.float64 else 1.10) + 4 * n**-0.5
+        oracle = 2 if ours[name].dtype == torch.float64 else 1
+        factor = 1.10 * oracle + 4 * n**-0.5
         told = f"{name} of {what}: RMS error {rms:.3g}, eager {rms_allowed:.3g} (x{rms / rms_allowed:.2f}); "
         told += f"largest {error.max():.3g}, eager {allowed.max():.3g}; one step {step:.3g}; n = {n}"
         assert rms <= factor * rms_allowed + step * n**-0.5, told
-        assert error.max() <= 2 * allowed.max() + step, told
+        assert error.max() <= 2 * oracle * allowed.max() + step, told
 
 
 def assert_close(ours, plain, true, terms, what=""):
     """For a few elements, where no RMS is to be had: within twice eager's error plus a random walk of roundings.
 
-    `terms`: how many additions a sum has. What this looks for is wrong by the size of the values themselves.
+    `terms`: how many additions a sum has. Operands are of the order of 1, and so are the terms, also where they
+    cancel. What this looks for is wrong by the size of the values themselves.
     """
     assert ours.keys() == true.keys()
     for name in true:
         error, allowed = _errors(name, ours[name], plain[name], true[name])
         if error.numel():
-            walk = torch.finfo(ours[name].dtype).eps * true[name].abs().max() * terms**0.5
+            walk = torch.finfo(ours[name].dtype).eps * max(1.0, true[name].abs().max()) * terms**0.5
             told = f"{name} of {what}: error {error.max():.3g}, eager {allowed.max():.3g}, walk {walk:.3g}"
             assert error.max() <= 2 * allowed.max() + walk, told
 

@@ -43,15 +43,15 @@ def in_layer(cls, case, dtype=None):
 def one_step(layer, case):
     """Output, gradients and buffers of one training step, after a look at the parameters it has moved."""
     x = case.x.detach().to(layer.linear.weight.dtype).requires_grad_()
-    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    before = layer.linear.weight.detach().clone()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     y = layer(x)
     y.backward(case.dy.to(y.dtype))
     optimizer.step()
-    for name, p in layer.named_parameters():
-        assert p.isfinite().all() and not torch.equal(p, before[name]), f"{name} did not move"
+    assert all(p.isfinite().all() for p in layer.parameters())
+    assert not torch.equal(layer.linear.weight, before), "the step moved the weight"
     result = {"y": y.detach(), "dx": x.grad, **{f"d{n}": p.grad for n, p in layer.named_parameters()}}
-    return result | {name: b.clone() for name, b in layer.named_buffers()}
+    return result | {name: b.clone() for name, b in layer.named_buffers() if b.is_floating_point()}
 
 
 @pytest.mark.parametrize("activation", EACH_ACTIVATION)
@@ -87,7 +87,7 @@ def test_batch_norm_in_evaluation(order, dtype):
 @pytest.mark.parametrize("order", ALIASES)
 def test_input_scales(order, norm, dtype, scale):
     for activation in ("relu", "gelu"):
-        case = make_case(order=order, norm=norm, activation=activation, scale=scale, dtype=dtype, draw=1)
+        case = make_case(32, order=order, norm=norm, activation=activation, scale=scale, dtype=dtype)
         check_accuracy(without_kinks(case))
 
 
@@ -96,8 +96,9 @@ def test_input_scales(order, norm, dtype, scale):
 @pytest.mark.parametrize("order", ["note", "resnet-v1", "preact", "prenorm", "postnorm", "branch-norm"])
 def test_mean_1e3_sigma_1(order, norm, dtype):
     """The norm sees values that are nearly all mean: E[z^2] - E[z]^2 would keep no digit of them."""
-    for activation in ("relu", "gelu"):
-        check_accuracy(without_kinks(make_case(order=order, norm=norm, activation=activation, mean=1e3, dtype=dtype)))
+    for activation in ("gelu", "silu") if dtype in (BF16, F16) else ("gelu", "relu"):
+        case = make_case(48, order=order, norm=norm, activation=activation, mean=1e3, dtype=dtype)
+        check_accuracy(without_kinks(case))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])

@@ -30,15 +30,15 @@ inline void norm_grad(const Backward<A>& b, const Tape<A>& tape, A* d) {
   accumulate(b.dbeta, d, n);
   if (p.recipe->batch_stats) {  // the sums over all rows are known by now
     const A weight = A(1) / static_cast<A>(p.M);
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i)
       d[i] = p.rstd[i] * (d[i] - weight * (b.dh_sum[i] + tape.c[i] * b.dhc_sum[i]));
-    return scale_shift<A>(d, p.gamma, nullptr, n);
   }
-  scale_shift<A>(d, p.gamma, nullptr, n);
-  if (p.recipe->norm == Norm::batch)
-    for (int64_t i = 0; i < n; ++i) d[i] *= p.rstd[i];
-  else
+  if (p.gamma) scale_shift<A>(d, p.gamma, nullptr, d, n);
+  if (p.recipe->norm != Norm::batch)
     normalize_grad(d, tape.c, tape.rstd, n, p.recipe->norm == Norm::layer);
+  else if (!p.recipe->batch_stats)
+    scale_shift<A>(d, p.rstd, nullptr, d, n);
 }
 
 // d becomes the gradient of what `stage` acted on. `dx_add` collects what `add` sends to the program's own input.
@@ -54,7 +54,10 @@ inline void backward_stage(const Backward<A>& b, Stage stage, int64_t m, const T
       return activate_grad(r.act, d, tape.act, n);
     case Stage::gate:
       accumulate_product(b.dgate, d, tape.gate, n);
-      for (int64_t i = 0; i < n; ++i) d[i] *= p.gate[r.scalar_gate ? 0 : i];
+      if (r.scalar_gate)
+        for (int64_t i = 0; i < n; ++i) d[i] *= p.gate[0];
+      else
+        scale_shift<A>(d, p.gate, nullptr, d, n);
       return;
     case Stage::dropout:
       return drop_elements(d, n, p.seed, static_cast<uint64_t>(m) * n, r.dropout);
@@ -82,26 +85,41 @@ inline size_t replayed(const std::vector<Stage>& stages) {
   return count;
 }
 
+// Rows of a program's width: the forward's values (a tape keeps up to three of them), d, and what `add` sends back.
 template <class A>
 struct Buffers {
   std::vector<A> memory;
-  A *t, *d, *dx_add;
+  int64_t width;
+  A *d, *dx_add;
   Tape<A> tape;
-  explicit Buffers(int64_t n) : memory(6 * n), t(memory.data()), d(t + n), dx_add(d + n) {
-    tape.act = dx_add + n;
-    tape.gate = tape.act + n;
-    tape.c = tape.gate + n;
-  }
+  explicit Buffers(int64_t n) : memory(6 * n), width(n), d(memory.data()), dx_add(d + n) {}
+  A* value(int i) { return dx_add + (i + 1) * width; }
 };
+
+// Fills the tape. The last stage's own result is not needed, only what it saw.
+template <class T, class A>
+inline void replay_row(const Program<A>& p, int64_t m, size_t count, Buffers<A>& buffers) {
+  if (count == 0) return;
+  int used = 0;
+  A* t = buffers.value(used);
+  load_row(row<const T>(p.input, m), t, p.width);
+  for (size_t i = 0; i + 1 < count; ++i) {
+    A* out = forward_stage<T, A, true>(p, (*p.stages)[i], m, t, buffers.value(used + 1), &buffers.tape);
+    used += out != t;
+    t = out;
+  }
+  const Stage last = (*p.stages)[count - 1];
+  if (last == Stage::act) buffers.tape.act = t;
+  else if (last == Stage::gate) buffers.tape.gate = t;
+  else forward_stage<T, A, true>(p, last, m, t, buffers.value(used + 1), &buffers.tape);
+}
 
 // Leaves in d the gradient of the value that stages[first] acted on.
 template <class T, class A>
 inline void backward_row(const Backward<A>& b, int64_t m, size_t replay, size_t first, Buffers<A>& buffers) {
-  const Program<A>& p = b.program;
-  const std::vector<Stage>& stages = *p.stages;
-  if (replay > 0) load_row(row<const T>(p.input, m), buffers.t, p.width);
-  for (size_t i = 0; i < replay; ++i) forward_stage<T, A, true>(p, stages[i], m, buffers.t, &buffers.tape);
-  load_row(row<const T>(b.dy, m), buffers.d, p.width);
+  const std::vector<Stage>& stages = *b.program.stages;
+  replay_row<T>(b.program, m, replay, buffers);
+  load_row(row<const T>(b.dy, m), buffers.d, b.program.width);
   for (size_t i = stages.size(); i > first; --i)
     backward_stage<T>(b, stages[i - 1], m, buffers.tape, buffers.d, buffers.dx_add);
 }

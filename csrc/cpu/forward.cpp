@@ -11,7 +11,7 @@ template <class T, class A>
 FUSEDRES_SIMD_CLONES void forward_typed(const Program<A>& p, const Rows& y, int64_t begin, int64_t end, A* t) {
   for (int64_t m = begin; m < end; ++m) {
     load_row(row<const T>(p.input, m), t, p.width);
-    for (Stage stage : *p.stages) forward_stage<T, A, false>(p, stage, m, t, nullptr);
+    for (Stage stage : *p.stages) forward_stage<T, A, false>(p, stage, m, t, t, nullptr);
     store_row(t, row<T>(y, m), p.width);
   }
 }
@@ -23,7 +23,7 @@ FUSEDRES_SIMD_CLONES void statistics_typed(const Program<A>& p, A* mean, A* m2, 
     load_row(row<const T>(p.input, m), t, p.width);
     for (Stage stage : *p.stages) {
       if (stage == Stage::norm) break;
-      forward_stage<T, A, false>(p, stage, m, t, nullptr);
+      forward_stage<T, A, false>(p, stage, m, t, t, nullptr);
     }
     const A weight = A(1) / static_cast<A>(m - begin + 1);
     for (int64_t i = 0; i < p.width; ++i) {

@@ -75,31 +75,33 @@ inline A dot(const A* a, const A* b, int64_t n) {
   return s;
 }
 
-// t becomes c; returns rstd. Two passes: the second about the mean.
+// Two passes, the second about the mean: t becomes t - mean (layer) and the result is rstd, so that c = t * rstd.
 template <class A>
-inline A normalize(A* t, int64_t n, bool center, A eps) {
-  if (center) {
-    const A mean = sum(t, n) / n;
-    for (int64_t i = 0; i < n; ++i) t[i] -= mean;
+inline A center(A* t, int64_t n, bool subtract_mean, A eps) {
+  if (!subtract_mean) return 1 / std::sqrt(dot(t, t, n) / n + eps);
+  const A mean = sum(t, n) / n;
+  A squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < n; ++i) {
+    t[i] -= mean;
+    squares += t[i] * t[i];
   }
-  const A rstd = 1 / std::sqrt(dot(t, t, n) / n + eps);
-  for (int64_t i = 0; i < n; ++i) t[i] *= rstd;
-  return rstd;
+  return 1 / std::sqrt(squares / n + eps);
 }
 
+// out = gamma * t + beta; out may be t.
 template <class A>
-inline void normalize_columns(A* t, const A* mean, const A* rstd, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) t[i] = (t[i] - mean[i]) * rstd[i];
-}
-
-template <class A>
-inline void scale_shift(A* t, const A* gamma, const A* beta, int64_t n) {
-  if (gamma && beta)
-    for (int64_t i = 0; i < n; ++i) t[i] = gamma[i] * t[i] + beta[i];
-  else if (gamma)
-    for (int64_t i = 0; i < n; ++i) t[i] *= gamma[i];
-  else if (beta)
-    for (int64_t i = 0; i < n; ++i) t[i] += beta[i];
+inline void scale_shift(const A* t, const A* gamma, const A* beta, A* out, int64_t n) {
+  if (gamma && beta) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = gamma[i] * t[i] + beta[i];
+  } else if (gamma) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = gamma[i] * t[i];
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = beta ? t[i] + beta[i] : t[i];
+  }
 }
 
 // d, the gradient of c, becomes the gradient of t: rstd * (d - mean(d) - c * mean(d * c)); rms has no mean(d).
@@ -143,18 +145,21 @@ inline bool beyond_sin_limit(const float* t, int64_t n) {
 }
 inline bool beyond_sin_limit(const double*, int64_t) { return false; }
 
+// out = act(t); out may be t.
 template <class A>
-inline void activate(Act act, A* t, int64_t n) {
+inline void activate(Act act, const A* t, A* out, int64_t n) {
   with_activation(act, [&](auto activation) {
     using F = decltype(activation);
     if (std::is_same_v<F, Sin> && beyond_sin_limit(t, n)) {
-      for (int64_t i = 0; i < n; ++i) t[i] = std::sin(t[i]);
+      for (int64_t i = 0; i < n; ++i) out[i] = std::sin(t[i]);
     } else {
-      for (int64_t i = 0; i < n; ++i) t[i] = F::value(t[i]);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) out[i] = F::value(t[i]);
     }
   });
 }
 
+// d *= act'(h)
 template <class A>
 inline void activate_grad(Act act, A* d, const A* h, int64_t n) {
   with_activation(act, [&](auto activation) {
@@ -162,6 +167,7 @@ inline void activate_grad(Act act, A* d, const A* h, int64_t n) {
     if (std::is_same_v<F, Sin> && beyond_sin_limit(h, n)) {
       for (int64_t i = 0; i < n; ++i) d[i] *= std::cos(h[i]);
     } else {
+#pragma omp simd
       for (int64_t i = 0; i < n; ++i) d[i] *= F::grad(h[i]);
     }
   });
@@ -174,9 +180,17 @@ inline double keep_scale(double p) { return p < 1 ? 1 / (1 - p) : 0; }
 // if it was NaN.
 template <class A>
 inline void drop_elements(A* t, int64_t n, uint64_t seed, uint64_t first, double p) {
-  const uint64_t threshold = drop_threshold(p);
+  constexpr int64_t kBlock = 256;  // words are made apart from their use: together, gcc makes no SIMD code of them
+  uint32_t words[kBlock];
+  const uint32_t threshold = static_cast<uint32_t>(std::min<uint64_t>(drop_threshold(p), UINT32_MAX));
   const A scale = static_cast<A>(keep_scale(p));
-  for (int64_t i = 0; i < n; ++i) t[i] = philox(seed, first + i, Stream::element) >= threshold ? t[i] * scale : A(0);
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t count = std::min(kBlock, n - begin);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) words[i] = philox(seed, first + begin + i, Stream::element);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) t[begin + i] = words[i] >= threshold && p < 1 ? t[begin + i] * scale : A(0);
+  }
 }
 
 template <class A>
@@ -191,42 +205,81 @@ inline void drop_sample(A* t, int64_t n, uint64_t seed, uint64_t sample, double 
 // What a row's backward needs of its forward: the value that `act` and `gate` saw, the norm's c and rstd.
 template <class A>
 struct Tape {
-  A *act = nullptr, *gate = nullptr, *c = nullptr;
+  const A *act = nullptr, *gate = nullptr, *c = nullptr;
   A rstd = 0;
 };
 
-template <class T, class A, bool kTape>
-inline void forward_stage(const Program<A>& p, Stage stage, int64_t m, A* t, Tape<A>* tape) {
+// out = h = gamma * c + beta. c stays in t where it is kept apart from out, that is for a tape; returns rstd.
+template <class A>
+inline A norm_forward(const Program<A>& p, A* t, A* out) {
   const Recipe& r = *p.recipe;
   const int64_t n = p.width;
+  if (r.norm == Norm::batch) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) t[i] = (t[i] - p.mean[i]) * p.rstd[i];
+    scale_shift(t, p.gamma, p.beta, out, n);
+    return 0;
+  }
+  const A rstd = center(t, n, r.norm == Norm::layer, static_cast<A>(r.eps));
+  if (p.gamma && p.beta) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const A c = t[i] * rstd;
+      t[i] = c;
+      out[i] = p.gamma[i] * c + p.beta[i];
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) t[i] *= rstd;
+    scale_shift(t, p.gamma, p.beta, out, n);
+  }
+  return rstd;
+}
+
+// Runs one stage on t and returns where its result lies: t itself, or `next` where the tape keeps what the stage saw.
+template <class T, class A, bool kTape>
+inline A* forward_stage(const Program<A>& p, Stage stage, int64_t m, A* t, A* next, Tape<A>* tape) {
+  const Recipe& r = *p.recipe;
+  const int64_t n = p.width;
+  A* out = kTape && needs_input(stage) ? next : t;
   switch (stage) {
-    case Stage::norm:
-      if (r.norm == Norm::batch) {
-        normalize_columns(t, p.mean, p.rstd, n);
-      } else {
-        const A rstd = normalize(t, n, r.norm == Norm::layer, static_cast<A>(r.eps));
-        if constexpr (kTape) tape->rstd = rstd;
+    case Stage::norm: {
+      const A rstd = norm_forward(p, t, out);
+      if constexpr (kTape) {
+        tape->c = t;
+        tape->rstd = rstd;
       }
-      if constexpr (kTape) std::memcpy(tape->c, t, n * sizeof(A));
-      return scale_shift(t, p.gamma, p.beta, n);
+      return out;
+    }
     case Stage::act:
-      if constexpr (kTape) std::memcpy(tape->act, t, n * sizeof(A));
-      return activate(r.act, t, n);
+      if constexpr (kTape) tape->act = t;
+      activate(r.act, t, out, n);
+      return out;
     case Stage::gate:
-      if constexpr (kTape) std::memcpy(tape->gate, t, n * sizeof(A));
-      for (int64_t i = 0; i < n; ++i) t[i] *= p.gate[r.scalar_gate ? 0 : i];
-      return;
+      if constexpr (kTape) tape->gate = t;
+      if (r.scalar_gate) {
+        const A gate = p.gate[0];
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) out[i] = t[i] * gate;
+      } else {
+        scale_shift<A>(t, p.gate, nullptr, out, n);
+      }
+      return out;
     case Stage::dropout:
-      return drop_elements(t, n, p.seed, static_cast<uint64_t>(m) * n, r.dropout);
+      drop_elements(t, n, p.seed, static_cast<uint64_t>(m) * n, r.dropout);
+      return t;
     case Stage::droppath:
-      return drop_sample(t, n, p.seed, m / p.sample_rows, r.drop_path);
+      drop_sample(t, n, p.seed, m / p.sample_rows, r.drop_path);
+      return t;
     case Stage::add: {
       const Rows& source = p.residual_is_input ? p.input : p.residual;
-      return add_scaled(row<T>(source, m), static_cast<A>(r.residual_scale), t, std::min(source.features, n));
+      add_scaled(row<T>(source, m), static_cast<A>(r.residual_scale), t, std::min(source.features, n));
+      return t;
     }
     case Stage::linear:
-      return;
+      return t;
   }
+  return t;
 }
 
 // Calls f(T, A) with the storage and accumulate types of `dtype`.

@@ -11,6 +11,7 @@ import torch
 from .. import ops
 from ..checks import BACKENDS
 from ..spec import Spec, one_of
+from ..tracing import constant_when_compiled
 
 _log = logging.getLogger("fusedres")
 
@@ -31,7 +32,7 @@ def why_not(backend: str, spec: Spec, dtype: torch.dtype, device: torch.device, 
 AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}  # device type -> what "auto" tries, best first
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 @lru_cache(maxsize=4096)
 def choose(backend: str, recipe: str, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str:
     """The backend that runs this layer; the batch size has no say, so a compiled graph serves every batch.

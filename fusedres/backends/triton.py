@@ -1,4 +1,4 @@
-"""The Triton backend: orders linear[-norm][-act][-add] with a norm over rows; one launch forward, three backward.
+"""The Triton backend: orders linear[-norm][-act][-add], norms over rows; 1 launch forward, 3 back.
 
 Importing this module imports Triton; without Triton it still imports, and `why_not` says so.
 """
@@ -31,9 +31,9 @@ ELEMENT_SIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 # BLOCK_N: (BLOCK_M of 16-bit types, BLOCK_M of fp32, bytes of BLOCK_K, num_warps)
 TILES = {
     16: (128, 128, 128, 4),
-    32: (128, 64, 128, 4),
-    64: (128, 64, 128, 8),
-    128: (128, 64, 128, 8),
+    32: (128, 128, 128, 4),
+    64: (128, 128, 128, 8),
+    128: (128, 128, 128, 8),
     256: (64, 32, 128, 8),
     512: (32, 16, 128, 8),
     1024: (16, 8, 64, 8),
@@ -60,7 +60,7 @@ class Tile(NamedTuple):
 
 
 def plan(spec: Spec, dtype: torch.dtype, M: int, N: int, K: int) -> Tile:
-    """The forward kernel's tile for x (M, K) and weight (N, K). A norm wants whole rows, so N <= BLOCK_N."""
+    """The forward kernel's tile for x (M, K) and weight (N, K); with a norm N <= BLOCK_N."""
     block_n = max(min(TILES), triton.next_power_of_2(N))
     if spec.norm is None:
         block_n = min(block_n, WIDEST_TILE)
@@ -88,7 +88,7 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
     if spec.norm is not None and N > WIDEST_ROW:
         return f"rows of {N} features do not fit in one program (limit {WIDEST_ROW})"
     if spec.norm is None and N > COLUMN_TILES * WIDEST_TILE:
-        return f"{N} outputs are more than the Triton kernels take (limit {COLUMN_TILES * WIDEST_TILE})"
+        return f"{N} outputs are too many for one launch (limit {COLUMN_TILES * WIDEST_TILE})"
     return _why_not_on(device)
 
 
@@ -99,7 +99,8 @@ def _why_not_on(device: torch.device) -> str | None:
         return f"device is {device} and TRITON_INTERPRET is not set"
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     if shared < SHARED_MEMORY:
-        return f"{device} has {shared >> 10} KiB of shared memory a block, tiles need {SHARED_MEMORY >> 10}"
+        needed = SHARED_MEMORY >> 10
+        return f"{device} has {shared >> 10} KiB of shared memory a block, the tiles need {needed}"
     return None
 
 
@@ -118,10 +119,10 @@ def residual_forward(
     recipe: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (M, N), z (M, N) if backward needs it else (0,), and no statistics: backward has them from z.
+    """y (M, N), z (M, N) if backward needs it else (0,), and no statistics: z has them.
 
-    x (M, K) and residual (M, R), R <= N, of any strides; weight (N, K); vectors (N,). Without `residual` x is
-    what goes into the shortcut.
+    x (M, K) and residual (M, R), R <= N, of any strides; weight (N, K); vectors (N,). Without
+    `residual` x is what goes into the shortcut.
     """
     spec = Spec.parse(recipe)
     (M, K), N = x.shape, weight.shape[0]
@@ -130,15 +131,16 @@ def residual_forward(
     z = x.new_empty((M, N) if saves else (0,))
     if y.numel():
         shortcut = (x if residual is None else residual) if spec.adds else None
+        R, strides = (0, (0, 0)) if shortcut is None else (shortcut.shape[1], shortcut.stride())
         tile = plan(spec, x.dtype, M, N, K)
         grid = (triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)
         with torch.cuda.device_of(x):
             residual_forward_kernel[grid](
                 x, weight, bias, norm_weight, norm_bias, shortcut, z if saves else None, y,
-                M, N, K, 0 if shortcut is None else shortcut.shape[1], spec.eps, spec.residual_scale,
-                *x.stride(), *weight.stride(), *((0, 0) if shortcut is None else shortcut.stride()),
-                NORM=NORMS[spec.norm][0], ACT=ACTIVATIONS[spec.activation][0], PRECISION=_precision(),
-                **tile._asdict(),
+                M, N, K, R, spec.eps, spec.residual_scale,
+                *x.stride(), *weight.stride(), *strides,
+                NORM=NORMS[spec.norm][0], ACT=ACTIVATIONS[spec.activation][0],
+                PRECISION=_precision(), **tile._asdict(),
             )  # fmt: skip
     return y, z, x.new_empty(0, dtype=torch.float32)
 
@@ -160,15 +162,15 @@ def residual_backward(
     recipe: str,
     needs: int,
 ) -> list[Tensor]:
-    """The gradients of those of INPUTS whose bit is set in `needs`, each in its tensor's shape and dtype.
+    """The gradients of those of INPUTS whose bit is set in `needs`, shaped and typed like them.
 
-    dy (M, N) of any strides, z as `residual_forward` saved it. One launch makes dz, the shortcut's gradient and
-    the column sums; dx and dweight are matrix products.
+    dy (M, N) of any strides, z as `residual_forward` saved it. One launch makes dz, the shortcut's
+    gradient and the column sums; dx and dweight are matrix products.
     """
     spec = Spec.parse(recipe)
     inputs = (x, weight, dy.new_empty(dy.shape[1]), norm_weight, norm_bias, gate, residual)
-    wanted = [(name, t) for i, (name, t) in enumerate(zip(INPUTS, inputs, strict=True)) if needs >> i & 1]
-    grads = {name: t.new_empty(t.shape) for name, t in wanted}
+    wanted = [i for i in range(len(INPUTS)) if needs >> i & 1]
+    grads = {INPUTS[i]: inputs[i].new_empty(inputs[i].shape) for i in wanted}
     if not dy.numel():
         return [grad.zero_() for grad in grads.values()]
 
@@ -204,6 +206,7 @@ def _launch_backward(
     M, N = dy.shape
     block_n = plan(spec, dy.dtype, M, N, 0).BLOCK_N
     block_m = BACKWARD_TILE // block_n
+    R = 0 if dshortcut is None else dshortcut.shape[1]
     programs = min(triton.cdiv(M, block_m), BACKWARD_PROGRAMS)
     sums = [grads.get(name) for name in ("bias", "norm_weight", "norm_bias")]
     partial = arrived = None
@@ -214,14 +217,14 @@ def _launch_backward(
     with torch.cuda.device_of(dy):
         residual_backward_kernel[programs, triton.cdiv(N, block_n)](
             dy, z, norm_weight, norm_bias, dz, dshortcut, *sums, partial, arrived,
-            M, N, 0 if dshortcut is None else dshortcut.shape[1], spec.eps, spec.residual_scale, *dy.stride(),
+            M, N, R, spec.eps, spec.residual_scale, *dy.stride(),
             NORM=norm, NORM_GRAD=norm_grad, ACT_GRAD=ACTIVATIONS[spec.activation][1],
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=BACKWARD_WARPS,
         )  # fmt: skip
 
 
 def _workspace(t: Tensor) -> Tensor:
-    """Arrival counters, one for each column tile; every launch leaves them at 0, so they are cleared once.
+    """Arrival counters, one for each column tile. A launch leaves them at 0: they are cleared once.
 
     Each stream has its own. A CUDA graph being captured gets its own too, cleared within the graph.
     """

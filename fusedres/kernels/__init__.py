@@ -1,1 +1,1 @@
-"""Triton kernels: the maths alone, on pointers, sizes and strides. What launches them is backends/triton.py."""
+"""Triton kernels: the maths alone, on pointers and strides. backends/triton.py launches them."""

@@ -10,8 +10,8 @@ from .forward import load_tile, load_vector
 
 @triton.jit
 def last_to_arrive(counter_ptr, count):
-    """True in the last of `count` programs, which then sees what the others stored. It resets the counter."""
-    tl.debug_barrier()
+    """True in the last of `count` programs. It sees what all have stored and resets the counter."""
+    tl.debug_barrier()  # the stores of all threads come before the atomic, which is one thread's
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == count - 1
     if last:
         tl.store(counter_ptr, 0)
@@ -26,8 +26,8 @@ def store_sum(out_ptr, partial_ptr, n, N, count, BLOCK_M: tl.constexpr, BLOCK_N:
         p = first + tl.arange(0, BLOCK_M)
         inside = (p < count)[:, None] & (n < N)[None, :]
         # Past L1, which may hold an older copy of a line.
-        rows = tl.load(partial_ptr + p[:, None] * N + n[None, :], inside, 0.0, cache_modifier=".cg")
-        total += rows
+        at = partial_ptr + p[:, None] * N + n[None, :]
+        total += tl.load(at, inside, 0.0, cache_modifier=".cg")
     tl.store(out_ptr + n, tl.sum(total, 0), n < N)
 
 
@@ -39,17 +39,19 @@ def residual_backward_kernel(
     NORM: tl.constexpr, NORM_GRAD: tl.constexpr, ACT_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """c, rstd = NORM(z) ; dh = dy * ACT_GRAD(norm_weight * c + norm_bias) ; dz = NORM_GRAD(norm_weight * dh)
+    """c, rstd = NORM(z) ; dh = dy * ACT_GRAD(norm_weight * c + norm_bias)
+    dz = NORM_GRAD(norm_weight * dh, c, rstd) ; dresidual = residual_scale * dy[:, :R]
+    dbias = sum_m dz ; dnorm_weight = sum_m dh * c ; dnorm_bias = sum_m dh
 
-    dresidual = residual_scale * dy[:, :R] ; dbias = sum_m dz ; dnorm_weight = sum_m dh * c ; dnorm_bias = sum_m dh
-
-    dy (M, N) ; z, dz (M, N) contiguous ; dresidual (M, R) contiguous ; vectors (N) ; each result may be None.
-    Grid (programs, column tiles): a program walks over row blocks and keeps its column sums in registers; they
-    meet in partial (3, programs, N), which the last program to arrive adds up.
+    dy (M, N) ; z, dz (M, N) contiguous ; dresidual (M, R) contiguous ; vectors (N). Each result may
+    be None. Grid (programs, column tiles): a program walks over row blocks, its column sums stay in
+    registers and then meet in partial (3, programs, N), which the last program to arrive adds up.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    gamma = load_vector(norm_weight_ptr, n, N, 1.0)
+    beta = load_vector(norm_bias_ptr, n, N, 0.0)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_dhc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -59,16 +61,8 @@ def residual_backward_kernel(
         dy = load_tile(dy_ptr, m, n, M, N, stride_dym, stride_dyn).to(tl.float32)
         z = load_tile(z_ptr, m, n, M, N, N, 1).to(tl.float32)
         c, rstd = NORM(z, (n < N)[None, :], N, eps)
-        h = c
-        if norm_weight_ptr is not None:
-            h *= load_vector(norm_weight_ptr, n, N)
-        if norm_bias_ptr is not None:
-            h += load_vector(norm_bias_ptr, n, N)
-        dh = dy * ACT_GRAD(h)
-        g = dh
-        if norm_weight_ptr is not None:
-            g *= load_vector(norm_weight_ptr, n, N)
-        dz = NORM_GRAD(g, c, rstd, N)
+        dh = dy * ACT_GRAD(gamma * c + beta)
+        dz = NORM_GRAD(gamma * dh, c, rstd, N)
 
         inside = (m < M)[:, None] & (n < N)[None, :]
         if dz_ptr is not None:
@@ -81,15 +75,15 @@ def residual_backward_kernel(
         sum_dhc += tl.where(inside, dh * c, 0.0)
         sum_dh += tl.where(inside, dh, 0.0)
 
-    row = partial_ptr + program * N + n
-    plane = programs * N
-    if dbias_ptr is not None:
-        tl.store(row, tl.sum(sum_dz, 0), n < N)
-    if dnorm_weight_ptr is not None:
-        tl.store(row + plane, tl.sum(sum_dhc, 0), n < N)
-    if dnorm_bias_ptr is not None:
-        tl.store(row + 2 * plane, tl.sum(sum_dh, 0), n < N)
-    if arrived_ptr is not None:
+    if partial_ptr is not None:
+        row = partial_ptr + program * N + n
+        plane = programs * N
+        if dbias_ptr is not None:
+            tl.store(row, tl.sum(sum_dz, 0), n < N)
+        if dnorm_weight_ptr is not None:
+            tl.store(row + plane, tl.sum(sum_dhc, 0), n < N)
+        if dnorm_bias_ptr is not None:
+            tl.store(row + 2 * plane, tl.sum(sum_dh, 0), n < N)
         if last_to_arrive(arrived_ptr + tl.program_id(1), programs):
             if dbias_ptr is not None:
                 store_sum(dbias_ptr, partial_ptr, n, N, programs, BLOCK_M, BLOCK_N)

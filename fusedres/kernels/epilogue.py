@@ -1,7 +1,7 @@
 """What acts on a tile in registers: row norms and activations, each beside its derivative, in fp32.
 
-A kernel takes these functions as constexpr arguments and does not know which exist. Plain arithmetic only, so
-that the interpreter runs them too. Comparisons are written such that NaN comes out of every activation.
+A kernel takes these functions as constexpr arguments and does not know which exist. They are plain
+arithmetic, so the interpreter runs them too. NaN compares false and comes out of every activation.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Norms: z [BLOCK_M, BLOCK_N] holds whole rows of N features, `live` masks the columns that exist. NORM gives
-# c = (z - mean) * rstd and rstd; NORM_GRAD(g, c, rstd, N), where g = gamma * dh is 0 in dead columns, gives dz.
+# Norms: z [BLOCK_M, BLOCK_N] holds whole rows of N features, `live` masks the columns that exist.
+# norm(z, live, N, eps) gives c = (z - mean) * rstd, 0 in dead columns, and rstd [BLOCK_M];
+# norm_grad(g, c, rstd, N) gives dz from g = gamma * dh, which is 0 in dead columns.
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def rms_norm_grad(g, c, rstd, N):
 
 @triton.jit
 def expm1(h):
-    """exp(h) - 1 for h <= 0, to a few ulp: the Taylor series near 0, where the difference would cancel."""
+    """exp(h) - 1 for h <= 0; near 0, where the difference would cancel, its Taylor series."""
     p = 1 / 5040 + h * (1 / 40320)
     p = 1 / 120 + h * (1 / 720 + h * p)
     p = 1.0 + h * (1 / 2 + h * (1 / 6 + h * (1 / 24 + h * p)))
@@ -66,7 +67,7 @@ def expm1(h):
 
 @triton.jit
 def log1p(e):
-    """log(1 + e) = 2 atanh(s), s = e / (2 + e), for 0 <= e <= 1, where the series of atanh ends at s**15."""
+    """log(1 + e) = 2 atanh(s), s = e / (2 + e), for 0 <= e <= 1; the series of atanh to s**15."""
     s = e / (2.0 + e)
     q = s * s
     p = 1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))
@@ -75,7 +76,7 @@ def log1p(e):
 
 @triton.jit
 def normal_cdf(h):
-    """Phi(h) = (1 + erf(h / sqrt(2))) / 2 to 6e-8: Phi(-t) = 2**(-t*p(t)) / 2 with a minimax p of degree 7."""
+    """(1 + erf(h / sqrt(2))) / 2 to 8e-8: Phi(-t) = 2**(-t * p(t)) / 2, p minimax of degree 7."""
     t = tl.abs(h)
     p = -3.93776863347739e-05 + t * 2.8349124931992264e-06
     p = 0.00013693638902623206 + t * (0.000186180230230093 + t * p)
@@ -194,7 +195,7 @@ def silu_grad(h):
 
 @triton.jit
 def mish(h):
-    """h * tanh(softplus(h)) = h * q / (q + 2), q = e * (e + 2), e = exp(h); the factor is 1 beyond 20."""
+    """h * tanh(softplus(h)) = h * q / (q + 2), q = e * (e + 2), e = exp(h); h itself beyond 20."""
     e = tl.exp(tl.where(h > 20, 20.0, h))
     q = e * (e + 2.0)
     return h * (q / (q + 2.0))
@@ -251,9 +252,13 @@ def sigmoid_grad(h):
 
 @triton.jit
 def tanh(h):
-    t = expm1(-2.0 * tl.abs(h))
-    t = t / (2.0 + t)
-    return tl.where(h < 0, t, -t)
+    """Near 0 the polynomial of Cephes' tanhf (Moshier), where the formula by exp would cancel."""
+    t = tl.abs(h)
+    q = h * h
+    p = 0.133314422036 + q * (-0.0537397155531 + q * (0.0206390887954 + q * -0.00570498872745))
+    small = t + t * q * (-0.333332819422 + q * p)
+    t = tl.where(t < 0.625, small, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * t)))
+    return tl.where(h < 0, -t, t)
 
 
 @triton.jit

@@ -14,9 +14,12 @@ def load_tile(ptr, row, column, rows, columns, stride_row, stride_column):
 
 
 @triton.jit
-def load_vector(ptr, n, N):
-    """One fp32 value for each column n, as a row; 0 past N."""
-    return tl.load(ptr + n, n < N, 0.0).to(tl.float32)[None, :]
+def load_vector(ptr, n, N, missing):
+    """One fp32 value for each column n, as a row, 0 past N. Without a vector: `missing`."""
+    if ptr is None:
+        return missing
+    else:
+        return tl.load(ptr + n, n < N, 0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -27,11 +30,12 @@ def residual_forward_kernel(
     NORM: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """z = x @ weight.T + bias ; y = ACT(norm_weight * NORM(z) + norm_bias) + residual_scale * residual
+    """z = x @ weight.T + bias
+    y = ACT(norm_weight * NORM(z) + norm_bias) + residual_scale * residual
 
-    x (M, K) ; weight (N, K) ; bias, norm_weight, norm_bias (N) ; residual (M, R), R <= N, the rest counts as 0 ;
-    z, y (M, N) contiguous. All but x, weight and y may be None. A program owns BLOCK_M rows by BLOCK_N columns;
-    a NORM over rows needs the whole row: N <= BLOCK_N.
+    x (M, K) ; weight (N, K) ; bias, norm_weight, norm_bias (N) ; residual (M, R), R <= N, the rest
+    counts as 0 ; z, y (M, N) contiguous. All but x, weight and y may be None. A program owns a tile
+    of BLOCK_M rows by BLOCK_N columns; a NORM over rows needs whole rows: N <= BLOCK_N.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     m = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -43,19 +47,15 @@ def residual_forward_kernel(
         x = load_tile(x_ptr, m, k, M, K, stride_xm, stride_xk)
         weight = load_tile(weight_ptr, n, k, N, K, stride_wn, stride_wk)
         z = tl.dot(x, weight.T, z, input_precision=PRECISION)
-    if bias_ptr is not None:
-        z += load_vector(bias_ptr, n, N)
+    z += load_vector(bias_ptr, n, N, 0.0)
 
     inside = (m < M)[:, None] & (n < N)[None, :]
     out = m[:, None] * N + n[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + out, z, inside)
 
-    h, _ = NORM(z, (n < N)[None, :], N, eps)
-    if norm_weight_ptr is not None:
-        h *= load_vector(norm_weight_ptr, n, N)
-    if norm_bias_ptr is not None:
-        h += load_vector(norm_bias_ptr, n, N)
+    c, _ = NORM(z, (n < N)[None, :], N, eps)
+    h = load_vector(norm_weight_ptr, n, N, 1.0) * c + load_vector(norm_bias_ptr, n, N, 0.0)
     y = ACT(h)
     if residual_ptr is not None:
         y += residual_scale * load_tile(residual_ptr, m, n, M, R, stride_rm, stride_rn)

@@ -1,0 +1,185 @@
+"""The residual block of two matmuls: two fused calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .functional import plain_linear
+from .modules import FusedResidual
+from .spec import STAGES, one_of
+
+MLP_ORDERS = {
+    "prenorm": "norm-linear-act-linear-add",
+    "postnorm": "linear-act-linear-add-norm",
+    "branch-norm": "linear-act-linear-norm-add",
+    "bro": "linear-norm-act-linear-norm-add",
+    "note": "linear-norm-act-linear-norm-act-add",
+    "resnet-v1": "linear-norm-act-linear-norm-add-act",
+    "preact": "norm-act-linear-norm-act-linear-add",
+}
+
+MLP_SHORTCUTS = ("identity", "linear")
+
+
+def split_order(order: str) -> tuple[str, str]:
+    """The orders of the two fused layers that make up an order of two matmuls.
+
+    Stages between the matmuls join the first layer's epilogue; from the first one on that this
+    layer has already, they are the second layer's prologue.
+    """
+    if not isinstance(order, str):
+        raise ValueError(f"fusedres: order must be a string of two 'linear' stages, got {order!r}")
+    stages = MLP_ORDERS.get(order, order).split("-")
+    for stage in stages:
+        if stage not in STAGES:
+            raise ValueError(
+                f"fusedres: unknown stage {stage!r} in order {order!r}; "
+                f"stages: {', '.join(STAGES)}; well-known orders: {', '.join(MLP_ORDERS)}"
+            )
+    if stages.count("linear") != 2:
+        raise ValueError(
+            f"fusedres: order {order!r} has {stages.count('linear')} 'linear' stages; "
+            f"this block needs two, FusedResidual one"
+        )
+    first = stages.index("linear")
+    second = stages.index("linear", first + 1)
+    for stage in ("gate", "droppath", "add"):
+        if stage in stages[:second]:
+            raise ValueError(
+                f"fusedres: stage {stage!r} must follow the second 'linear' in order {order!r}"
+            )
+    for cut in range(second, first, -1):
+        halves = stages[:cut], stages[cut:]
+        if all(len(set(half)) == len(half) for half in halves):
+            return "-".join(halves[0]), "-".join(halves[1])
+    raise ValueError(f"fusedres: order {order!r} does not split into two layers of distinct stages")
+
+
+class FusedResidualMLP(nn.Module):
+    """The residual block of two matmuls, W1 (hidden, K) and W2 (N, hidden), in two fused calls.
+
+    =============== =================================== ==================================
+    order           y                                   where it is found
+    =============== =================================== ==================================
+    "prenorm"       r + drop(gate * W2 act(W1 norm(x))) ViT, ConvNeXt, SimBa, RTDL's ResNet
+    "postnorm"      norm(r + drop(W2 act(W1 x)))        BERT, the first transformer
+    "branch-norm"   r + norm(W2 act(W1 x))              mesh graph nets
+    "bro"           r + norm(W2 act(norm(W1 x)))        BRO
+    "note"          r + act(norm(W2 act(norm(W1 x))))   the note's layer, twice
+    "resnet-v1"     act(r + norm(W2 act(norm(W1 x))))   ResNet
+    "preact"        r + W2 act(norm(W1 act(norm(x))))   ResNet v2; PINNs with norm=None
+    =============== =================================== ==================================
+
+    W x stands for ``x @ weight.T + bias``, r for ``residual_scale`` times the shortcut of x. Any
+    other string of FusedResidual's stages with two ``linear`` is an order, too. Every ``norm`` is
+    of the same kind with parameters of its own.
+
+    Args:
+        features: K, the size of x's last dimension.
+        hidden_features: the width between the matmuls, default ``4 * features``.
+        out_features: N, default K.
+        order: an alias of the table or a string of stages.
+        hidden_dropout: probability of dropout before the second matmul, in training: the first
+            layer's last stage, unless the order says where. ViT has it, and RTDL's ResNet (there
+            norm="batch", activation="relu").
+        dropout, drop_path, gate, gate_init, residual_scale: of the branch and shortcut, at the sum.
+        shortcut: "identity" (default where K = N), "linear" (default where not: parameters
+            ``shortcut.weight`` (N, K) and ``shortcut.bias``) or a module. "identity" with K != N
+            makes `residual` required.
+        norm, activation, bias, eps, momentum, backend, device, dtype: as in FusedResidual.
+
+    Shapes: x (..., K), residual (..., N) or what the shortcut takes, y (..., N); floating dtypes.
+
+    State-dict keys: those of two FusedResidual layers, ``fc1`` and ``fc2``: ``fc1.linear.weight``,
+    ``fc1.norm.weight`` or ``fc2.norm.weight`` (where the norm stands), ``fc2.gate``, ...; and
+    ``shortcut.*``.
+
+    Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
+    does not fit.
+
+    Sources: https://arxiv.org/abs/2010.11929 (ViT), https://arxiv.org/abs/2106.11959 (RTDL),
+    https://arxiv.org/abs/1810.04805 (BERT), https://arxiv.org/abs/2405.16158 (BRO).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        order: str = "prenorm",
+        norm: str | None = "layer",
+        activation: str | None = "gelu",
+        bias: bool = True,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        gate: str | None = None,
+        gate_init: float | None = None,
+        hidden_dropout: float = 0.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        residual_scale: float = 1.0,
+        shortcut: str | nn.Module | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_feature_counts("FusedResidualMLP", features=features)
+        K, H = features, 4 * features if hidden_features is None else hidden_features
+        N = K if out_features is None else out_features
+        checks.check_feature_counts("FusedResidualMLP", hidden_features=H, out_features=N)
+        first, second = split_order(order)
+        self.features, self.hidden_features, self.out_features, self.order = K, H, N, order
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        settings: dict[str, Any] = {
+            "norm": norm, "activation": activation, "bias": bias, "eps": eps, "momentum": momentum,
+            "backend": backend, **where,
+        }  # fmt: skip
+        self.fc1 = FusedResidual(K, H, order=first, dropout=hidden_dropout, **settings)
+        self.fc2 = FusedResidual(
+            H, N, order=second, gate=gate, gate_init=gate_init, dropout=dropout,
+            drop_path=drop_path, residual_scale=residual_scale, shortcut="identity", **settings,
+        )  # fmt: skip
+        self.adds = "add" in second.split("-")
+        self._default_shortcut = shortcut is None
+        if shortcut is None:
+            shortcut = "linear" if K != N else "identity"
+        self.shortcut: nn.Module | None = None
+        if isinstance(shortcut, nn.Module):
+            self.shortcut = shortcut
+        elif one_of("shortcut", shortcut, MLP_SHORTCUTS) == "linear" and self.adds:
+            self.shortcut = nn.Linear(K, N, **where)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """y (..., N) from x (..., K); `residual` is what goes into the shortcut, default x.
+
+        A residual (..., N) skips the default linear shortcut.
+        """
+        checks.check_x(x, self.features)
+        checks.check_tensor("residual", residual, optional=True)
+        if self.adds:
+            residual = self._shortcut(x, residual)
+        return self.fc2(self.fc1(x), residual)
+
+    def _shortcut(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        fits = residual is not None and residual.shape[-1] == self.out_features
+        if residual is not None and fits and self._default_shortcut:
+            return residual
+        source = x if residual is None else residual
+        shortcut: Any = self.shortcut
+        if shortcut is None:
+            if residual is None and self.features != self.out_features:
+                checks.residual_required(self.features, self.out_features)
+            return source
+        if type(shortcut).forward is not nn.Linear.forward:
+            return shortcut(source)
+        checks.check_shortcut_input(source, shortcut.in_features)
+        return plain_linear(source, shortcut.weight, shortcut.bias, self.fc2.backend)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, {self.hidden_features}, {self.out_features}, order={self.order!r}"

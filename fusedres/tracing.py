@@ -1,0 +1,38 @@
+"""Settings under torch.compile: known by value, and what follows from them constant in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from torch.compiler import is_dynamo_compiling
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def by_value(settings: tuple[Any, ...]) -> list[Any]:
+    """While dynamo traces: the settings without symbols, which it makes of numbers (dynamic=True, or
+    another value than last time). The graph is guarded by their values."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return [guard_scalar(s) if isinstance(s, (int, float)) else s for s in settings]
+
+
+def constant_when_compiled(cached: Function) -> Function:
+    """`cached`, an lru_cache of a function of settings with a plain result, called once while dynamo traces.
+
+    Left alone, dynamo warns of the cache and traces the function inside it.
+    """
+
+    def constant(*settings: Any) -> Any:
+        return cached(*settings)
+
+    # What torch.compiler.assume_constant_result does, which also imports torch._dynamo: seconds at every import.
+    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @wraps(cached)
+    def call(*settings: Any) -> Any:
+        return constant(*by_value(settings)) if is_dynamo_compiling() else cached(*settings)
+
+    return cast(Function, call)
