@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="part of 'NAME DTYPE'")
     parser.add_argument("--seconds", type=float, help="for a row; default 2, with --quick 0.3")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--threads", type=int, help="1 makes sense of a busy machine")
+    parser.add_argument("--threads", type=int, help="1 measures CPU time: for a busy machine")
     parser.add_argument("--output", type=Path, help="default: a new file in bench/results")
     args = parser.parse_args(arguments)
     args.seconds = args.seconds or (0.3 if args.quick else 2.0)
@@ -76,8 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     load = os.getloadavg()[0]
-    if load > 0.3 * torch.get_num_threads():
-        say(f"bench: the machine is busy (load {load:.1f}): trust ratios, not times")
+    if load > 0.3 and torch.get_num_threads() > 1:
+        say(f"bench: the machine is busy (load {load:.1f}); --threads 1 measures CPU time instead")
     results = report.collect(run(args), args.device, load)
     print(report.markdown(results))
     if args.output or not args.quick:

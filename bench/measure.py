@@ -8,7 +8,7 @@ import math
 import resource
 from collections.abc import Callable
 from statistics import quantiles
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ PROTOCOL = {
     "slower_than": f"if calm, contenders with median ratio < {1 - NOISE:g} and upper quartile < 1",
     "saved_bytes": "storages that autograd saves in a forward, each once and whole, except what "
     "lives anyway: inputs, parameters, buffers and the output (the next layer's input)",
-    "clock": "CPU: perf_counter; CUDA: events around the sample, warm caches, no graph",
+    "clock": "CPU: wall time, with --threads 1 the thread's CPU time, which a busy machine hardly "
+    "disturbs; CUDA: events around the sample, warm caches, no graph",
 }
 
 
@@ -46,10 +47,11 @@ def seconds_per_call(call: Callable[[], None], calls: int, device: torch.device)
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e-3 / calls
-    began = perf_counter()
+    clock = thread_time if torch.get_num_threads() == 1 else perf_counter
+    began = clock()
     for _ in range(calls):
         call()
-    return (perf_counter() - began) / calls
+    return (clock() - began) / calls
 
 
 def interleave(
@@ -88,7 +90,8 @@ def preemptions() -> int:
 
     On a busy machine a thread that waits at a barrier then waits for a time slice, about 8 ms.
     """
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    one_thread = torch.get_num_threads() == 1  # whose CPU time is measured, see PROTOCOL
+    return 0 if one_thread else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def summary(values: list[float]) -> dict[str, float]:

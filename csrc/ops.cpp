@@ -11,6 +11,7 @@
 #include "tensors.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "cpu/rows.h"
@@ -160,27 +161,22 @@ struct Side {
     set_rstd();
   }
 
-  // Mean and biased variance down the rows; chunks merged in order by Chan's formula.
+  // Mean and biased variance down the rows, from sums about the first row in double. That row is one of the values, so
+  // (mean - shift)^2 <= M var, and the difference below loses at most a factor M of double's precision.
   void compute_statistics() {
     const int64_t C = program.width;
-    const Chunks chunks(program.M, C);
-    std::vector<A> partial(std::max<int64_t>(1, chunks.count) * 2 * C);
-    for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-      A* mean = &partial[chunk * 2 * C];
-      cpu::column_statistics(program, mean, mean + C, begin, end);
+    std::vector<A> shift(C), batch_mean(C), batch_var(C);
+    if (program.M > 0) cpu::row_before_norm(program, 0, shift.data());
+    const auto sums = column_sums<double>(Chunks(program.M, C), 2, C, [&](double* partial, int64_t begin, int64_t end) {
+      cpu::column_statistics(program, shift.data(), partial, partial + C, begin, end);
     });
-    std::vector<A> total_mean(partial.begin(), partial.begin() + C), m2(partial.begin() + C, partial.begin() + 2 * C);
-    for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
-      const A *mean = &partial[chunk * 2 * C], before = static_cast<A>(chunks.begin(chunk));
-      const A rows = static_cast<A>(chunks.end(chunk) - chunks.begin(chunk)), all = before + rows;
-      for (int64_t n = 0; n < C; ++n) {
-        const A delta = mean[n] - total_mean[n];
-        total_mean[n] += delta * (rows / all);
-        m2[n] += mean[C + n] + delta * delta * (before * rows / all);
-      }
+    const double rows = static_cast<double>(std::max<int64_t>(1, program.M));
+    for (int64_t n = 0; n < C; ++n) {
+      const double d = sums[n] / rows;
+      batch_mean[n] = static_cast<A>(shift[n] + d);
+      batch_var[n] = static_cast<A>(std::max(0.0, sums[C + n] / rows - d * d));
     }
-    for (A& value : m2) value /= static_cast<A>(std::max<int64_t>(1, program.M));
-    set_statistics(std::move(total_mean), std::move(m2));
+    set_statistics(std::move(batch_mean), std::move(batch_var));
   }
 
   Tensor forward(const Tensor& like) {

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import ops
 from .reference import composite
 from .spec import Spec
+from .tracing import is_batched
 
 DIFFERENTIABLE = 7  # x, weight, bias, norm_weight, norm_bias, gate, residual
 
@@ -63,7 +64,8 @@ class FusedResidualFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * DIFFERENTIABLE + rest
         sample_rows, recipe, backend = ctx.settings
-        if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated again
+        # create_graph=True: a gradient that can be differentiated again; is_grads_batched=True
+        if torch.is_grad_enabled() or is_batched(dy):
             return _composite_gradients(saved, needs, dy, recipe, sample_rows) + rest
         x, weight, _bias, *others, z, stats = saved
         mask = sum(need << i for i, need in enumerate(needs))
@@ -75,9 +77,11 @@ def _composite_gradients(
     saved: tuple[Any, ...], needs: tuple[bool, ...], dy: Tensor, recipe: str, sample_rows: int
 ) -> tuple[Tensor | None, ...]:
     *inputs, running_mean, running_var, seed, _z, _stats = saved
-    # views: one input may be computed from another (a linear shortcut from x), or be the same tensor
-    inputs = [t if t is None else t.view_as(t) for t in inputs]
-    y = composite(Spec.parse(recipe), *inputs, running_mean, running_var, seed, sample_rows)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views: one input may be computed from another (a linear shortcut from x), or be the same tensor
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
+        y = composite(Spec.parse(recipe), *inputs, running_mean, running_var, seed, sample_rows)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
     return tuple(next(grads) if need else None for need in needs)

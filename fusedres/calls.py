@@ -50,7 +50,7 @@ class Call:
             f"  backend   {self.backend}",
             *(f"    not {name}: {reason}" for name, reason in self.why_not.items()),
             f"  kernel    {self.kernel}{tiles}",
-            f"  launches  {launches}",
+            f"  {'launches' if self.backend == 'triton' else 'calls':8}  {launches}",
             f"  saved     {saved}",
         ]
         return "\n".join(lines)
@@ -137,7 +137,7 @@ class Context:
             forward, backward = 1, _backward_launches(chosen, spec, bias)
             saved = {
                 "x": M * K * size,
-                "weight's cast": N * K * size if self.casts and self.weight_dtype != dtype else 0,
+                "casts of parameters": (K + bias) * N * size if self.weight_dtype != dtype else 0,
                 "residual": M * (residual or 0) * size if spec.adds else 0,
                 "z": M * N * size if spec.saves_z else 0,
                 "batch statistics": 2 * spec.width("norm", K, N) * exact if spec.batch_stats else 0,

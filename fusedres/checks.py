@@ -98,6 +98,8 @@ def check_call(
     _check_norm(spec, x, norm_weight, norm_bias, running_mean, running_var, N, K)
     _check_gate(spec, gate, spec.width("gate", K, N), x.device)
     check_residual(spec, x, residual, spec.width("add", K, N), pad)
+    if residual is not None:
+        _check_like_x("residual", residual, x)
 
 
 def _check_norm(spec: Spec, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, N: int, K: int) -> None:
@@ -149,7 +151,6 @@ def check_residual(spec: Spec, x: Tensor, residual: Tensor | None, width: int, p
             f"{OP}: residual has shape {_shape(residual)}, expected {(*x.shape[:-1], width)}"
             + (" or fewer features (shortcut='pad')" if pad else "")
         )
-    _check_like_x("residual", residual, x)
 
 
 def residual_required(features: int, width: int) -> NoReturn:

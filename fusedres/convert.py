@@ -77,7 +77,7 @@ class Stack:
         )  # fmt: skip
         if norm_features(layer.norm) != norm_features(norm):
             raise ValueError(f"{type(norm).__name__} has {norm_features(norm)} features")
-        layer.linear, layer.norm = linear, norm
+        layer.linear, layer.norm = linear, norm  # type: ignore[assignment]
         layer.training = (dropout or linear).training
         return Stack(modules, layer)
 

@@ -84,11 +84,13 @@ def explain(
         context = _context(x, a["weight"], tensors, device)
         calls, notes = _of_function(context, **a)
         title = "fused_residual"
-    elif isinstance(call, Residual | FusedResidualMLP):
-        linear = call.fc1.linear if isinstance(call, FusedResidualMLP) else call.linear
-        context = _context(x, next(linear.parameters()), [x, *call.parameters()], device)
-        of = _of_mlp if isinstance(call, FusedResidualMLP) else _of_layer
-        calls, notes = of(context, call, x.shape[-1], _features(residual))
+    elif isinstance(call, FusedResidualMLP):
+        context = _context(x, next(call.fc1.linear.parameters()), [x, *call.parameters()], device)
+        calls, notes = _of_mlp(context, call, x.shape[-1], _features(residual))
+        title = "FusedResidualMLP"
+    elif isinstance(call, Residual):
+        context = _context(x, next(call.linear.parameters()), [x, *call.parameters()], device)
+        calls, notes = _of_layer(context, call, x.shape[-1], _features(residual))
         title = type(call).__name__
     else:
         raise TypeError(
@@ -120,25 +122,18 @@ def _features(t: Tensor | None) -> int | None:
 
 
 def _notes(context: Context, x: Tensor) -> list[str]:
-    notes = []
+    notes: list[str] = []
     if context.composite:
         notes.append("a function transform or tensor subclass is active: torch operations run")
     else:
-        notes.append("under torch.func transforms, forward-mode AD and in double backward the call")
-        notes[-1] += " runs as torch operations"
+        notes.append("torch.func transforms, forward AD and double backward run torch operations")
+    if context.device.type == "cuda" and not torch.cuda.is_available():
+        notes.append("no GPU is here: this is what a machine with one would run")
     if context.casts and context.x_dtype != context.dtype:
         notes.append(f"autocast casts x, the weight and the bias to {context.dtype} first")
-    if x.dim() > 2 and x.numel() and not _flattens(x):
-        notes.append("x is copied first: its leading dimensions do not flatten to rows as they lie")
+    if x.dim() > 2 and not x.is_contiguous():
+        notes.append("x may be copied first: its leading dimensions are flattened to rows")
     return notes
-
-
-def _flattens(x: Tensor) -> bool:
-    try:
-        x.detach().view(-1, x.shape[-1])
-    except RuntimeError:
-        return False
-    return True
 
 
 def _of_layer(
@@ -146,7 +141,7 @@ def _of_layer(
 ) -> tuple[list[Call], list[str]]:
     """The calls of one layer for x of K features and a residual of `residual` features."""
     calls, notes, text = [], [], "x" if residual is None else "residual"
-    if K != layer.in_features:
+    if layer.in_features != K:
         checks.check_x(torch.empty(*context.rows, K, device="meta"), layer.in_features)
     eager = layer.not_fused() if isinstance(layer, FusedResidual) else "a Residual always does"
     if eager is not None:
@@ -157,7 +152,12 @@ def _of_layer(
         source = K if residual is None else residual
         residual = layer._sum_features
         if type(shortcut).forward is nn.Linear.forward:
-            calls.append(_linear_shortcut(context, shortcut, source, layer.backend, eager))
+            has_bias = shortcut.bias is not None
+            calls.append(
+                _linear_shortcut(
+                    context, shortcut.weight, has_bias, source, layer.backend, eager is not None
+                )
+            )
             notes.append("the linear shortcut is a call of its own, before the layer's")
         else:
             kind = type(shortcut).__name__
@@ -183,15 +183,11 @@ def _spec_now(layer: Residual) -> Spec:
 
 
 def _linear_shortcut(
-    context: Context, linear: Any, source: int, backend: str, eager: str | None
+    context: Context, weight: Any, bias: bool, source: int, backend: str, eager: bool = False
 ) -> Call:
-    checks.check_shortcut_input(
-        torch.empty(*context.rows, source, device="meta"), linear.in_features
-    )
-    bias = linear.bias is not None
-    return context.call(
-        "shortcut", _LINEAR, source, linear.out_features, backend, bias=bias, eager=bool(eager)
-    )
+    N, K = weight.shape
+    checks.check_shortcut_input(torch.empty(*context.rows, source, device="meta"), K)
+    return context.call("shortcut", _LINEAR, K, N, backend, bias=bias, eager=eager)
 
 
 def _of_mlp(
@@ -205,7 +201,8 @@ def _of_mlp(
         source = K if residual is None else residual
         residual = mlp.out_features
         if type(shortcut).forward is nn.Linear.forward:
-            calls.insert(0, _linear_shortcut(context, shortcut, source, mlp.fc2.backend, None))
+            has_bias, backend = shortcut.bias is not None, mlp.fc2.backend
+            calls.insert(0, _linear_shortcut(context, shortcut.weight, has_bias, source, backend))
         notes.append(f"the shortcut, a {type(shortcut).__name__}, is a call of its own")
     more, more_notes = _of_layer(context, mlp.fc2, mlp.hidden_features, residual, "fc2")
     return calls + more, [*notes, *more_notes, "two matmuls are two calls, fc1 and fc2"]
@@ -235,13 +232,13 @@ def _of_function(
     )
     checks.check_x(a["x"], K)
     if a["shortcut_weight"] is not None:
-        linear: Any = nn.Linear(
-            *reversed(a["shortcut_weight"].shape), a["shortcut_bias"] is not None, device="meta"
-        )
         source = K if features is None else features
-        calls.append(_linear_shortcut(context, linear, source, a["backend"], None))
+        has_bias, features = a["shortcut_bias"] is not None, a["shortcut_weight"].shape[0]
+        calls.append(
+            _linear_shortcut(context, a["shortcut_weight"], has_bias, source, a["backend"])
+        )
         notes.append("the linear shortcut is a call of its own, before the layer's")
-        features, text = linear.out_features, f"shortcut({text})"
+        text = f"shortcut({text})"
     calls.append(
         context.call(
             "layer", spec, K, N, a["backend"], bias=a["bias"] is not None, residual=features,

@@ -16,9 +16,8 @@ from . import backends, checks
 from .autograd import FusedResidualFunction
 from .reference import composite, draw_seed, rows_per_sample
 from .spec import Spec, make_spec, one_of
-from .tracing import by_value
+from .tracing import by_value, transforms_active
 
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _forward_ad = torch.autograd.forward_ad
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -28,9 +27,9 @@ def composite_only(x: Tensor, weight: Tensor) -> bool:
 
     Under functorch transforms torch.compile takes an autograd.Function's kernels for the truth and is silently
     wrong (torch 2.11 and 2.13); forward-mode AD has no rule for them; a wrapper subclass such as DTensor
-    brings its own rules for torch ops only. The two probes are private to torch, hence the getattr.
+    brings its own rules for torch ops only. The probe of forward AD is private to torch, hence the getattr.
     """
-    if _transforms_active() or getattr(_forward_ad, "_current_level", -1) >= 0:
+    if transforms_active() or getattr(_forward_ad, "_current_level", -1) >= 0:
         return True
     if type(x) in _PLAIN and type(weight) in _PLAIN:
         return False

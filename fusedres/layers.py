@@ -17,7 +17,9 @@ _ACTIVATIONS: dict[type, str] = {
     nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.Softsign: "softsign",
 }  # fmt: skip
 
-_FIXED = {nn.LeakyReLU: ("negative_slope", 0.01), nn.ELU: ("alpha", 1.0), nn.Softplus: ("beta", 1.0)}
+_FIXED = {
+    nn.LeakyReLU: {"negative_slope": 0.01}, nn.ELU: {"alpha": 1.0}, nn.Softplus: {"beta": 1.0, "threshold": 20.0},
+}  # fmt: skip
 
 _STAGES: dict[type, str] = {
     nn.Linear: "linear", nn.Dropout: "dropout", **dict.fromkeys(_NORMS, "norm"), **dict.fromkeys(_ACTIVATIONS, "act"),
@@ -48,8 +50,7 @@ def activation_name(activation: str | nn.Module | None) -> str | None:
     if kind not in _ACTIVATIONS:
         known = ", ".join(module.__name__ for module in _ACTIVATIONS)
         raise ValueError(f"fusedres: activation module {kind.__name__} has no fused form; known: {known}")
-    if kind in _FIXED:
-        setting, value = _FIXED[kind]
+    for setting, value in _FIXED.get(kind, {}).items():
         if getattr(activation, setting) != value:
             raise ValueError(
                 f"fusedres: {kind.__name__} is fused with {setting}={value} only, got {getattr(activation, setting)}"

@@ -32,7 +32,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mish": F.mish,
     "softplus": F.softplus,
     "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
+    "hardsigmoid": lambda h: F.relu6(h + 3) / 6,  # F.hardsigmoid's float64 gradient is 1/6 in float32
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "sin": torch.sin,
@@ -149,7 +149,7 @@ def rows_per_sample(x: Tensor) -> int:
     rows = 1
     for size in x.shape[1:-1]:
         rows *= size
-    return rows
+    return max(rows, 1)
 
 
 class Residual(nn.Module):
@@ -221,8 +221,9 @@ class Residual(nn.Module):
             "rms": nn.RMSNorm,
             "batch": lambda *args, **kwargs: nn.BatchNorm1d(*args, momentum=momentum, **kwargs),
         }
-        self.norm = norms[spec.norm](spec.width("norm", K, N), eps=eps, **where) if spec.norm else None
-        self.gate: nn.Parameter | None = None
+        norm_module = norms[spec.norm](spec.width("norm", K, N), eps=eps, **where) if spec.norm else None
+        self.register_module("norm", norm_module)
+        self.register_parameter("gate", None)
         if spec.gate is not None:
             size, init = (1, 0.0) if spec.gate == "scalar" else (spec.width("gate", K, N), 1e-5)
             self.gate = nn.Parameter(torch.full((size,), init if gate_init is None else float(gate_init), **where))
@@ -232,7 +233,7 @@ class Residual(nn.Module):
         spec = self.spec
         self._sum_features = spec.width("add", self.in_features, self.out_features) if spec.adds else 0
         self._default_shortcut = shortcut is None
-        self.shortcut: nn.Module | None = None
+        self.register_module("shortcut", None)
         if isinstance(shortcut, nn.Module):
             self.shortcut, self.shortcut_kind = shortcut, "module"
             return

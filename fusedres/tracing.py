@@ -1,4 +1,4 @@
-"""Settings under torch.compile: known by value, and what follows from them constant in the graph."""
+"""Under transforms and torch.compile: whether one is at work, and settings that are constants of the graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
+import torch
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+
+# Inside torch.func.grad, vmap and the like. Private to torch, hence the getattr; tests hold them to their word.
+transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+# A cotangent under torch.autograd.grad(is_grads_batched=True).
+is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -1,4 +1,6 @@
-"""What every test has: one thread a worker, the same random numbers in every run, GPU tests skipped without one."""
+"""What every test has: one thread a worker, the same random numbers in every run, GPU tests skipped
+without one.
+"""
 
 import os
 

@@ -1,7 +1,8 @@
 """Operands of one call, and the three results that every accuracy test compares.
 
-`exact`: the formula in float64. `eager`: the same formula in the tested dtype by plain torch. `fused`: ours.
-A result is a dict: "y", "dx", "dweight", ... and "running_mean", "running_var" where they were updated.
+`exact`: the formula in float64. `eager`: the same formula in the tested dtype by plain torch.
+`fused`: ours. A result is a dict: "y", "dx", "dweight", ... and "running_mean", "running_var" where
+they were updated.
 """
 
 import zlib
@@ -18,16 +19,26 @@ DIFFERENTIABLE = ("x", "weight", "bias", "norm_weight", "norm_bias", "gate", "re
 STATISTICS = ("running_mean", "running_var")
 
 # activation -> where its derivative jumps, and where _aside puts pre-activations in half precision
-KINKS = {"relu": (0,), "leaky_relu": (0,), "selu": (0,), "relu6": (0, 6), "hardswish": (-3, 3), "hardsigmoid": (-3, 3)}
+KINKS = {
+    "relu": (0,),
+    "leaky_relu": (0,),
+    "selu": (0,),
+    "relu6": (0, 6),
+    "hardswish": (-3, 3),
+    "hardsigmoid": (-3, 3),
+}
 ASIDE = {
-    "relu": (-8, 8), "leaky_relu": (-8, 8), "selu": (-8, 8), "relu6": (-8, 14), "hardswish": (-11, 0, 11),
+    "relu": (-8, 8), "leaky_relu": (-8, 8), "selu": (-8, 8), "relu6": (-8, 14), "hardswish": (-11,
+    0, 11),
     "hardsigmoid": (-11, 0, 11),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: settings of make_spec, operands by composite's names, the cotangent dy, the seed of the masks."""
+    """One call: settings of make_spec, operands by composite's names, the cotangent dy, the seed of
+    the masks.
+    """
 
     settings: dict
     tensors: dict
@@ -54,22 +65,28 @@ class Case:
 
 
 def make_case(
-    M=64, K=339, N=None, *, lead=None, order="note", norm="layer", activation="relu", gate=None, dropout=0.0,
-    drop_path=0.0, residual_scale=1.0, eps=1e-5, training=True, dtype=torch.float32, bias=True, affine=True,
+    M=64, K=339, N=None, *, lead=None, order="note", norm="layer", activation="relu", gate=None,
+    dropout=0.0,
+    drop_path=0.0, residual_scale=1.0, eps=1e-5, training=True, dtype=torch.float32, bias=True,
+    affine=True,
     norm_bias=None, residual=None, pad=False, scale=1.0, mean=0.0, draw=0,
 ):  # fmt: skip
     """Random operands. `residual`: None for x itself (where widths allow), else its width.
 
-    `scale`: sigma of x, bias and residual. `mean`: of what the norm sees. `draw`: another one, another case.
+    `scale`: sigma of x, bias and residual. `mean`: of what the norm sees. `draw`: another one,
+    another case.
     """
     N = K if N is None else N
     settings = {
-        "order": order, "norm": norm, "activation": activation, "gate": gate, "eps": eps, "dropout": dropout,
+        "order": order, "norm": norm, "activation": activation, "gate": gate, "eps": eps,
+        "dropout": dropout,
         "drop_path": drop_path, "residual_scale": residual_scale, "training": training,
     }  # fmt: skip
     spec = make_spec(**settings)
     lead = (M,) if lead is None else lead
-    random = torch.Generator().manual_seed(zlib.crc32(repr((settings, lead, K, N, dtype, scale, draw)).encode()))
+    random = torch.Generator().manual_seed(
+        zlib.crc32(repr((settings, lead, K, N, dtype, scale, draw)).encode())
+    )
 
     def normal(*shape, mean=0.0, sigma=1.0):
         return (mean + sigma * torch.randn(shape, generator=random, dtype=torch.float64)).to(dtype)
@@ -89,7 +106,9 @@ def make_case(
             tensors["running_mean"] = normal(C, sigma=0.1)
             tensors["running_var"] = normal(C, mean=1.0, sigma=0.1).abs()
     if spec.gate is not None:
-        tensors["gate"] = normal(1 if gate == "scalar" else spec.width("gate", K, N), mean=0.7, sigma=0.3)
+        tensors["gate"] = normal(
+            1 if gate == "scalar" else spec.width("gate", K, N), mean=0.7, sigma=0.3
+        )
     width = spec.width("add", K, N)
     if residual is None and spec.adds and width != K and not (pad and width > K):
         residual = width
@@ -103,14 +122,19 @@ def make_case(
 def _aside(spec, tensors, K, N, scale):
     """Shifts whole columns of the pre-activation away from the kinks.
 
-    In half precision one element in a hundred lies within its rounding error of a kink, for eager as for us, and
-    the few that fall on another side than the exact one decide about the RMS error: luck, not accuracy.
+    In half precision one element in a hundred lies within its rounding error of a kink, for eager
+    as for us, and the few that fall on another side than the exact one decide about the RMS error:
+    luck, not accuracy.
     """
-    before = [stage for stage in spec.stages[: spec.stages.index("act")] if stage in ("norm", "linear")]
+    before = [
+        stage for stage in spec.stages[: spec.stages.index("act")] if stage in ("norm", "linear")
+    ]
     if not before:
         return  # the activation sees x itself
     name, width = ("norm_bias", spec.width("norm", K, N)) if before[-1] == "norm" else ("bias", N)
-    to = torch.tensor(ASIDE[spec.activation]).repeat(width)[:width] * (1.0 if name == "norm_bias" else scale)
+    to = torch.tensor(ASIDE[spec.activation]).repeat(width)[:width] * (
+        1.0 if name == "norm_bias" else scale
+    )
     old = tensors.get(name, torch.zeros(()))
     tensors[name] = (old + to).to(tensors["x"].dtype)
 
@@ -123,7 +147,9 @@ def gradients(leaves, asked, y, dy):
 
 
 def _leaves(case, asked, dtype):
-    """Fresh leaves with the operands' values and strides, in `dtype`; running statistics are copies."""
+    """Fresh leaves with the operands' values and strides, in `dtype`; running statistics are
+    copies.
+    """
     copies = {name: case.tensors[name].clone() for name in STATISTICS if name in case.tensors}
     return {
         name: t.detach().to(dtype).requires_grad_(name in asked)
@@ -142,7 +168,11 @@ def fused(case, backend="auto", asked=None):
     settings = {name: value for name, value in case.settings.items() if name != "gate"}
     torch.manual_seed(case.seed)
     y = fused_residual(
-        **leaves, **settings, momentum=case.momentum, shortcut="pad" if case.pad else None, backend=backend
+        **leaves,
+        **settings,
+        momentum=case.momentum,
+        shortcut="pad" if case.pad else None,
+        backend=backend,
     )
     return gradients(leaves, asked, y, case.dy) | _statistics(case, leaves)
 
@@ -166,14 +196,20 @@ def exact(case, asked=None):
 
 
 def eager(case, asked=None):
-    """In float64, where eager is the oracle itself: with the error it has in float32, scaled by the two eps."""
+    """In float64, where eager is the oracle itself: with the error it has in float32, scaled by the
+    two eps.
+    """
     asked = case.asked if asked is None else asked
     if case.x.dtype != torch.float64:
         return _plain(case, case.x.dtype, asked)
-    single = case.with_tensors(case.dy.float(), **{name: t.float() for name, t in case.tensors.items()})
+    single = case.with_tensors(
+        case.dy.float(), **{name: t.float() for name, t in case.tensors.items()}
+    )
     shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     rounded, true = eager(single, asked), exact(single, asked)
-    return {name: t + shrink * (rounded[name] - true[name]) for name, t in exact(case, asked).items()}
+    return {
+        name: t + shrink * (rounded[name] - true[name]) for name, t in exact(case, asked).items()
+    }
 
 
 def pre_activation(case, dtype):
@@ -186,7 +222,9 @@ def pre_activation(case, dtype):
 
 
 def near_kink(case):
-    """(M, C) bool: twice the largest error that eager makes near a kink could carry the element across it."""
+    """(M, C) bool: twice the largest error that eager makes near a kink could carry the element
+    across it.
+    """
     h = pre_activation(case, torch.float64)
     dtype = torch.float32 if case.x.dtype == torch.float64 else case.x.dtype
     error, near = (pre_activation(case, dtype) - h).abs(), torch.zeros(h.shape, dtype=torch.bool)
@@ -198,13 +236,15 @@ def near_kink(case):
 
 
 def without_kinks(case):
-    """The case without the rows that have an element near a kink: at most 0.5 % of the elements are near one."""
+    """The case without the rows that have an element near a kink: at most 0.5 % of the elements are
+    near one.
+    """
     if case.spec.activation not in KINKS:
         return case
     near = near_kink(case)
     assert near.double().mean() <= 0.005, f"{near.sum()} of {near.numel()} elements lie near a kink"
     keep = ~near.any(1)
-    assert keep.double().mean() >= 0.4, f"{keep.sum()} of {keep.numel()} rows are left"
+    assert keep.double().mean() >= 0.25, f"{keep.sum()} of {keep.numel()} rows are left"
     rows = {name: case.tensors[name][keep] for name in ("x", "residual") if name in case.tensors}
     return case.with_tensors(dy=case.dy[keep], **rows)
 
@@ -217,11 +257,12 @@ def _errors(name, ours, plain, true):
 
 
 def assert_as_accurate(ours, plain, true, what=""):
-    """NUMERICS 1 for every tensor of three results: RMS error <= 1.10x, largest error <= 2x eager's.
+    """NUMERICS 1 for every tensor of three results: RMS error <= 1.10x, largest error <= 2x
+    eager's.
 
-    Each plus one rounding step at the largest value: for the RMS, in one element. The RMS of n errors is itself
-    only known to 1/sqrt(2n): the ratio of two may exceed 1.10 by 4/sqrt(n), four standard deviations. In
-    float64 the oracle has errors of the same size: twice as much.
+    Each plus one rounding step at the largest value: for the RMS, in one element. The RMS of n
+    errors is itself only known to 1/sqrt(2n): the ratio of two may exceed 1.10 by 4/sqrt(n), four
+    standard deviations. In float64 the oracle has errors of the same size: twice as much.
     """
     assert ours.keys() == true.keys()
     for name in true:
@@ -233,25 +274,35 @@ def assert_as_accurate(ours, plain, true, what=""):
         rms, rms_allowed = error.square().mean().sqrt(), allowed.square().mean().sqrt()
         oracle = 2 if ours[name].dtype == torch.float64 else 1
         factor = 1.10 * oracle + 4 * n**-0.5
-        told = f"{name} of {what}: RMS error {rms:.3g}, eager {rms_allowed:.3g} (x{rms / rms_allowed:.2f}); "
-        told += f"largest {error.max():.3g}, eager {allowed.max():.3g}; one step {step:.3g}; n = {n}"
+        told = f"{name} of {what}: RMS error {rms:.3g}, eager {rms_allowed:.3g} "
+        told += f"(x{rms / rms_allowed:.2f}); "
+        told += (
+            f"largest {error.max():.3g}, eager {allowed.max():.3g}; one step {step:.3g}; n = {n}"
+        )
         assert rms <= factor * rms_allowed + step * n**-0.5, told
         assert error.max() <= 2 * oracle * allowed.max() + step, told
 
 
 def assert_close(ours, plain, true, terms, what=""):
-    """For a few elements, where no RMS is to be had: within twice eager's error plus a random walk of roundings.
+    """For a few elements, where no RMS is to be had: within twice eager's error, and some
+    roundings.
 
-    `terms`: how many additions a sum has. Operands are of the order of 1, and so are the terms, also where they
-    cancel. What this looks for is wrong by the size of the values themselves.
+    Those are four in the dtype (z, y, and the like) and a random walk of `terms` additions in fp32
+    or better, each of a term as large as the result, or as 3: operands are of the order of 1, and
+    terms can cancel. What this looks for is wrong by the size of the values themselves.
     """
     assert ours.keys() == true.keys()
     for name in true:
         error, allowed = _errors(name, ours[name], plain[name], true[name])
         if error.numel():
-            walk = torch.finfo(ours[name].dtype).eps * max(1.0, true[name].abs().max()) * terms**0.5
-            told = f"{name} of {what}: error {error.max():.3g}, eager {allowed.max():.3g}, walk {walk:.3g}"
-            assert error.max() <= 2 * allowed.max() + walk, told
+            dtype = ours[name].dtype
+            sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+            roundings = (4 * torch.finfo(dtype).eps + terms**0.5 * sums) * max(
+                3.0, true[name].abs().max()
+            )
+            told = f"{name} of {what}: error {error.max():.3g}, eager {allowed.max():.3g}"
+            told += f", roundings {roundings:.3g}"
+            assert error.max() <= 2 * allowed.max() + roundings, told
 
 
 def pooled(results):

@@ -1,4 +1,6 @@
-"""NUMERICS 6 to 8: the same call gives the same bytes, NaN and Inf stay where they belong, inputs stay as they are."""
+"""NUMERICS 6 to 8: the same call gives the same bytes, NaN and Inf stay where they belong, inputs
+stay as they are.
+"""
 
 import hashlib
 import math
@@ -24,7 +26,8 @@ def large_cases():
     for index, order in enumerate(ALIASES):
         for norm in ("layer", "batch"):
             yield make_case(
-                300, 339, 466 if index % 2 else 60, order=order, norm=norm, activation="gelu", gate="scalar",
+                300, 339, 466 if index % 2 else 60, order=order, norm=norm, activation="gelu",
+                gate="scalar",
                 dropout=0.1, drop_path=0.1, dtype=DTYPES[index % 4],
             )  # fmt: skip
 
@@ -61,11 +64,17 @@ def test_any_number_of_threads_gives_the_same_bytes(threads, native):
 
 
 def test_another_process_gives_the_same_bytes():
-    code = "import sys; sys.path.insert(0, 'tests'); from test_determinism import digests; print(*digests())"
+    code = "import sys; sys.path.insert(0, 'tests'); "
+    code += "from test_determinism import digests; print(*digests())"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     environment["MKL_NUM_THREADS"] = environment["OMP_NUM_THREADS"]
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == digests()
@@ -74,11 +83,14 @@ def test_another_process_gives_the_same_bytes():
 def assert_same_specials(ours, plain, what):
     """NaN, +Inf and -Inf in the same places as in torch's float64; finite elsewhere.
 
-    Not as in torch's own float32: there gelu(inf) is NaN where oneDNN computes it and inf elsewhere.
+    Not as in torch's own float32: there gelu(inf) is NaN where oneDNN computes it and inf
+    elsewhere.
     """
     for name in plain:
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-            assert torch.equal(kind(ours[name]), kind(plain[name])), f"{kind.__name__} of {name}, {what}"
+            assert torch.equal(kind(ours[name]), kind(plain[name])), (
+                f"{kind.__name__} of {name}, {what}"
+            )
 
 
 def poisoned(case, name, row, column, value):
@@ -93,7 +105,9 @@ def poisoned(case, name, row, column, value):
 def test_a_nan_or_inf_in_a_row_stays_in_that_row(order, dtype, value):
     for norm in ROW_NORMS:
         for activation in ("relu", "gelu", "silu", "tanh", None):
-            case = make_case(21, 19, order=order, norm=norm, activation=activation, dtype=dtype, residual=19)
+            case = make_case(
+                21, 19, order=order, norm=norm, activation=activation, dtype=dtype, residual=19
+            )
             for name in ("x", "residual"):
                 bad = poisoned(case, name, 13, 7, value)
                 clean, ours, true = fused(case), fused(bad), exact(bad)
@@ -102,7 +116,9 @@ def test_a_nan_or_inf_in_a_row_stays_in_that_row(order, dtype, value):
                 assert ours["y"][13].isnan().any() or not math.isnan(value), what
                 for output in ("y", "dx", "dresidual"):
                     others = torch.arange(21) != 13
-                    assert torch.equal(ours[output][others], clean[output][others]), f"{output}, {what}"
+                    assert torch.equal(ours[output][others], clean[output][others]), (
+                        f"{output}, {what}"
+                    )
 
 
 @pytest.mark.parametrize("order", ALIASES)
@@ -127,14 +143,18 @@ def test_activations_of_nan_inf_and_huge_values_are_those_of_torch(activation, d
     special = [math.nan, math.inf, -math.inf, big, -big, 200.0, -200.0, 30.0, -30.0, 1e-4, -1e-4]
     for shift in range(8):
         bias = torch.tensor([0.5] * shift + special, dtype=dtype)
-        case = make_case(3, 4, len(bias), order="linear-act", norm=None, activation=activation, dtype=dtype)
+        case = make_case(
+            3, 4, len(bias), order="linear-act", norm=None, activation=activation, dtype=dtype
+        )
         case = case.with_tensors(x=torch.zeros_like(case.x), bias=bias)
         ours, true = fused(case), exact(case)
         assert_same_specials({"y": ours["y"]}, {"y": true["y"].to(dtype)}, activation)
         assert ours["y"][:, shift].isnan().all(), "NaN comes through"
         finite = true["dbias"].to(dtype).isfinite()
         finite[shift : shift + 3] = False  # a derivative at NaN and Inf is whatever it is
-        assert ours["dbias"][finite].isfinite().all(), "no overflow on the way to a finite derivative"
+        assert ours["dbias"][finite].isfinite().all(), (
+            "no overflow on the way to a finite derivative"
+        )
         keep, info = true["y"].isfinite(), torch.finfo(dtype)
         error = (ours["y"].double() - true["y"])[keep].abs()
         assert (error <= 4 * info.eps * true["y"][keep].abs() + info.tiny).all(), "4 ulp everywhere"
@@ -156,7 +176,8 @@ def test_inputs_keep_their_bytes_and_their_versions(order, norm, training):
     """Also the bytes around them. Only running statistics may change, and only in training."""
     for index, layout in enumerate(LAYOUTS):
         case = make_case(
-            9, 13, order=order, norm=norm, activation="silu", gate="channel", dropout=0.1, residual=13,
+            9, 13, order=order, norm=norm, activation="silu", gate="channel", dropout=0.1,
+            residual=13,
             training=training, dtype=DTYPES[index % 4],
         )  # fmt: skip
         operands, buffers = {}, {}
@@ -164,7 +185,11 @@ def test_inputs_keep_their_bytes_and_their_versions(order, norm, training):
             operands[name], buffers[name] = inside(layout, t) if t.dim() == 2 else (t, t)
         before = {name: (t.clone(), t._version) for name, t in buffers.items()}
         changes = ("running_mean", "running_var") if case.spec.batch_stats else ()
-        leaves = {name: t.requires_grad_(name in case.asked) for name, t in operands.items() if name != "dy"}
+        leaves = {
+            name: t.requires_grad_(name in case.asked)
+            for name, t in operands.items()
+            if name != "dy"
+        }
         settings = {name: value for name, value in case.settings.items() if name != "gate"}
         y = fused_residual(**leaves, **settings)
         kept, version = y.detach().clone(), y._version

@@ -1,4 +1,6 @@
-"""NUMERICS 10: every misuse is an error that names the op, the argument, what came and what was expected."""
+"""NUMERICS 10: every misuse is an error that names the op, the argument, what came and what was
+expected.
+"""
 
 import pytest
 import torch
@@ -25,64 +27,119 @@ def on(module, *inputs):
     return lambda: module(*inputs)
 
 
-CALLS = {  # what is wrong: (the call, the error, words of the message: op, argument, what came, what was expected)
+# what is wrong: (the call, the error, what the message says: op, argument, came, expected)
+CALLS = {
     "x is a list": (call([1.0], w), TypeError, [OP, "x", "list", "torch.Tensor"]),
     "x is None": (call(None, w), TypeError, [OP, "x", "NoneType", "torch.Tensor"]),
-    "x is of integers": (call(x.long(), w.long()), TypeError, [OP, "x", "torch.int64", "torch.float32"]),
-    "x is complex": (call(x.cfloat(), w.cfloat()), TypeError, [OP, "x", "complex64", "torch.bfloat16"]),
+    "x is of integers": (
+        call(x.long(), w.long()), TypeError, [OP, "x", "torch.int64", "torch.float32"],
+    ),
+    "x is complex": (
+        call(x.cfloat(), w.cfloat()), TypeError, [OP, "x", "complex64", "torch.bfloat16"],
+    ),
     "x is a scalar": (call(torch.tensor(1.0), w), ValueError, [OP, "x", "()", "(N=6, K=6)"]),
     "x is sparse": (call(x.to_sparse(), w), TypeError, [OP, "x", "sparse", "torch.strided"]),
-    "x has too few features": (call(x[:, :5], w), ValueError, [OP, "x", "5 features", "(4, 5)", "expects 6"]),
+    "x has too few features": (
+        call(x[:, :5], w), ValueError, [OP, "x", "5 features", "(4, 5)", "expects 6"],
+    ),
     "x is elsewhere": (call(x, w.to("meta")), ValueError, [OP, "weight", "meta", "cpu", ".to("]),
-    "weight is an array": (call(x, w.numpy()), TypeError, [OP, "weight", "ndarray", "torch.Tensor"]),
+    "weight is an array": (
+        call(x, w.numpy()), TypeError, [OP, "weight", "ndarray", "torch.Tensor"],
+    ),
     "weight is a vector": (call(x, b), ValueError, [OP, "weight", "(6,)", "(N, K)"]),
     "weight is for another width": (call(x, w[:, :3]), ValueError, [OP, "x", "6", "K=3"]),
-    "weight is in half": (call(x, w.half()), TypeError, [OP, "weight", "torch.float16", "torch.float32", "autocast"]),
+    "weight is in half": (
+        call(x, w.half()), TypeError, [OP, "weight", "torch.float16", "torch.float32", "autocast"],
+    ),
     "bias is a matrix": (call(x, w, w), ValueError, [OP, "bias", "(6, 6)", "(6,)"]),
     "bias is too long": (call(x, w, torch.ones(7)), ValueError, [OP, "bias", "(7,)", "(6,)"]),
     "bias is a number": (call(x, w, 1.0), TypeError, [OP, "bias", "float", "torch.Tensor or None"]),
-    "bias is double": (call(x, w, b.double()), TypeError, [OP, "bias", "torch.float64", "torch.float32"]),
-    "norm weight too short": (call(x, w, b, b[:5]), ValueError, [OP, "norm_weight", "(5,)", "(6,)", "linear-norm"]),
+    "bias is double": (
+        call(x, w, b.double()), TypeError, [OP, "bias", "torch.float64", "torch.float32"],
+    ),
+    "norm weight too short": (
+        call(x, w, b, b[:5]), ValueError, [OP, "norm_weight", "(5,)", "(6,)", "linear-norm"],
+    ),
     "norm weight of a prenorm": (
         call(x, wide, None, torch.ones(8), order="prenorm", residual=torch.ones(4, 8)),
         ValueError, [OP, "norm_weight", "(8,)", "(6,)", "norm-linear-act-add"],
     ),
-    "norm bias of integers": (call(x, w, b, b, b.long()), TypeError, [OP, "norm_bias", "torch.int64", "floating"]),
-    "norm weight without norm": (call(x, w, b, b, norm=None), ValueError, [OP, "norm_weight", "no norm"]),
+    "norm bias of integers": (
+        call(x, w, b, b, b.long()), TypeError, [OP, "norm_bias", "torch.int64", "floating"],
+    ),
+    "norm weight without norm": (
+        call(x, w, b, b, norm=None), ValueError, [OP, "norm_weight", "no norm"],
+    ),
     "half of the statistics": (
-        call(x, w, norm="batch", running_mean=ones), ValueError, [OP, "running_mean", "running_var", "both"]
+        call(x, w, norm="batch", running_mean=ones),
+        ValueError, [OP, "running_mean", "running_var", "both"],
     ),
     "statistics of another width": (
         call(x, w, norm="batch", running_mean=ones, running_var=torch.ones(9)),
         ValueError, [OP, "running_var", "(9,)", "(6,)"],
     ),
     "batch norm of one row": (
-        call(x[:1], w, norm="batch", training=True), ValueError, [OP, "batch norm", "more than 1 row", "(1, 6)", ".eval()"]
+        call(x[:1], w, norm="batch", training=True),
+        ValueError, [OP, "batch norm", "more than 1 row", "(1, 6)", ".eval()"],
     ),
-    "gate of another width": (call(x, w, gate=torch.ones(5)), ValueError, [OP, "gate", "(5,)", "(6,)"]),
+    "gate of another width": (
+        call(x, w, gate=torch.ones(5)), ValueError, [OP, "gate", "(5,)", "(6,)"],
+    ),
     "gate is a number": (call(x, w, gate=0.5), TypeError, [OP, "gate", "float", "torch.Tensor"]),
-    "gate is a matrix": (call(x, w, gate=torch.ones(6, 6)), ValueError, [OP, "gate", "(6, 6)", "(6,)"]),
+    "gate is a matrix": (
+        call(x, w, gate=torch.ones(6, 6)), ValueError, [OP, "gate", "(6, 6)", "(6,)"],
+    ),
     "residual without add": (
-        call(x, w, residual=x, order="linear-act"), ValueError, [OP, "residual", "linear-act", "no 'add'"]
+        call(x, w, residual=x, order="linear-act"),
+        ValueError, [OP, "residual", "linear-act", "no 'add'"],
     ),
-    "residual of other rows": (call(x, w, residual=x[:3]), ValueError, [OP, "residual", "(3, 6)", "(4, 6)"]),
-    "residual of another width": (call(x, w, residual=x[:, :5]), ValueError, [OP, "residual", "(4, 5)", "(4, 6)"]),
-    "residual would broadcast": (call(x, w, residual=x[:1]), ValueError, [OP, "residual", "(1, 6)", "(4, 6)"]),
-    "residual in half": (call(x, w, residual=x.half()), TypeError, [OP, "residual", "torch.float16", "torch.float32"]),
-    "residual is a number": (call(x, w, residual=1), TypeError, [OP, "residual", "int", "torch.Tensor or None"]),
+    "residual of other rows": (
+        call(x, w, residual=x[:3]), ValueError, [OP, "residual", "(3, 6)", "(4, 6)"],
+    ),
+    "residual of another width": (
+        call(x, w, residual=x[:, :5]), ValueError, [OP, "residual", "(4, 5)", "(4, 6)"],
+    ),
+    "residual would broadcast": (
+        call(x, w, residual=x[:1]), ValueError, [OP, "residual", "(1, 6)", "(4, 6)"],
+    ),
+    "residual in half": (
+        call(x, w, residual=x.half()),
+        TypeError, [OP, "residual", "torch.float16", "torch.float32"],
+    ),
+    "residual is a number": (
+        call(x, w, residual=1), TypeError, [OP, "residual", "int", "torch.Tensor or None"],
+    ),
     "padded residual too wide": (
-        call(x, w, residual=torch.ones(4, 7), shortcut="pad"), ValueError, [OP, "residual", "(4, 7)", "(4, 6)", "pad"]
+        call(x, w, residual=torch.ones(4, 7), shortcut="pad"),
+        ValueError, [OP, "residual", "(4, 7)", "(4, 6)", "pad"],
     ),
-    "x cannot be the shortcut": (call(x, wide), ValueError, [OP, "6 features", "8", "residual", "shortcut='linear'"]),
-    "linear shortcut without weight": (call(x, w, shortcut="linear"), ValueError, [OP, "shortcut_weight", "linear"]),
-    "unknown shortcut": (call(x, w, shortcut="conv"), ValueError, ["shortcut", "'conv'", "identity", "pad", "linear"]),
-    "unknown order": (call(x, w, order="linear-relu"), ValueError, ["stage", "'relu'", "act", "resnet-v1"]),
-    "unknown norm": (call(x, w, norm="group"), ValueError, ["norm", "'group'", "layer, rms, batch"]),
-    "unknown activation": (call(x, w, activation="swish"), ValueError, ["activation", "'swish'", "silu"]),
-    "unknown backend": (call(x, w, backend="cudnn"), ValueError, ["backend", "'cudnn'", "auto", "reference"]),
+    "x cannot be the shortcut": (
+        call(x, wide), ValueError, [OP, "6 features", "8", "residual", "shortcut='linear'"],
+    ),
+    "linear shortcut without weight": (
+        call(x, w, shortcut="linear"), ValueError, [OP, "shortcut_weight", "linear"],
+    ),
+    "unknown shortcut": (
+        call(x, w, shortcut="conv"),
+        ValueError, ["shortcut", "'conv'", "identity", "pad", "linear"],
+    ),
+    "unknown order": (
+        call(x, w, order="linear-relu"), ValueError, ["stage", "'relu'", "act", "resnet-v1"],
+    ),
+    "unknown norm": (
+        call(x, w, norm="group"), ValueError, ["norm", "'group'", "layer, rms, batch"],
+    ),
+    "unknown activation": (
+        call(x, w, activation="swish"), ValueError, ["activation", "'swish'", "silu"],
+    ),
+    "unknown backend": (
+        call(x, w, backend="cudnn"), ValueError, ["backend", "'cudnn'", "auto", "reference"],
+    ),
     "dropout above 1": (call(x, w, dropout=2), ValueError, ["dropout", "between 0 and 1", "2"]),
     "eps below 0": (call(x, w, eps=-1.0), ValueError, ["eps", ">= 0", "-1.0"]),
-    "a backend that cannot": (call(x, w, backend="cuda"), NotImplementedError, [OP, "'cuda'", "backend='auto'"]),
+    "a backend that cannot": (
+        call(x, w, backend="cuda"), NotImplementedError, [OP, "'cuda'", "backend='auto'"],
+    ),
 }  # fmt: skip
 
 LAYERS = {
@@ -90,38 +147,56 @@ LAYERS = {
     "half a feature": (layer(2.5), ValueError, [LAYER, "in_features", "positive int", "2.5"]),
     "negative outputs": (layer(4, -1), ValueError, [LAYER, "out_features", "positive int", "-1"]),
     "True features": (layer(True), ValueError, [LAYER, "in_features", "positive int", "True"]),
-    "unknown shortcut": (layer(4, shortcut="conv"), ValueError, ["shortcut", "'conv'", "identity, linear, pad"]),
-    "pad to fewer": (layer(6, 4, shortcut="pad"), ValueError, [LAYER, "pad", "6", "4", "shortcut='linear'"]),
+    "unknown shortcut": (
+        layer(4, shortcut="conv"), ValueError, ["shortcut", "'conv'", "identity, linear, pad"],
+    ),
+    "pad to fewer": (
+        layer(6, 4, shortcut="pad"), ValueError, [LAYER, "pad", "6", "4", "shortcut='linear'"],
+    ),
     "unknown gate": (layer(4, gate="vector"), ValueError, ["gate", "'vector'", "scalar, channel"]),
     "unknown backend": (layer(4, backend="gpu"), ValueError, ["backend", "'gpu'", "auto"]),
-    "x of another width": (on(FusedResidual(6), torch.ones(4, 5)), ValueError, [OP, "x", "(4, 5)", "6"]),
+    "x of another width": (
+        on(FusedResidual(6), torch.ones(4, 5)), ValueError, [OP, "x", "(4, 5)", "6"],
+    ),
     "x is a list": (on(FusedResidual(6), [1.0]), TypeError, [OP, "x", "list", "torch.Tensor"]),
-    "x in half": (on(FusedResidual(6), x.half()), TypeError, [OP, "torch.float16", "torch.float32", "autocast"]),
+    "x in half": (
+        on(FusedResidual(6), x.half()),
+        TypeError, [OP, "torch.float16", "torch.float32", "autocast"],
+    ),
     "no residual for an identity": (
-        on(FusedResidual(6, 8, shortcut="identity"), x), ValueError, [OP, "residual", "6 features", "8"]
+        on(FusedResidual(6, 8, shortcut="identity"), x),
+        ValueError, [OP, "residual", "6 features", "8"],
     ),
     "linear shortcut of another width": (
-        on(FusedResidual(6, 8, shortcut="linear"), x, torch.ones(4, 8)), ValueError, [OP, "shortcut", "(4, 8)", "6"]
+        on(FusedResidual(6, 8, shortcut="linear"), x, torch.ones(4, 8)),
+        ValueError, [OP, "shortcut", "(4, 8)", "6"],
     ),
     "a shortcut module of another width": (
-        on(FusedResidual(6, shortcut=nn.Linear(6, 5)), x), ValueError, [OP, "residual", "(4, 5)", "(4, 6)"]
+        on(FusedResidual(6, shortcut=nn.Linear(6, 5)), x),
+        ValueError, [OP, "residual", "(4, 5)", "(4, 6)"],
     ),
-    "one row for batch norm": (on(FusedResidual(6, norm="batch"), x[:1]), ValueError, [OP, "batch norm", "(1, 6)"]),
+    "one row for batch norm": (
+        on(FusedResidual(6, norm="batch"), x[:1]), ValueError, [OP, "batch norm", "(1, 6)"],
+    ),
     "from a Bilinear": (
-        lambda: FusedResidual.from_layers(nn.Bilinear(2, 2, 2)), TypeError, [LAYER, "linear", "Bilinear", "nn.Linear"]
+        lambda: FusedResidual.from_layers(nn.Bilinear(2, 2, 2)),
+        TypeError, [LAYER, "linear", "Bilinear", "nn.Linear"],
     ),
     "from a GroupNorm": (
         lambda: FusedResidual.from_layers(nn.Linear(4, 4), nn.GroupNorm(2, 4)),
         ValueError, ["GroupNorm", "LayerNorm", "RMSNorm", "BatchNorm1d"],
     ),
     "from a norm of another width": (
-        lambda: FusedResidual.from_layers(nn.Linear(4, 4), nn.LayerNorm(5)), ValueError, [LAYER, "norm", "5", "4"]
+        lambda: FusedResidual.from_layers(nn.Linear(4, 4), nn.LayerNorm(5)),
+        ValueError, [LAYER, "norm", "5", "4"],
     ),
     "from a norm of two dimensions": (
-        lambda: FusedResidual.from_layers(nn.Linear(4, 4), nn.LayerNorm((2, 4))), ValueError, ["LayerNorm", "(2, 4)"]
+        lambda: FusedResidual.from_layers(nn.Linear(4, 4), nn.LayerNorm((2, 4))),
+        ValueError, ["LayerNorm", "(2, 4)"],
     ),
     "from a PReLU": (
-        lambda: FusedResidual.from_layers(nn.Linear(4, 4), None, nn.PReLU()), ValueError, ["PReLU", "ReLU", "GELU"]
+        lambda: FusedResidual.from_layers(nn.Linear(4, 4), None, nn.PReLU()),
+        ValueError, ["PReLU", "ReLU", "GELU"],
     ),
     "from a LeakyReLU of another slope": (
         lambda: FusedResidual.from_layers(nn.Linear(4, 4), None, nn.LeakyReLU(0.2)),
@@ -130,7 +205,9 @@ LAYERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", [f"call: {what}" for what in CALLS] + [f"layer: {what}" for what in LAYERS])
+@pytest.mark.parametrize(
+    "wrong", [f"call: {what}" for what in CALLS] + [f"layer: {what}" for what in LAYERS]
+)
 def test_the_message_says_what_came_and_what_was_expected(wrong):
     kind, _, what = wrong.partition(": ")
     do, error, words = (CALLS if kind == "call" else LAYERS)[what]
@@ -174,9 +251,16 @@ def test_an_unknown_environment_value_is_an_error(name, value, known, monkeypatc
     features = 901 + len(name)  # a width of its own: the choice of a backend is remembered for each
     with pytest.raises(ValueError) as raised:
         FusedResidual(features)(torch.ones(2, features))
-    assert all(words in str(raised.value) for words in (name, repr(value), known)), str(raised.value)
+    assert all(words in str(raised.value) for words in (name, repr(value), known)), str(
+        raised.value
+    )
 
 
 def test_public_names():
-    assert set(fusedres.__all__) >= {"FusedResidual", "Residual", "fused_residual", "FusedResidualFunction"}
+    assert set(fusedres.__all__) >= {
+        "FusedResidual",
+        "Residual",
+        "fused_residual",
+        "FusedResidualFunction",
+    }
     assert all(hasattr(fusedres, name) for name in fusedres.__all__)

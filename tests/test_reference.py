@@ -1,6 +1,7 @@
-"""The oracle itself, against formulas written out by hand from MATH: nothing here calls run_stages."""
+"""The oracle itself, against formulas written out by hand: nothing here calls run_stages."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ BY_HAND = {
 }
 
 
-def norm_by_hand(kind, t, gamma, beta, eps):
+def norm_by_hand(kind, gamma, beta, eps, t):
     if kind is None:
         return t
     if kind == "rms":
@@ -69,7 +70,7 @@ def test_every_alias_is_its_formula(alias, norm, given):
         leaves = {name: t.clone().requires_grad_() for name, t in case.tensors.items()}
         x, W, b, gamma, beta = (leaves.get(name) for name in DIFFERENTIABLE[:5])
         y = layer_by_hand(
-            alias, x, W, b, lambda t: norm_by_hand(norm, t, gamma, beta, eps), BY_HAND[activation],
+            alias, x, W, b, partial(norm_by_hand, norm, gamma, beta, eps), BY_HAND[activation],
             leaves.get("residual", x), s,
         )  # fmt: skip
         ours, by_hand = exact(case), gradients(leaves, case.asked, y, case.dy)
@@ -81,16 +82,28 @@ def test_batch_norm_in_evaluation_is_a_fixed_scale_and_shift():
     case = make_case(9, 11, norm="batch", training=False, dtype=torch.float64, activation="silu")
     t = case.tensors
     z = t["x"] @ t["weight"].T + t["bias"]
-    h = (z - t["running_mean"]) / (t["running_var"] + 1e-5).sqrt() * t["norm_weight"] + t["norm_bias"]
-    torch.testing.assert_close(exact(case)["y"], BY_HAND["silu"](h) + t["x"], rtol=1e-12, atol=1e-13)
+    h = (z - t["running_mean"]) / (t["running_var"] + 1e-5).sqrt() * t["norm_weight"] + t[
+        "norm_bias"
+    ]
+    torch.testing.assert_close(
+        exact(case)["y"], BY_HAND["silu"](h) + t["x"], rtol=1e-12, atol=1e-13
+    )
 
 
 def test_gate_pad_and_a_wider_sum():
     case = make_case(
-        9, 5, 8, norm="rms", activation="sin", gate="channel", residual_scale=-2.0, pad=True, dtype=torch.float64
+        9,
+        5,
+        8,
+        norm="rms",
+        activation="sin",
+        gate="channel",
+        residual_scale=-2.0,
+        pad=True,
+        dtype=torch.float64,
     )
     t = case.tensors
-    h = norm_by_hand("rms", t["x"] @ t["weight"].T + t["bias"], t["norm_weight"], None, 1e-5)
+    h = norm_by_hand("rms", t["norm_weight"], None, 1e-5, t["x"] @ t["weight"].T + t["bias"])
     shortcut = torch.cat([t["x"], torch.zeros(9, 3, dtype=torch.float64)], 1)
     y = t["gate"] * torch.sin(h) - 2.0 * shortcut
     torch.testing.assert_close(exact(case)["y"], y, rtol=1e-12, atol=1e-13)
@@ -103,7 +116,9 @@ def test_activation_is_its_formula(name):
     dy = torch.randn(1000, dtype=torch.float64)
     (ours,) = torch.autograd.grad(ACTIVATION_FUNCTIONS[name](h), h, dy)
     (by_hand,) = torch.autograd.grad(BY_HAND[name](h), h, dy)
-    torch.testing.assert_close(ACTIVATION_FUNCTIONS[name](h), BY_HAND[name](h), rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(
+        ACTIVATION_FUNCTIONS[name](h), BY_HAND[name](h), rtol=1e-9, atol=1e-13
+    )
     torch.testing.assert_close(ours, by_hand, rtol=1e-8, atol=1e-12)
 
 
@@ -136,10 +151,14 @@ def test_philox_in_integers_gives_the_published_answers(key, counter, output):
 
 
 def test_philox_is_philox():
-    """Counter (index low, index high, stream, 0), first output word; the first known answer is reachable."""
+    """Counter (index low, index high, stream, 0), first output word; the first known answer is
+    reachable.
+    """
     zero = torch.zeros(1, dtype=torch.int64)
     assert philox(zero, zero, 0).item() == 0x6627E8D5
-    seeds = torch.cat([torch.randint(-(2**63), 2**63 - 1, (20,)), torch.tensor([-1, -(2**63), 2**63 - 1])])
+    seeds = torch.cat(
+        [torch.randint(-(2**63), 2**63 - 1, (20,)), torch.tensor([-1, -(2**63), 2**63 - 1])]
+    )
     index = torch.tensor([0, 1, 338, 2**31, 2**32 - 1, 2**32, 2**40 + 12345, 2**62])
     for seed in seeds:
         for stream in (0, 1):
@@ -149,9 +168,17 @@ def test_philox_is_philox():
 
 
 def dropped(dropout=0.0, drop_path=0.0, lead=(400, 5), features=64):
-    """Which elements a layer that passes ones through its branch drops, and what it puts in the others."""
+    """Which elements a layer that passes ones through its branch drops, and what it puts in the
+    others.
+    """
     layer = Residual(
-        features, order="linear", norm=None, activation=None, bias=False, dropout=dropout, drop_path=drop_path
+        features,
+        order="linear",
+        norm=None,
+        activation=None,
+        bias=False,
+        dropout=dropout,
+        drop_path=drop_path,
     )
     nn.init.eye_(layer.linear.weight)
     y = layer(torch.ones(*lead, features)).detach()
@@ -159,7 +186,9 @@ def dropped(dropout=0.0, drop_path=0.0, lead=(400, 5), features=64):
 
 
 def test_dropout_statistics():
-    """The kept share is binomial: within 5 sigma of 1 - p. The kept are scaled; neighbours are independent."""
+    """The kept share is binomial: within 5 sigma of 1 - p. The kept are scaled; neighbours are
+    independent.
+    """
     for p in (0.1, 0.5, 0.9):
         mask, values = dropped(dropout=p)
         mask = mask.double()
@@ -175,7 +204,9 @@ def test_drop_path_drops_whole_samples():
     for lead in ((2000,), (2000, 3), (2000, 2, 3)):
         mask, values = dropped(drop_path=0.3, lead=lead, features=4)
         samples = mask.reshape(lead[0], -1)
-        assert torch.equal(samples.any(1), samples.all(1)), "a sample is dropped as a whole or not at all"
+        assert torch.equal(samples.any(1), samples.all(1)), (
+            "a sample is dropped as a whole or not at all"
+        )
         assert abs(samples[:, 0].double().mean() - 0.3) <= 5 * math.sqrt(0.3 * 0.7 / 2000)
         assert values == pytest.approx([1 / 0.7], rel=1e-6)
 
@@ -191,7 +222,9 @@ def test_masks_follow_torchs_generator_and_the_streams_differ():
     assert not torch.equal(philox(seed, index, 0), philox(seed, index, 1))
 
 
-@pytest.mark.parametrize(("shape", "rows"), [((7, 5), 1), ((5,), 1), ((2, 3, 5), 3), ((2, 3, 4, 5), 12), ((0, 3, 5), 3)])
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((7, 5), 1), ((5,), 1), ((2, 3, 5), 3), ((2, 3, 4, 5), 12), ((0, 3, 5), 3)]
+)
 def test_rows_per_sample(shape, rows):
     assert rows_per_sample(torch.empty(shape)) == rows
 
@@ -219,4 +252,6 @@ def test_composite_updates_running_statistics_with_the_unbiased_variance():
     z = t["x"] @ t["weight"].T + t["bias"]
     result = exact(case)
     for name, batch in zip(STATISTICS, (z.mean(0), z.var(0, correction=1)), strict=True):
-        torch.testing.assert_close(result[name], 0.9 * t[name] + 0.1 * batch, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            result[name], 0.9 * t[name] + 0.1 * batch, rtol=1e-12, atol=1e-12
+        )

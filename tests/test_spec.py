@@ -17,7 +17,8 @@ from fusedres.spec import (
 )
 
 ALL_ON = {
-    "norm": "rms", "activation": "silu", "gate": "channel", "dropout": 0.1, "drop_path": 0.2, "training": True,
+    "norm": "rms", "activation": "silu", "gate": "channel", "dropout": 0.1, "drop_path": 0.2,
+    "training": True,
 }  # fmt: skip
 CORE = ("norm", "act", "linear", "add")
 
@@ -39,7 +40,18 @@ def test_the_names_are_those_of_the_design():
     assert {"norm", "act", "linear", "gate", "dropout", "droppath", "add"} == set(STAGES)
     assert set(NORMS) == {"layer", "rms", "batch"}
     assert set(GATES) == {"scalar", "channel"} and set(SHORTCUTS) == {"identity", "linear", "pad"}
-    smooth = {"elu", "gelu", "gelu_tanh", "silu", "mish", "softplus", "sigmoid", "tanh", "sin", "softsign"}
+    smooth = {
+        "elu",
+        "gelu",
+        "gelu_tanh",
+        "silu",
+        "mish",
+        "softplus",
+        "sigmoid",
+        "tanh",
+        "sin",
+        "softsign",
+    }
     kinked = {"relu", "leaky_relu", "relu2", "relu6", "selu", "hardswish"}
     assert smooth | kinked <= set(ACTIVATIONS)
 
@@ -47,7 +59,12 @@ def test_the_names_are_those_of_the_design():
 @pytest.mark.parametrize("alias", ORDERS)
 def test_an_alias_is_its_string(alias):
     assert parse_order(alias) == tuple(ORDERS[alias].split("-")) == parse_order(ORDERS[alias])
-    settings = {**ALL_ON, "gate": None, "drop_path": 0.0, "dropout": 0.1 if alias == "bert-output" else 0.0}
+    settings = {
+        **ALL_ON,
+        "gate": None,
+        "drop_path": 0.0,
+        "dropout": 0.1 if alias == "bert-output" else 0.0,
+    }
     assert make_spec(alias, **settings) == make_spec(ORDERS[alias], **settings)
     assert make_spec(alias, **settings).stages == tuple(ORDERS[alias].split("-"))
 
@@ -70,7 +87,9 @@ def test_every_permutation_of_all_seven_stages_keeps_its_order_and_round_trips()
         assert Spec.parse(str(spec)) == spec
 
 
-@pytest.mark.parametrize("order", ["linear", "linear-act", "norm-linear", "act-linear-norm", "linear-norm-act"])
+@pytest.mark.parametrize(
+    "order", ["linear", "linear-act", "norm-linear", "act-linear-norm", "linear-norm-act"]
+)
 def test_a_layer_without_add_is_a_plain_fused_linear(order):
     spec = make_spec(order, residual_scale=2.0)
     assert "-".join(spec.stages) == order and not spec.adds
@@ -123,7 +142,10 @@ def test_training_decides_about_masks_and_batch_statistics():
     assert train.batch_stats and train.random and (train.dropout, train.drop_path) == (0.1, 0.2)
     assert not evaluate.batch_stats and not evaluate.random
     assert (evaluate.dropout, evaluate.drop_path) == (0.0, 0.0)
-    assert evaluate.with_batch_stats(True).batch_stats and not train.with_batch_stats(False).batch_stats
+    assert (
+        evaluate.with_batch_stats(True).batch_stats
+        and not train.with_batch_stats(False).batch_stats
+    )
     assert not make_spec("note", "layer", training=True).batch_stats
 
 

@@ -50,6 +50,12 @@ def pair(request):
     return make_pair(LAYERS[request.param])
 
 
+@pytest.fixture(params=["preact-rms-channel-gate", "resnet-linear-shortcut"])
+def few(request):
+    """As `pair`, for what compiles for seconds."""
+    return make_pair(LAYERS[request.param])
+
+
 @pytest.fixture
 def note():
     return make_pair({})
@@ -309,7 +315,7 @@ def against_eager(layers, check):
     assert_same(*results)
 
 
-def test_compiled_func_grad(pair):
+def test_compiled_func_grad(few):
     """Silently wrong over an autograd.Function on torch 2.11 and 2.13, hence the values."""
 
     def check(layer, compiler):
@@ -317,23 +323,31 @@ def test_compiled_func_grad(pair):
         f = compiler(grad(loss_of(layer, c), argnums=(0, 1)))
         return f(weights(layer), torch.randn(M, K))
 
-    against_eager(pair, check)
+    against_eager(few, check)
 
 
-def test_compiled_func_jvp(pair):
+@pytest.mark.parametrize(
+    "norm",
+    [
+        "rms",
+        None,
+        pytest.param("layer", marks=pytest.mark.xfail(reason="torch cannot compile jvp of an affine LayerNorm")),
+    ],
+)
+def test_compiled_func_jvp(norm):
     def check(layer, compiler):
         return compiler(lambda x, t: jvp(layer, (x,), (t,)))(torch.randn(M, K), torch.randn(M, K))
 
-    against_eager(pair, check)
+    against_eager(make_pair({"norm": norm, "activation": "silu"}), check)
 
 
-def test_compiled_vmap(pair):
-    against_eager(pair, lambda layer, compiler: compiler(vmap(lambda x: layer(x)))(torch.randn(3, M, K)))
+def test_compiled_vmap(few):
+    against_eager(few, lambda layer, compiler: compiler(vmap(lambda x: layer(x)))(torch.randn(3, M, K)))
 
 
-def test_compiled_per_sample_gradients(pair):
+def test_compiled_per_sample_gradients(few):
     against_eager(
-        pair, lambda layer, compiler: compiler(per_sample(layer))(weights(layer), torch.randn(M, K))
+        few, lambda layer, compiler: compiler(per_sample(layer))(weights(layer), torch.randn(M, K))
     )
 
 
@@ -355,15 +369,15 @@ def test_transform_of_a_compiled_layer(note):
     assert_same(fast(x), plain(x))
 
 
-def test_compiled_checkpoint(pair):
+def test_compiled_checkpoint(few):
     def check(layer, compiler):
         f = compiler(lambda x: checkpoint(layer, x, use_reentrant=False))
         return trained(layer, lambda _, x: f(x))
 
-    against_eager(pair, check)
+    against_eager(few, check)
 
 
-def test_compiled_autograd(pair):
+def test_compiled_autograd(few):
     def check(layer, compiler):
         x = torch.randn(M, K, requires_grad=True)
         y = layer(x)
@@ -375,7 +389,7 @@ def test_compiled_autograd(pair):
                 y.backward(dy)
         return x.grad, [p.grad for p in layer.parameters()]
 
-    against_eager(pair, check)
+    against_eager(few, check)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -397,4 +411,5 @@ def test_export(strict, training):
         x = torch.randn(rows, K)
         assert_same(module(x), plain(x))
     if training:
-        assert_same(dict(module.named_buffers()), dict(plain.named_buffers()))
+        buffers, expected = dict(module.named_buffers()), dict(plain.named_buffers())
+        assert_same([buffers[name] for name in expected], list(expected.values()))

@@ -2,6 +2,7 @@
 //
 //   act:  d *= act'(t)       gate: dgate += d t ; d *= gate      add: dresidual = s d       dropout: d *= mask
 //   norm: dgamma += d c ; dbeta += d ; g = gamma d ; d = rstd (g - mean(g) - c mean(g c))
+#include <array>
 #include <vector>
 
 #include "cpu/rows.h"
@@ -124,20 +125,51 @@ inline void backward_row(const Backward<A>& b, int64_t m, size_t replay, size_t 
     backward_stage<T>(b, stages[i - 1], m, buffers.tape, buffers.d, buffers.dx_add);
 }
 
+// Column sums by blocks of 16 rows, so that their rounding errors grow with the number of blocks.
+constexpr int64_t kBlockRows = 16;
+
+template <class A>
+struct BlockSums {
+  A* total[4];                // where the caller wants them; null: not wanted
+  std::vector<A> memory;      // one block's
+  A* block[4];
+  int64_t width, rows = 0;
+
+  BlockSums(std::array<A*, 4> wanted, int64_t n) : memory(4 * n), width(n) {
+    for (int i = 0; i < 4; ++i) {
+      total[i] = wanted[i];
+      block[i] = wanted[i] ? memory.data() + i * n : nullptr;
+    }
+  }
+  void flush() {
+    for (int i = 0; i < 4; ++i) accumulate(total[i], block[i], width);
+    std::fill(memory.begin(), memory.end(), A(0));
+    rows = 0;
+  }
+  void row_done() {
+    if (++rows == kBlockRows) flush();
+  }
+};
+
 template <class T, class A>
-FUSEDRES_SIMD_CLONES void backward_typed(const Backward<A>& b, int64_t begin, int64_t end, Buffers<A>& buffers) {
+FUSEDRES_SIMD_CLONES void backward_typed(const Backward<A>& given, int64_t begin, int64_t end, Buffers<A>& buffers) {
+  Backward<A> b = given;
   const Program<A>& p = b.program;
   const size_t replay = replayed(*p.stages);
   A* d = buffers.d;
+  BlockSums<A> sums({b.dgamma, b.dbeta, b.dgate, b.dbias}, p.width);
+  b.dgamma = sums.block[0], b.dbeta = sums.block[1], b.dgate = sums.block[2], b.dbias = sums.block[3];
   for (int64_t m = begin; m < end; ++m) {
     backward_row<T>(b, m, replay, 0, buffers);
     accumulate(b.dbias, d, p.width);
+    sums.row_done();
     if (!b.dinput.data) continue;
     if (p.residual_is_input) accumulate(d, buffers.dx_add, p.width);
     if (b.skip.data)
       add_scaled(row<const T>(b.skip, m), static_cast<A>(b.skip_scale), d, std::min(b.skip.features, p.width));
     store_row(d, row<T>(b.dinput, m), p.width);
   }
+  sums.flush();
 }
 
 template <class T, class A>
@@ -146,11 +178,14 @@ FUSEDRES_SIMD_CLONES void norm_sums_typed(const Backward<A>& b, A* dh_sum, A* dh
   const std::vector<Stage>& stages = *b.program.stages;
   const size_t norm = std::find(stages.begin(), stages.end(), Stage::norm) - stages.begin();
   const size_t replay = replayed(stages);
+  BlockSums<A> sums({dh_sum, dhc_sum, nullptr, nullptr}, b.program.width);
   for (int64_t m = begin; m < end; ++m) {
     backward_row<T>(b, m, replay, norm + 1, buffers);
-    accumulate(dh_sum, buffers.d, b.program.width);
-    accumulate_product(dhc_sum, buffers.d, buffers.tape.c, b.program.width);
+    accumulate(sums.block[0], buffers.d, b.program.width);
+    accumulate_product(sums.block[1], buffers.d, buffers.tape.c, b.program.width);
+    sums.row_done();
   }
+  sums.flush();
 }
 
 }  // namespace

@@ -75,18 +75,27 @@ inline A dot(const A* a, const A* b, int64_t n) {
   return s;
 }
 
-// Two passes, the second about the mean: t becomes t - mean (layer) and the result is rstd, so that c = t * rstd.
+// c = (t - shift) * rstd
 template <class A>
-inline A center(A* t, int64_t n, bool subtract_mean, A eps) {
-  if (!subtract_mean) return 1 / std::sqrt(dot(t, t, n) / n + eps);
+struct RowScale {
+  A shift, rstd;
+};
+
+// Two passes, the second about the mean, which layer norm subtracts from t. Its own rounding (large where the mean is)
+// shows as the mean of what is left, `shift`.
+template <class A>
+inline RowScale<A> center(A* t, int64_t n, bool subtract_mean, A eps) {
+  if (!subtract_mean) return {0, 1 / std::sqrt(dot(t, t, n) / n + eps)};
   const A mean = sum(t, n) / n;
-  A squares = 0;
-#pragma omp simd reduction(+ : squares)
+  A rest = 0, squares = 0;
+#pragma omp simd reduction(+ : rest, squares)
   for (int64_t i = 0; i < n; ++i) {
     t[i] -= mean;
+    rest += t[i];
     squares += t[i] * t[i];
   }
-  return 1 / std::sqrt(squares / n + eps);
+  const A shift = rest / n;
+  return {shift, 1 / std::sqrt(squares / n - shift * shift + eps)};
 }
 
 // out = gamma * t + beta; out may be t.
@@ -220,17 +229,17 @@ inline A norm_forward(const Program<A>& p, A* t, A* out) {
     scale_shift(t, p.gamma, p.beta, out, n);
     return 0;
   }
-  const A rstd = center(t, n, r.norm == Norm::layer, static_cast<A>(r.eps));
+  const auto [shift, rstd] = center(t, n, r.norm == Norm::layer, static_cast<A>(r.eps));
   if (p.gamma && p.beta) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const A c = t[i] * rstd;
+      const A c = (t[i] - shift) * rstd;
       t[i] = c;
       out[i] = p.gamma[i] * c + p.beta[i];
     }
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) t[i] *= rstd;
+    for (int64_t i = 0; i < n; ++i) t[i] = (t[i] - shift) * rstd;
     scale_shift(t, p.gamma, p.beta, out, n);
   }
   return rstd;

@@ -6,7 +6,7 @@ Importing this module imports Triton; without Triton it still imports, and `why_
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,10 +97,10 @@ def _why_not_on(device: torch.device) -> str | None:
         return None if device.type in ("cpu", "cuda") else f"device is {device}"
     if device.type != "cuda":
         return f"device is {device} and TRITON_INTERPRET is not set"
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if shared < SHARED_MEMORY:
-        needed = SHARED_MEMORY >> 10
-        return f"{device} has {shared >> 10} KiB of shared memory a block, the tiles need {needed}"
+    gpu: Any = torch.cuda.get_device_properties(device)
+    shared, needed = gpu.shared_memory_per_block_optin >> 10, SHARED_MEMORY >> 10
+    if shared < needed:
+        return f"{device} has {shared} KiB of shared memory a block, the tiles need {needed}"
     return None
 
 
@@ -168,7 +168,8 @@ def residual_backward(
     gradient and the column sums; dx and dweight are matrix products.
     """
     spec = Spec.parse(recipe)
-    inputs = (x, weight, dy.new_empty(dy.shape[1]), norm_weight, norm_bias, gate, residual)
+    like_bias = dy.new_empty(dy.shape[1])
+    inputs: Any = (x, weight, like_bias, norm_weight, norm_bias, gate, residual)
     wanted = [i for i in range(len(INPUTS)) if needs >> i & 1]
     grads = {INPUTS[i]: inputs[i].new_empty(inputs[i].shape) for i in wanted}
     if not dy.numel():
@@ -176,7 +177,7 @@ def residual_backward(
 
     dshortcut = grads.get("x" if residual is None else "residual") if spec.adds else None
     if spec.saves_z:
-        dz = dy.new_empty(dy.shape) if "x" in grads or "weight" in grads else None
+        dz: Any = dy.new_empty(dy.shape) if "x" in grads or "weight" in grads else None
         _launch_backward(spec, dy, z, norm_weight, norm_bias, dz, dshortcut, grads)
     else:  # only a sum follows z
         dz = dy

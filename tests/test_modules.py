@@ -1,0 +1,353 @@
+"""The modules as a PyTorch user meets them: checkpoints, copies, devices, optimizers, replaced
+submodules.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from oracle import ALIASES, assert_as_accurate, assert_close
+from torch import nn
+
+from fusedres import NORMS, FusedResidual, Residual, fused_residual
+
+VARIANTS = {
+    "note": {},
+    "batch": {"norm": "batch", "momentum": 0.01, "eps": 1e-3},
+    "rms prenorm": {"norm": "rms", "order": "prenorm", "bias": False},
+    "channel gate": {"gate": "channel", "gate_init": 0.5},
+    "scalar gate": {"gate": "scalar", "gate_init": 0.5, "order": "preact"},
+    "wider": {"out_features": 24},
+    "padded": {"out_features": 24, "shortcut": "pad", "norm": None},
+    "module shortcut": {
+        "out_features": 24,
+        "shortcut": nn.Sequential(nn.Linear(16, 24), nn.Tanh()),
+    },
+}
+
+
+def make(cls, variant):
+    """Layer `variant` with 16 features and parameters all different from their defaults."""
+    layer = cls(16, **copy.deepcopy(VARIANTS[variant]))
+    generator = torch.Generator().manual_seed(len(variant))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator)
+    return layer
+
+
+def double(layer):
+    """The same layer as a float64 oracle."""
+    other = copy.deepcopy(layer).double()
+    other.__class__ = Residual
+    return other
+
+
+def agree(ours, plain, x, residual=None):
+    """Output and every gradient of two layers with the same parameters."""
+    true = double(plain)
+    dy = torch.randn(*x.shape[:-1], ours.out_features)
+    results = []
+    for layer in (ours, plain, true):
+        dtype = layer.linear.weight.dtype
+        leaf = x.detach().to(dtype).requires_grad_()
+        y = layer(leaf) if residual is None else layer(leaf, residual.to(dtype))
+        layer.zero_grad()
+        y.backward(dy.to(dtype))
+        grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+        results.append({"y": y.detach(), "dx": leaf.grad, **grads})
+    assert_close(*results, terms=x.numel() + dy.numel(), what=repr(ours))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("to", "source"), [(FusedResidual, Residual), (Residual, FusedResidual)])
+def test_checkpoints_move_both_ways(variant, to, source):
+    first, second = make(source, variant), make(to, variant)
+    with torch.no_grad():
+        for p in second.parameters():
+            p.zero_()
+    assert list(first.state_dict()) == list(second.state_dict())
+    assert second.load_state_dict(first.state_dict()) == ([], [])
+    fused, plain = (first, second) if source is FusedResidual else (second, first)
+    agree(fused, plain, torch.randn(64, 16))
+    for name, t in fused.state_dict().items():
+        torch.testing.assert_close(t, plain.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+def test_state_dict_keys_are_those_of_the_submodules():
+    layer = FusedResidual(4, 6, norm="batch", gate="channel")
+    assert set(layer.state_dict()) == {
+        "linear.weight", "linear.bias", "norm.weight", "norm.bias", "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked", "gate", "shortcut.weight", "shortcut.bias",
+    }  # fmt: skip
+    assert [type(m) for m in (layer.linear, layer.norm, layer.shortcut)] == [
+        nn.Linear,
+        nn.BatchNorm1d,
+        nn.Linear,
+    ]
+    assert (
+        type(FusedResidual(4).norm) is nn.LayerNorm
+        and type(FusedResidual(4, norm="rms").norm) is nn.RMSNorm
+    )
+    assert set(FusedResidual(4, norm=None, bias=False).state_dict()) == {"linear.weight"}
+
+
+def test_initialisation_is_that_of_torch():
+    torch.manual_seed(5)
+    layer = FusedResidual(16, gate="scalar")
+    torch.manual_seed(5)
+    linear = nn.Linear(16, 16)
+    assert torch.equal(layer.linear.weight, linear.weight) and torch.equal(
+        layer.linear.bias, linear.bias
+    )
+    assert layer.gate.tolist() == [0.0]
+    assert FusedResidual(3, gate="channel").gate.tolist() == pytest.approx([1e-5] * 3)
+    assert FusedResidual(3, gate="channel", gate_init=0.1).gate.tolist() == pytest.approx([0.1] * 3)
+
+
+@pytest.mark.parametrize(
+    ("norm", "activation", "order"),
+    [
+        (nn.LayerNorm(16, eps=1e-3), nn.GELU(), "note"),
+        (nn.RMSNorm(16, eps=1e-2), nn.GELU("tanh"), "prenorm"),
+        (nn.RMSNorm(16), nn.SiLU(), "note"),
+        (nn.BatchNorm1d(16, eps=1e-3, momentum=0.01), nn.Tanh(), "preact"),
+        (nn.LayerNorm(16, elementwise_affine=False), "silu", "postnorm"),
+        (nn.LayerNorm(16, bias=False), nn.Identity(), "note"),
+        (nn.BatchNorm1d(16, momentum=None, affine=False), nn.Mish(), "note"),
+        (nn.BatchNorm1d(16, track_running_stats=False), None, "note"),
+        (None, nn.ELU(), "note"),
+    ],
+)
+def test_from_layers_shares_parameters_and_computes_what_the_layers_compute(
+    norm, activation, order
+):
+    linear = nn.Linear(16, 16)
+    layer = FusedResidual.from_layers(linear, norm, activation, order=order)
+    assert layer.linear is linear and layer.norm is norm
+    act = activation or nn.Identity()
+    act = nn.functional.silu if act == "silu" else act
+    norm_fn = norm or nn.Identity()
+    by_hand = {
+        "note": lambda x: act(norm_fn(linear(x))) + x,
+        "prenorm": lambda x: act(linear(norm_fn(x))) + x,
+        "preact": lambda x: linear(act(norm_fn(x))) + x,
+        "postnorm": lambda x: norm_fn(act(linear(x)) + x),
+    }[order]
+    x = torch.randn(32, 16)
+    state = copy.deepcopy(norm.state_dict()) if norm else {}
+    expected = by_hand(x)
+    after = copy.deepcopy(norm.state_dict()) if norm else {}
+    if norm:
+        norm.load_state_dict(state)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    for name, t in after.items():
+        torch.testing.assert_close(norm.state_dict()[name], t, rtol=1e-6, atol=1e-6)
+    layer.eval()
+    torch.testing.assert_close(layer(x), by_hand(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_copies_compute_the_same(variant):
+    layer, x = make(FusedResidual, variant), torch.randn(5, 16)
+    y = layer.eval()(x)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert type(other) is FusedResidual and repr(other) == repr(layer)
+        assert torch.equal(other(x), y)
+        assert other.linear.weight.data_ptr() != layer.linear.weight.data_ptr()
+        other.train()(x).square().mean().backward()
+        assert other.linear.weight.grad is not None and layer.linear.weight.grad is None
+
+
+def test_extra_repr_says_the_settings():
+    text = repr(
+        FusedResidual(4, 6, order="prenorm", norm="rms", activation="gelu", dropout=0.1, eps=1e-6)
+    )
+    for words in (
+        "4, 6",
+        "prenorm",
+        "'rms'",
+        "'gelu'",
+        "0.1",
+        "1e-06",
+        "shortcut='linear'",
+        "backend='auto'",
+    ):
+        assert words in text, text
+    assert "drop_path" not in text and "residual_scale" not in text
+
+
+def test_meta_device_then_to_empty():
+    layer = FusedResidual(16, norm="batch", gate="channel", device="meta")
+    assert all(t.is_meta for t in layer.state_dict().values())
+    assert layer(torch.empty(7, 16, device="meta")).shape == (7, 16)
+    layer = layer.to_empty(device="cpu")
+    layer.load_state_dict(FusedResidual(16, norm="batch", gate="channel").state_dict())
+    assert layer(torch.randn(7, 16)).isfinite().all()
+    with torch.device("meta"):
+        assert FusedResidual(4).linear.weight.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("norm", NORMS)
+def test_to_another_dtype(norm, dtype):
+    layer, plain = (
+        cls(16, norm=norm, activation="gelu").to(dtype) for cls in (FusedResidual, Residual)
+    )
+    plain.load_state_dict(layer.state_dict())
+    y = layer(torch.randn(9, 16, dtype=dtype))
+    assert y.dtype == dtype and FusedResidual(4, dtype=dtype).linear.weight.dtype == dtype
+    if dtype != torch.float64:
+        agree(layer, plain, torch.randn(256, 16, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop],
+    ids=lambda o: o.__name__,
+)
+def test_optimizers_train_it(optimizer):
+    layer = FusedResidual(16, 4, norm="batch", gate="channel", gate_init=1.0)
+    step, x = optimizer(layer.parameters(), lr=1e-2), torch.randn(128, 16)
+    target = torch.tanh(x[:, :4] * x[:, 4:8])
+    losses = []
+    for _ in range(60):
+        step.zero_grad()
+        losses.append((layer(x) - target).square().mean())
+        losses[-1].backward()
+        step.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("order", ALIASES)
+def test_train_and_eval(order):
+    layer = FusedResidual(16, order=order, norm="batch", dropout=0.3, drop_path=0.3)
+    plain = Residual(16, order=order, norm="batch", dropout=0.3, drop_path=0.3)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(64, 16)
+    for _ in range(2):
+        results = []
+        for module in (layer, plain):
+            torch.manual_seed(1)
+            results.append(module.train()(x))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(layer(x), layer(x)), "masks differ from call to call"
+    assert torch.equal(layer.eval()(x), layer(x)), "evaluation is deterministic"
+    assert layer.norm.num_batches_tracked == 6 and plain.norm.num_batches_tracked == 2
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_explicit_residual_skips_only_the_default_linear_shortcut():
+    x, r = torch.randn(32, 8), torch.randn(32, 12)
+    default = FusedResidual(8, 12, activation="tanh")
+    branch = default(x) - nn.functional.linear(x, default.shortcut.weight, default.shortcut.bias)
+    torch.testing.assert_close(default(x, r), branch + r, rtol=1e-5, atol=1e-5)
+    source = torch.randn(32, 8)
+    projected = nn.functional.linear(source, default.shortcut.weight, default.shortcut.bias)
+    torch.testing.assert_close(default(x, source), branch + projected, rtol=1e-5, atol=1e-5)
+    module = FusedResidual(8, 12, activation="tanh", shortcut=nn.Linear(12, 12))
+    module.linear, module.norm = default.linear, default.norm
+    torch.testing.assert_close(module(x, r), branch + module.shortcut(r), rtol=1e-5, atol=1e-5)
+    identity = FusedResidual(8, 12, activation="tanh", shortcut="identity")
+    identity.linear, identity.norm = default.linear, default.norm
+    torch.testing.assert_close(identity(x, r), branch + r, rtol=1e-5, atol=1e-5)
+
+
+def test_replaced_submodules_are_run_not_ignored():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, layer = torch.randn(5, 6), FusedResidual(6, norm=None, activation=None, bias=False)
+    assert layer.not_fused() is None
+    doubled = Doubled(6, 6, bias=False)
+    doubled.weight, layer.linear = layer.linear.weight, doubled
+    assert "Doubled" in layer.not_fused()
+    torch.testing.assert_close(layer(x), 2 * x @ doubled.weight.T + x)
+
+
+def test_sync_batch_norm():
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(
+        FusedResidual(6, norm="batch", activation="gelu")
+    )
+    assert type(layer.norm) is nn.SyncBatchNorm and "SyncBatchNorm" in layer.not_fused()
+    plain = Residual(6, norm="batch", activation="gelu").eval()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(layer.eval()(x), plain(x))
+
+
+@pytest.mark.parametrize("norm", [None, *NORMS])
+def test_autocast(norm):
+    layer, plain = (cls(32, norm=norm, activation="gelu") for cls in (FusedResidual, Residual))
+    plain.load_state_dict(layer.state_dict())
+    low = copy.deepcopy(plain).bfloat16()
+    x, dy = torch.randn(128, 32), torch.randn(128, 32).bfloat16()
+    results = []
+    for module, enabled in ((layer, True), (low, False), (double(plain), False)):
+        dtype = module.linear.weight.dtype
+        leaf = x.to(dtype).detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = module(leaf)
+        y.backward(dy.to(y.dtype))
+        grads = {"dx": leaf.grad, **{name: p.grad for name, p in module.named_parameters()}}
+        results.append({"y": y.detach(), **grads})
+    assert results[0]["y"].dtype == torch.bfloat16
+    assert all(results[0][name].dtype == torch.float32 for name in results[0] if name != "y")
+    as_low = {name: t.bfloat16() for name, t in results[0].items()}
+    assert_as_accurate(as_low, results[1], results[2], f"autocast, {norm}")
+
+
+class Net(nn.Module):
+    def __init__(self, block, **settings):
+        super().__init__()
+        blocks = [block(24, **settings) for _ in range(3)]
+        self.layers = nn.Sequential(nn.Linear(10, 24), *blocks, nn.LayerNorm(24), nn.Linear(24, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("order", ALIASES)
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_both_layers_train_alike_for_32_steps(order, norm):
+    """NUMERICS 12: fp32 loss within 1e-5 relative; gelu, as a ReLU's kink lets runs part."""
+    nets = [
+        Net(block, order=order, norm=norm, activation="gelu") for block in (Residual, FusedResidual)
+    ]
+    nets[1].load_state_dict(nets[0].state_dict())
+    steps = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in nets]
+    data = torch.randn(32, 64, 10)
+    for x in data:
+        target = (x[:, 0] > x[:, 1]).long() + (x[:, 2] > 0).long()
+        losses = []
+        for net, step in zip(nets, steps, strict=True):
+            step.zero_grad()
+            losses.append(nn.functional.cross_entropy(net(x), target))
+            losses[-1].backward()
+            step.step()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+def test_functional_and_module_are_the_same_layer():
+    layer, x = (
+        FusedResidual(16, norm="batch", activation="silu", eps=1e-3).eval(),
+        torch.randn(4, 3, 16),
+    )
+    y = fused_residual(
+        x, layer.linear.weight, layer.linear.bias, layer.norm.weight, layer.norm.bias, norm="batch",
+        activation="silu", eps=1e-3, running_mean=layer.norm.running_mean,
+        running_var=layer.norm.running_var,
+    )  # fmt: skip
+    assert torch.equal(layer(x), y)
