@@ -27,12 +27,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("file", nargs="?", type=Path, help="what to report")
     parser.add_argument("--quick", action="store_true", help="short, no torch.compile, no file")
     parser.add_argument("--only", default="", metavar="TEXT", help="part of 'NAME DTYPE'")
-    parser.add_argument("--seconds", type=float, help="for a row; default 2, with --quick 0.3")
+    parser.add_argument("--seconds", type=float, help="for a row; default 1.5, with --quick 0.3")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--threads", type=int, help="1 measures CPU time: for a busy machine")
     parser.add_argument("--output", type=Path, help="default: a new file in bench/results")
     args = parser.parse_args(arguments)
-    args.seconds = args.seconds or (0.3 if args.quick else 2.0)
+    args.seconds = args.seconds or (0.3 if args.quick else 1.5)
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return args
 

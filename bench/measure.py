@@ -20,11 +20,13 @@ WARM_UP_CALLS = 3
 SAMPLE_SECONDS = 2e-3
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 NOISE = 0.02
+PREEMPTIONS_A_SECOND = 50  # the kernel's own threads cause a few, another busy process hundreds
 
 PROTOCOL = {
     "rounds": f"{MIN_ROUNDS} to {MAX_ROUNDS}, in one process; a round times every contender once, "
-    "in rotating order; rounds in which another process took a core are dropped",
-    "calm": f"false: fewer than {MIN_ROUNDS} rounds went undisturbed, so all were kept",
+    "in rotating order; a round in which other processes took a core more often than "
+    f"{PREEMPTIONS_A_SECOND} times a second is dropped",
+    "calm": f"false: fewer than {MIN_ROUNDS} rounds were left, so all were kept",
     "sample": f"{WARM_UP_CALLS} warm-up calls, then as many calls a sample as last "
     f"{SAMPLE_SECONDS * 1e3:g} ms; garbage collection off",
     "times_us": "microseconds a call, over rounds",
@@ -74,10 +76,11 @@ def interleave(
             late = perf_counter() - end
             if len(every) >= MIN_ROUNDS and late > (0 if len(calm) >= MIN_ROUNDS else seconds):
                 break
-            before = preemptions()
+            before, began = preemptions(), perf_counter()
             times = {n: seconds_per_call(contenders[n], calls[n], device) for n in order}
             every.append(times)
-            calm += [times] if preemptions() == before else []
+            rare = preemptions() - before <= (perf_counter() - began) * PREEMPTIONS_A_SECOND
+            calm += [times] if rare else []
             order.append(order.pop(0))
     finally:
         gc.enable()

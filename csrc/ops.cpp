@@ -166,7 +166,9 @@ struct Side {
   void compute_statistics() {
     const int64_t C = program.width;
     std::vector<A> shift(C), batch_mean(C), batch_var(C);
-    if (program.M > 0) cpu::row_before_norm(program, 0, shift.data());
+    std::vector<double> row(2 * C);
+    cpu::column_statistics(program, shift.data(), row.data(), row.data() + C, 0, std::min<int64_t>(1, program.M));
+    std::copy(row.begin(), row.begin() + C, shift.begin());
     const auto sums = column_sums<double>(Chunks(program.M, C), 2, C, [&](double* partial, int64_t begin, int64_t end) {
       cpu::column_statistics(program, shift.data(), partial, partial + C, begin, end);
     });

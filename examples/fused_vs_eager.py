@@ -75,7 +75,7 @@ def draw(rows: dict[int, dict[str, list[float]]]) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(10, 3.9), sharey=True, facecolor="white")
     for axis, name in zip(axes, names, strict=True):
         ratios = [row[name][1] / row[name][0] for row in rows.values()]
-        labels = [f"{width}\n{row[name][0]:.2g}" for width, row in rows.items()]
+        labels = [f"{width}\n{row[name][0]:.3g}" for width, row in rows.items()]
         axis.bar_label(axis.bar(labels, ratios, color="#1f77b4"), fmt="%.2f")
         axis.axhline(1, color="#d62728", linestyle="--", label="eager")
         unit = name.rsplit(" ", 1)[1]

@@ -64,12 +64,16 @@ class FusedResidualFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * DIFFERENTIABLE + rest
         sample_rows, recipe, backend = ctx.settings
-        # create_graph=True: a gradient that can be differentiated again; is_grads_batched=True
-        if torch.is_grad_enabled() or is_batched(dy):
+        if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated again
             return _composite_gradients(saved, needs, dy, recipe, sample_rows) + rest
         x, weight, _bias, *others, z, stats = saved
         mask = sum(need << i for i, need in enumerate(needs))
-        grads = iter(ops.BACKWARD[backend](dy, x, weight, *others, z, stats, sample_rows, recipe, mask))
+        try:  # costs nothing, unlike a question
+            grads = iter(ops.BACKWARD[backend](dy, x, weight, *others, z, stats, sample_rows, recipe, mask))
+        except RuntimeError:
+            if not is_batched(dy):
+                raise
+            return _composite_gradients(saved, needs, dy, recipe, sample_rows) + rest
         return tuple(next(grads) if need else None for need in needs) + rest
 
 

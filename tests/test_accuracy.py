@@ -4,20 +4,12 @@ oracle.py.
 
 import pytest
 import torch
-from oracle import (
-    ALIASES,
-    assert_as_accurate,
-    check_accuracy,
-    eager,
-    exact,
-    fused,
-    make_case,
-    without_kinks,
-)
 
 import fusedres.ops
+from cases import ALIASES, make_case
 from fusedres import ACTIVATIONS, NORMS, FusedResidual, Residual
 from fusedres.backends import choose
+from oracle import assert_as_accurate, check_accuracy, eager, exact, fused, without_kinks
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 EACH_NORM = (None, *NORMS)

@@ -74,14 +74,14 @@ def test_default_name_holds_device_date_and_commit(
 
 
 def test_saved_bytes_of_eager_and_fused() -> None:
-    """note + layer norm + GELU: eager saves z, mean, rstd and h = norm(z); fused at most z."""
+    """note + layer norm + GELU: eager saves z, mean, rstd and h = norm(z); fused at most half."""
     rows, features = 37, 53
     job = Job(Case("counted", rows, features), "fp32", CPU)
     z, vector = rows * features * FP32, rows * FP32
     eager = 2 * z + 2 * vector
     assert saved_bytes(job.eager, job) == eager
-    expected = eager if job.backend == "reference" else z
-    assert saved_bytes(job.fused, job) == expected
+    fused = saved_bytes(job.fused, job)
+    assert fused == eager if job.backend == "reference" else 0 < fused <= eager / 2
 
 
 def test_the_hand_written_baseline_is_the_layer() -> None:

@@ -77,6 +77,22 @@ def test_selftest_finds_a_wrong_backend(capsys, monkeypatch, native):
     assert code == 1 and "WRONG" in out and "y is off by" in out
 
 
+def test_selftest_counts_a_backend_that_raises(capsys, monkeypatch, native):
+    def broken(*_):
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setitem(ops.FORWARD, native, broken)
+    code, out, _ = run(capsys, "selftest")
+    assert code == 1 and "RuntimeError: illegal instruction" in out
+
+
+def test_selftest_without_any_backend(capsys, monkeypatch):
+    monkeypatch.setattr(ops, "native_missing", "the C++ extension is not built")
+    monkeypatch.setattr(selftest, "BACKENDS", ("auto", "reference", "cpu"))
+    code, out, _ = run(capsys, "selftest")
+    assert code == 0 and "not here" in out and "nothing to check" in out
+
+
 def test_selftest_covers_every_order_and_norm():
     settings = list(selftest.grid())
     assert {s.get("order") for s in settings} >= {*fusedres.ORDERS}

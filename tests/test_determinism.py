@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import ALIASES, exact, fused, make_case
-from test_shapes import LAYOUTS
 
+from cases import ALIASES, make_case
 from fusedres import ACTIVATIONS, NORMS, fused_residual
+from oracle import exact, fused
+from test_shapes import LAYOUTS
 
 ROOT = Path(__file__).parents[1]
 ROW_NORMS = (None, "layer", "rms")

@@ -7,11 +7,12 @@ import math
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from oracle import KINKS, assert_close, eager, exact, fused, make_case, near_kink
-from test_shapes import LAYOUTS
 
+from cases import KINKS, make_case
 from fusedres import ACTIVATIONS, NORMS
 from fusedres.spec import STAGES, make_spec
+from oracle import assert_close, eager, exact, fused, near_kink
+from test_shapes import LAYOUTS
 
 ci = settings(
     derandomize=True, deadline=None, database=None,

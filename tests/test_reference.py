@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import ALIASES, DIFFERENTIABLE, STATISTICS, exact, gradients, make_case
 from torch import nn
 
+from cases import ALIASES, DIFFERENTIABLE, STATISTICS, make_case
 from fusedres import ACTIVATIONS, NORMS, Residual
 from fusedres.reference import ACTIVATION_FUNCTIONS, draw_seed, philox, rows_per_sample
+from oracle import exact, gradients
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 BY_HAND = {

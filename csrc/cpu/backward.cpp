@@ -43,7 +43,7 @@ inline void norm_grad(const Backward<A>& b, const Tape<A>& tape, A* d) {
 }
 
 // d becomes the gradient of what `stage` acted on. `dx_add` collects what `add` sends to the program's own input.
-template <class T, class A>
+template <class A>
 inline void backward_stage(const Backward<A>& b, Stage stage, int64_t m, const Tape<A>& tape, A* d, A* dx_add) {
   const Program<A>& p = b.program;
   const Recipe& r = *p.recipe;
@@ -70,7 +70,7 @@ inline void backward_stage(const Backward<A>& b, Stage stage, int64_t m, const T
         for (int64_t i = 0; i < n; ++i) dx_add[i] = scale * d[i];
       if (b.dresidual.data) {
         for (int64_t i = 0; i < n; ++i) dx_add[i] = scale * d[i];
-        store_row(dx_add, row<T>(b.dresidual, m), std::min(b.dresidual.features, n));
+        store_row(dx_add, b.dresidual, p.dtype, m, std::min(b.dresidual.features, n));
       }
       return;
     }
@@ -98,31 +98,31 @@ struct Buffers {
 };
 
 // Fills the tape. The last stage's own result is not needed, only what it saw.
-template <class T, class A>
+template <class A>
 inline void replay_row(const Program<A>& p, int64_t m, size_t count, Buffers<A>& buffers) {
   if (count == 0) return;
   int used = 0;
   A* t = buffers.value(used);
-  load_row(row<const T>(p.input, m), t, p.width);
+  load_row(p.input, p.dtype, m, t, p.width);
   for (size_t i = 0; i + 1 < count; ++i) {
-    A* out = forward_stage<T, A, true>(p, (*p.stages)[i], m, t, buffers.value(used + 1), &buffers.tape);
+    A* out = forward_stage<A, true>(p, (*p.stages)[i], m, t, buffers.value(used + 1), &buffers.tape);
     used += out != t;
     t = out;
   }
   const Stage last = (*p.stages)[count - 1];
   if (last == Stage::act) buffers.tape.act = t;
   else if (last == Stage::gate) buffers.tape.gate = t;
-  else forward_stage<T, A, true>(p, last, m, t, buffers.value(used + 1), &buffers.tape);
+  else forward_stage<A, true>(p, last, m, t, buffers.value(used + 1), &buffers.tape);
 }
 
 // Leaves in d the gradient of the value that stages[first] acted on.
-template <class T, class A>
+template <class A>
 inline void backward_row(const Backward<A>& b, int64_t m, size_t replay, size_t first, Buffers<A>& buffers) {
   const std::vector<Stage>& stages = *b.program.stages;
-  replay_row<T>(b.program, m, replay, buffers);
-  load_row(row<const T>(b.dy, m), buffers.d, b.program.width);
+  replay_row(b.program, m, replay, buffers);
+  load_row(b.dy, b.program.dtype, m, buffers.d, b.program.width);
   for (size_t i = stages.size(); i > first; --i)
-    backward_stage<T>(b, stages[i - 1], m, buffers.tape, buffers.d, buffers.dx_add);
+    backward_stage(b, stages[i - 1], m, buffers.tape, buffers.d, buffers.dx_add);
 }
 
 // Column sums by blocks of 16 rows, so that their rounding errors grow with the number of blocks.
@@ -151,39 +151,29 @@ struct BlockSums {
   }
 };
 
-template <class T, class A>
-FUSEDRES_SIMD_CLONES void backward_typed(const Backward<A>& given, int64_t begin, int64_t end, Buffers<A>& buffers) {
+// Walks each row back to stages[first]. first = 0: the whole way, to dinput and the sums that `given` asks for. Else
+// stages[first - 1] is the norm, and sums of its gradient are all that is wanted.
+template <class A>
+FUSEDRES_SIMD_CLONES void run(const Backward<A>& given, size_t first, BlockSums<A>& sums, int64_t begin, int64_t end,
+                              Buffers<A>& buffers) {
   Backward<A> b = given;
   const Program<A>& p = b.program;
   const size_t replay = replayed(*p.stages);
   A* d = buffers.d;
-  BlockSums<A> sums({b.dgamma, b.dbeta, b.dgate, b.dbias}, p.width);
-  b.dgamma = sums.block[0], b.dbeta = sums.block[1], b.dgate = sums.block[2], b.dbias = sums.block[3];
+  b.dgamma = b.dbeta = b.dgate = b.dbias = nullptr;
+  if (first == 0) b.dgamma = sums.block[0], b.dbeta = sums.block[1], b.dgate = sums.block[2], b.dbias = sums.block[3];
   for (int64_t m = begin; m < end; ++m) {
-    backward_row<T>(b, m, replay, 0, buffers);
+    backward_row(b, m, replay, first, buffers);
+    if (first > 0) {
+      accumulate_product(sums.block[0], d, buffers.tape.c, p.width);
+      accumulate(sums.block[1], d, p.width);
+    }
     accumulate(b.dbias, d, p.width);
     sums.row_done();
-    if (!b.dinput.data) continue;
+    if (first > 0 || !b.dinput.data) continue;
     if (p.residual_is_input) accumulate(d, buffers.dx_add, p.width);
-    if (b.skip.data)
-      add_scaled(row<const T>(b.skip, m), static_cast<A>(b.skip_scale), d, std::min(b.skip.features, p.width));
-    store_row(d, row<T>(b.dinput, m), p.width);
-  }
-  sums.flush();
-}
-
-template <class T, class A>
-FUSEDRES_SIMD_CLONES void norm_sums_typed(const Backward<A>& b, A* dh_sum, A* dhc_sum, int64_t begin, int64_t end,
-                                          Buffers<A>& buffers) {
-  const std::vector<Stage>& stages = *b.program.stages;
-  const size_t norm = std::find(stages.begin(), stages.end(), Stage::norm) - stages.begin();
-  const size_t replay = replayed(stages);
-  BlockSums<A> sums({dh_sum, dhc_sum, nullptr, nullptr}, b.program.width);
-  for (int64_t m = begin; m < end; ++m) {
-    backward_row<T>(b, m, replay, norm + 1, buffers);
-    accumulate(sums.block[0], buffers.d, b.program.width);
-    accumulate_product(sums.block[1], buffers.d, buffers.tape.c, b.program.width);
-    sums.row_done();
+    if (b.skip.data) add_scaled(b.skip, p.dtype, m, static_cast<A>(b.skip_scale), d, p.width);
+    store_row(d, b.dinput, p.dtype, m, p.width);
   }
   sums.flush();
 }
@@ -193,14 +183,17 @@ FUSEDRES_SIMD_CLONES void norm_sums_typed(const Backward<A>& b, A* dh_sum, A* dh
 template <class A>
 void backward_rows(const Backward<A>& b, int64_t begin, int64_t end) {
   Buffers<A> buffers(b.program.width);
-  with_storage<A>(b.program.dtype, [&](auto v) { backward_typed<decltype(v), A>(b, begin, end, buffers); });
+  BlockSums<A> sums({b.dgamma, b.dbeta, b.dgate, b.dbias}, b.program.width);
+  run(b, 0, sums, begin, end, buffers);
 }
 
 template <class A>
 void norm_gradient_sums(const Backward<A>& b, A* dh_sum, A* dhc_sum, int64_t begin, int64_t end) {
+  const std::vector<Stage>& stages = *b.program.stages;
+  const size_t norm = std::find(stages.begin(), stages.end(), Stage::norm) - stages.begin();
   Buffers<A> buffers(b.program.width);
-  with_storage<A>(b.program.dtype,
-                  [&](auto v) { norm_sums_typed<decltype(v), A>(b, dh_sum, dhc_sum, begin, end, buffers); });
+  BlockSums<A> sums({dhc_sum, dh_sum, nullptr, nullptr}, b.program.width);
+  run(b, norm + 1, sums, begin, end, buffers);
 }
 
 template void backward_rows<float>(const Backward<float>&, int64_t, int64_t);

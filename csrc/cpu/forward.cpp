@@ -7,36 +7,29 @@
 namespace fusedres::cpu {
 namespace {
 
-template <class T, class A>
-FUSEDRES_SIMD_CLONES void forward_typed(const Program<A>& p, const Rows& y, int64_t begin, int64_t end, A* t) {
-  for (int64_t m = begin; m < end; ++m) {
-    load_row(row<const T>(p.input, m), t, p.width);
-    for (Stage stage : *p.stages) forward_stage<T, A, false>(p, stage, m, t, t, nullptr);
-    store_row(t, row<T>(y, m), p.width);
-  }
-}
+// What becomes of a row when its stages are done: stored, or added up about `shift` in double.
+template <class A>
+struct Sink {
+  const Rows* y = nullptr;
+  const A* shift = nullptr;
+  double *sums = nullptr, *squares = nullptr;
+};
 
-// t = what reaches the norm in row m
-template <class T, class A>
-inline void before_norm(const Program<A>& p, int64_t m, A* t) {
-  load_row(row<const T>(p.input, m), t, p.width);
-  for (Stage stage : *p.stages) {
-    if (stage == Stage::norm) break;
-    forward_stage<T, A, false>(p, stage, m, t, t, nullptr);
-  }
-}
-
-// Adds up d and d^2, d = t - shift, in double.
-template <class T, class A>
-FUSEDRES_SIMD_CLONES void statistics_typed(const Program<A>& p, const A* shift, double* sums, double* squares,
-                                           int64_t begin, int64_t end, A* t) {
+template <class A>
+FUSEDRES_SIMD_CLONES void run(const Program<A>& p, size_t stages, const Sink<A>& sink, int64_t begin, int64_t end,
+                              A* t) {
   for (int64_t m = begin; m < end; ++m) {
-    before_norm<T>(p, m, t);
+    load_row(p.input, p.dtype, m, t, p.width);
+    for (size_t i = 0; i < stages; ++i) forward_stage<A, false>(p, (*p.stages)[i], m, t, t, nullptr);
+    if (sink.y) {
+      store_row(t, *sink.y, p.dtype, m, p.width);
+      continue;
+    }
 #pragma omp simd
     for (int64_t i = 0; i < p.width; ++i) {
-      const double d = static_cast<double>(t[i]) - static_cast<double>(shift[i]);
-      sums[i] += d;
-      squares[i] += d * d;
+      const double d = static_cast<double>(t[i]) - static_cast<double>(sink.shift[i]);
+      sink.sums[i] += d;
+      sink.squares[i] += d * d;
     }
   }
 }
@@ -46,26 +39,20 @@ FUSEDRES_SIMD_CLONES void statistics_typed(const Program<A>& p, const A* shift, 
 template <class A>
 void forward_rows(const Program<A>& p, const Rows& y, int64_t begin, int64_t end) {
   std::vector<A> t(p.width);
-  with_storage<A>(p.dtype, [&](auto v) { forward_typed<decltype(v), A>(p, y, begin, end, t.data()); });
-}
-
-template <class A>
-void row_before_norm(const Program<A>& p, int64_t m, A* t) {
-  with_storage<A>(p.dtype, [&](auto v) { before_norm<decltype(v)>(p, m, t); });
+  Sink<A> sink;
+  sink.y = &y;
+  run(p, p.stages->size(), sink, begin, end, t.data());
 }
 
 template <class A>
 void column_statistics(const Program<A>& p, const A* shift, double* sums, double* squares, int64_t begin, int64_t end) {
   std::vector<A> t(p.width);
-  with_storage<A>(p.dtype, [&](auto v) {
-    statistics_typed<decltype(v), A>(p, shift, sums, squares, begin, end, t.data());
-  });
+  const size_t norm = std::find(p.stages->begin(), p.stages->end(), Stage::norm) - p.stages->begin();
+  run(p, norm, Sink<A>{nullptr, shift, sums, squares}, begin, end, t.data());
 }
 
 template void forward_rows<float>(const Program<float>&, const Rows&, int64_t, int64_t);
 template void forward_rows<double>(const Program<double>&, const Rows&, int64_t, int64_t);
-template void row_before_norm<float>(const Program<float>&, int64_t, float*);
-template void row_before_norm<double>(const Program<double>&, int64_t, double*);
 template void column_statistics<float>(const Program<float>&, const float*, double*, double*, int64_t, int64_t);
 template void column_statistics<double>(const Program<double>&, const double*, double*, double*, int64_t, int64_t);
 

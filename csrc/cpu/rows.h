@@ -10,10 +10,6 @@ namespace fusedres::cpu {
 template <class A>
 void forward_rows(const Program<A>& program, const Rows& y, int64_t begin, int64_t end);
 
-// t = what reaches the norm in row m: (width)
-template <class A>
-void row_before_norm(const Program<A>& program, int64_t m, A* t);
-
 // Sums of d and d^2 down the rows, d = (what reaches the norm) - shift. shift, sums, squares: (width).
 template <class A>
 void column_statistics(const Program<A>& program, const A* shift, double* sums, double* squares, int64_t begin,

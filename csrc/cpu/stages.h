@@ -26,35 +26,48 @@ namespace fusedres::cpu {
 
 // ---- rows ---------------------------------------------------------------------------------------------------
 
-template <class T, class A>
-inline void load_row(const T* in, A* t, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (std::is_same_v<T, A>) t[i] = in[i];
-    else t[i] = to_float(in[i]);
-  }
+// Calls f(pointer to row m's first element) with the pointer's storage type. A double program holds float64 only.
+template <class A, class F>
+inline void with_row(const Rows& rows, DType dtype, int64_t m, F&& f) {
+  const int64_t offset = m * rows.stride;
+  if constexpr (std::is_same_v<A, double>) f(static_cast<double*>(rows.data) + offset);
+  else if (dtype == DType::float32) f(static_cast<float*>(rows.data) + offset);
+  else if (dtype == DType::bfloat16) f(static_cast<bfloat16*>(rows.data) + offset);
+  else f(static_cast<float16*>(rows.data) + offset);
 }
 
-template <class T, class A>
-inline void store_row(const A* t, T* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (std::is_same_v<T, A>) out[i] = t[i];
-    else if constexpr (std::is_same_v<T, bfloat16>) out[i] = to_bfloat16(t[i]);
-    else out[i] = to_float16(t[i]);
-  }
+inline float to_float(float v) { return v; }
+inline double to_float(double v) { return v; }
+
+inline void from_float(float v, float& out) { out = v; }
+inline void from_float(double v, double& out) { out = v; }
+inline void from_float(float v, bfloat16& out) { out = to_bfloat16(v); }
+inline void from_float(float v, float16& out) { out = to_float16(v); }
+
+template <class A>
+inline void load_row(const Rows& rows, DType dtype, int64_t m, A* t, int64_t n) {
+  with_row<A>(rows, dtype, m, [&](const auto* in) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) t[i] = to_float(in[i]);
+  });
 }
 
-template <class T>
-inline T* row(const Rows& rows, int64_t m) {
-  return static_cast<T*>(rows.data) + m * rows.stride;
+template <class A>
+inline void store_row(const A* t, const Rows& rows, DType dtype, int64_t m, int64_t n) {
+  with_row<A>(rows, dtype, m, [&](auto* out) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) from_float(t[i], out[i]);
+  });
 }
 
-// t += scale * r, where r has `features` <= n elements of the storage type.
-template <class T, class A>
-inline void add_scaled(const T* r, A scale, A* t, int64_t features) {
-  for (int64_t i = 0; i < features; ++i) {
-    if constexpr (std::is_same_v<T, A>) t[i] += scale * r[i];
-    else t[i] += scale * to_float(r[i]);
-  }
+// t += scale * r, for the features that r has.
+template <class A>
+inline void add_scaled(const Rows& rows, DType dtype, int64_t m, A scale, A* t, int64_t n) {
+  const int64_t features = std::min(rows.features, n);
+  with_row<A>(rows, dtype, m, [&](const auto* r) {
+#pragma omp simd
+    for (int64_t i = 0; i < features; ++i) t[i] += scale * to_float(r[i]);
+  });
 }
 
 // ---- row statistics ----------------------------------------------------------------------------------------
@@ -246,7 +259,7 @@ inline A norm_forward(const Program<A>& p, A* t, A* out) {
 }
 
 // Runs one stage on t and returns where its result lies: t itself, or `next` where the tape keeps what the stage saw.
-template <class T, class A, bool kTape>
+template <class A, bool kTape>
 inline A* forward_stage(const Program<A>& p, Stage stage, int64_t m, A* t, A* next, Tape<A>* tape) {
   const Recipe& r = *p.recipe;
   const int64_t n = p.width;
@@ -282,27 +295,13 @@ inline A* forward_stage(const Program<A>& p, Stage stage, int64_t m, A* t, A* ne
       return t;
     case Stage::add: {
       const Rows& source = p.residual_is_input ? p.input : p.residual;
-      add_scaled(row<T>(source, m), static_cast<A>(r.residual_scale), t, std::min(source.features, n));
+      add_scaled(source, p.dtype, m, static_cast<A>(r.residual_scale), t, n);
       return t;
     }
     case Stage::linear:
       return t;
   }
   return t;
-}
-
-// Calls f(T, A) with the storage and accumulate types of `dtype`.
-template <class A, class F>
-inline void with_storage(DType dtype, F&& f) {
-  if constexpr (std::is_same_v<A, double>) {
-    f(double{});
-  } else if (dtype == DType::float32) {
-    f(float{});
-  } else if (dtype == DType::bfloat16) {
-    f(bfloat16{});
-  } else {
-    f(float16{});
-  }
 }
 
 }  // namespace fusedres::cpu
