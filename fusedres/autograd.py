@@ -16,12 +16,12 @@ DIFFERENTIABLE = 7  # x, weight, bias, norm_weight, norm_bias, gate, residual
 
 
 class FusedResidualFunction(torch.autograd.Function):
-    """y, stats = apply(x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed,
+    """apply(x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed,
     sample_rows, recipe, backend)
 
     x (M, K), weight (N, K), bias (N,), norm parameters and running statistics (C,), gate (1,) or (C,), residual
-    (M, R) or None for x, seed (1,) int64; `recipe` is ``str(spec)``. Returns y (M, N) and stats: (2, C) mean and
-    biased variance where batch norm used this batch's statistics, else empty; stats carry no gradient.
+    (M, R) or None for x, seed (1,) int64; `recipe` is ``str(spec)``. Returns y (M, N) and stats, which carry no
+    gradient: (2, C), mean and biased variance, where batch norm used this batch's statistics; else None.
 
     Saved for backward: the inputs, z (M, N) where a non-linear stage follows ``linear``, the batch statistics.
     Everything else is recomputed. Inputs are assumed checked (see checks.py).
@@ -43,15 +43,17 @@ class FusedResidualFunction(torch.autograd.Function):
         sample_rows: int,
         recipe: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         y, z, stats = ops.FORWARD[backend](
             x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed, sample_rows,
-            recipe, any(ctx.needs_input_grad),
+            recipe, True,
         )  # fmt: skip
         ctx.save_for_backward(
             x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed, z, stats
         )
         ctx.settings = sample_rows, recipe, backend
+        if stats.dim() == 1:
+            return y, None
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return y, stats

@@ -102,6 +102,17 @@ def check_call(
         _check_like_x("residual", residual, x)
 
 
+def check_operands(spec: Spec, x: Any, weight: Tensor, residual: Any, pad: bool) -> None:
+    """The part of check_call that is about x and residual: what a module must ask on every call."""
+    K = weight.shape[1]
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != K:
+        check_x(x, K)
+    check_tensor("residual", residual, optional=True)
+    width = weight.shape[0] if "add" in spec.epilogue else K
+    if residual is not None or (width != K and spec.adds):
+        check_residual(spec, x, residual, width, pad)
+
+
 def _check_norm(spec: Spec, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, N: int, K: int) -> None:
     if spec.norm is None:
         for name, value in (("norm_weight", weight), ("norm_bias", bias)):

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from . import backends, checks
+from . import backends, checks, ops
 from .autograd import FusedResidualFunction
 from .reference import composite, draw_seed, rows_per_sample
 from .spec import Spec, make_spec, one_of
@@ -60,35 +61,52 @@ def run(
     momentum: float,
     pad: bool,
     backend: str,
+    own_parameters: bool,
 ) -> Tensor:
-    """One layer on tensors that were not checked yet. Returns y (..., N)."""
+    """One layer. Returns y (..., N).
+
+    `own_parameters`: all but x and residual are a module's, which made them fit; should they no longer, the op
+    says that something is wrong and check_call what.
+    """
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, residual = _autocast(x, weight, bias, residual)  # type: ignore[assignment]
-    checks.check_call(
-        spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, pad
-    )
-    N, K = weight.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, K)
-    r = residual if residual is None or x.dim() == 2 else residual.reshape(-1, residual.shape[-1])
-    sample_rows = rows_per_sample(x) if x.dim() > 2 else 1
-    seed = draw_seed(x.device) if spec.random else None
-    statistics = (running_mean, running_var)
-
     inner = composite_only(x, weight)
+    if own_parameters and not (inner or spec.batch_stats or is_dynamo_compiling()):
+        checks.check_operands(spec, x, weight, residual, pad)
+    else:
+        checks.check_call(
+            spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, pad
+        )
+    N, K = weight.shape
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(math.prod(x.shape[:-1]), K)
+    r = residual if flat or residual is None else residual.reshape(rows.shape[0], residual.shape[-1])
+    sample_rows = 1 if flat else rows_per_sample(x)
+    seed = draw_seed(x.device) if spec.random else None
+
     name = "reference" if inner else backends.choose(backend, spec.text, x.dtype, x.device, N, K)
     if name == "reference":
         y = composite(
-            spec, rows, weight, bias, norm_weight, norm_bias, gate, r, *statistics, seed, sample_rows, momentum
-        )
+            spec, rows, weight, bias, norm_weight, norm_bias, gate, r, running_mean, running_var, seed, sample_rows,
+            momentum,
+        )  # fmt: skip
     else:
-        if spec.batch_stats:
-            statistics = (None, None)
-        y, stats = FusedResidualFunction.apply(
-            rows, weight, bias, norm_weight, norm_bias, gate, r, *statistics, seed, sample_rows, spec.text, name
-        )
+        operands = (rows, weight, bias, norm_weight, norm_bias, gate, r)
+        running = (None, None) if spec.batch_stats else (running_mean, running_var)
+        call = (*operands, *running, seed, sample_rows, spec.text)
+        try:
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+                y, stats = FusedResidualFunction.apply(*call, name)
+            else:
+                y, _, stats = ops.FORWARD[name](*call, False)
+        except RuntimeError:
+            checks.check_call(
+                spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, pad
+            )
+            raise
         if spec.batch_stats and running_mean is not None and running_var is not None:
             update_running_statistics(running_mean, running_var, stats, rows.shape[0], momentum)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], N)
+    return y if flat else y.view(*x.shape[:-1], N)
 
 
 @torch.no_grad()
@@ -168,7 +186,7 @@ def fused_residual(
         residual = plain_linear(x if residual is None else residual, shortcut_weight, shortcut_bias, backend)
     return run(
         spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, momentum,
-        shortcut == "pad", backend,
+        shortcut == "pad", backend, False,
     )  # fmt: skip
 
 
@@ -183,4 +201,4 @@ _PLAIN_LINEAR = make_spec("linear", None, None)
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """x @ weight.T + bias by the same backends: the linear shortcut."""
     none: Any = None
-    return run(_PLAIN_LINEAR, x, weight, bias, none, none, none, none, none, none, 0.0, False, backend)
+    return run(_PLAIN_LINEAR, x, weight, bias, none, none, none, none, none, none, 0.0, False, backend, False)

@@ -9,20 +9,28 @@ from torch import nn
 
 from .spec import ACTIVATIONS, one_of
 
-_NORMS = {nn.LayerNorm: "layer", nn.RMSNorm: "rms", nn.BatchNorm1d: "batch", nn.SyncBatchNorm: "batch"}
+_NORMS = {
+    nn.LayerNorm: "layer",
+    nn.RMSNorm: "rms",
+    nn.BatchNorm1d: "batch",
+    nn.SyncBatchNorm: "batch",
+}
 
 _ACTIVATIONS: dict[type, str] = {
-    nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.ReLU6: "relu6", nn.ELU: "elu", nn.SELU: "selu", nn.GELU: "gelu",
-    nn.SiLU: "silu", nn.Mish: "mish", nn.Softplus: "softplus", nn.Hardswish: "hardswish",
-    nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.Softsign: "softsign",
+    nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.ReLU6: "relu6", nn.ELU: "elu", nn.SELU: "selu",
+    nn.GELU: "gelu", nn.SiLU: "silu", nn.Mish: "mish", nn.Softplus: "softplus",
+    nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh", nn.Softsign: "softsign",
 }  # fmt: skip
 
 _FIXED = {
-    nn.LeakyReLU: {"negative_slope": 0.01}, nn.ELU: {"alpha": 1.0}, nn.Softplus: {"beta": 1.0, "threshold": 20.0},
+    nn.LeakyReLU: {"negative_slope": 0.01}, nn.ELU: {"alpha": 1.0},
+    nn.Softplus: {"beta": 1.0, "threshold": 20.0},
 }  # fmt: skip
 
 _STAGES: dict[type, str] = {
-    nn.Linear: "linear", nn.Dropout: "dropout", **dict.fromkeys(_NORMS, "norm"), **dict.fromkeys(_ACTIVATIONS, "act"),
+    nn.Linear: "linear", nn.Dropout: "dropout",
+    **dict.fromkeys(_NORMS, "norm"), **dict.fromkeys(_ACTIVATIONS, "act"),
 }  # fmt: skip
 
 
@@ -41,7 +49,7 @@ def customised(module: nn.Module) -> str | None:
 
 
 def activation_name(activation: str | nn.Module | None) -> str | None:
-    """The name of a torch activation module ("gelu_tanh" for nn.GELU("tanh")); names and None pass through."""
+    """The name of a torch activation module, nn.GELU("tanh") say; names and None pass through."""
     if activation is None or isinstance(activation, nn.Identity):
         return None
     if isinstance(activation, str):
@@ -49,11 +57,14 @@ def activation_name(activation: str | nn.Module | None) -> str | None:
     kind = type(activation)
     if kind not in _ACTIVATIONS:
         known = ", ".join(module.__name__ for module in _ACTIVATIONS)
-        raise ValueError(f"fusedres: activation module {kind.__name__} has no fused form; known: {known}")
+        raise ValueError(
+            f"fusedres: activation module {kind.__name__} has no fused form; known: {known}"
+        )
     for setting, value in _FIXED.get(kind, {}).items():
-        if getattr(activation, setting) != value:
+        came = getattr(activation, setting)
+        if came != value:
             raise ValueError(
-                f"fusedres: {kind.__name__} is fused with {setting}={value} only, got {getattr(activation, setting)}"
+                f"fusedres: {kind.__name__} is fused with {setting}={value} only, got {came}"
             )
     if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
         return "gelu_tanh"
@@ -82,8 +93,9 @@ def norm_settings(norm: nn.Module | None, dtype: torch.dtype) -> dict[str, Any]:
         return {"norm": "batch", "eps": module.eps, "momentum": module.momentum}
     if len(module.normalized_shape) != 1:
         raise ValueError(
-            f"fusedres: a fused {kind.__name__} runs over the last dimension only, got normalized_shape "
-            f"{tuple(module.normalized_shape)}"
+            f"fusedres: a fused {kind.__name__} runs over the last dimension only, "
+            f"got normalized_shape {tuple(module.normalized_shape)}"
         )
-    eps = module.eps if module.eps is not None else torch.finfo(dtype).eps  # nn.RMSNorm's own default
+    # nn.RMSNorm's own default
+    eps = torch.finfo(dtype).eps if module.eps is None else module.eps
     return {"norm": _NORMS[kind], "eps": eps}

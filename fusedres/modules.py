@@ -19,43 +19,57 @@ _TORCH_FORWARDS = {
 }
 
 
+def parameter(module: Any, name: str) -> Tensor | None:
+    """module.name; past nn.Module's own look-up where it is a plain parameter (a parametrized one is not)."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name, None)
+
+
 class FusedResidual(Residual):
     """`Residual` in one fused call: same arguments (see there), parameters, state_dict and results.
 
     A drop-in replacement: checkpoints move both ways. Where a submodule was replaced by one that computes
-    something else (SyncBatchNorm, a LoRA layer), the layer runs stage by stage through that submodule.
-    Hooks on the submodules do not run in the fused call.
+    something else (SyncBatchNorm, a LoRA layer) or has hooks, the layer runs stage by stage through that submodule.
 
     `fusedres.explain(layer, x)` tells which backend and kernel a call uses.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y (..., N) from x (..., K); `residual` (..., R) is what goes into the shortcut, default x."""
+        modules = self._modules  # nn.Module's attribute look-up costs half a microsecond a name
+        linear: Any = modules["linear"]
+        norm: Any = modules["norm"]
         if self.not_fused() is not None:
             return self.eager(x, residual)
-        if self.shortcut is not None:
+        if modules["shortcut"] is not None:
             checks.check_x(x, self.in_features)
             residual = self._shortcut(x, residual)
         spec, momentum, mean, var = self._specs[self.training], 0.0, None, None
-        norm: Any = self.norm
         norm_weight = norm_bias = None
         if norm is not None:
-            norm_weight, norm_bias = norm.weight, getattr(norm, "bias", None)
+            norm_weight, norm_bias = parameter(norm, "weight"), parameter(norm, "bias")
             if spec.norm == "batch":
                 spec, mean, var, momentum = self._batch_norm_step(norm)
-        linear = self.linear
         return run(
-            spec, x, linear.weight, linear.bias, norm_weight, norm_bias, self.gate, residual, mean, var, momentum,
-            self.shortcut_kind == "pad", self.backend,
+            spec, x, parameter(linear, "weight"), parameter(linear, "bias"), norm_weight, norm_bias,
+            self._parameters["gate"], residual, mean, var, momentum, self.shortcut_kind == "pad", self.backend, True,
         )  # fmt: skip
 
     def not_fused(self) -> str | None:
         """Why this layer runs through its submodules one by one; None if it does not."""
-        if type(self.linear).forward is not nn.Linear.forward:
-            return f"self.linear is a {type(self.linear).__name__}, not a torch.nn.Linear"
-        norm, kind = self.norm, self._specs[True].norm
-        if norm is not None and type(norm).forward is not _TORCH_FORWARDS[kind]:
-            return f"self.norm is a {type(norm).__name__}, not torch's {kind} norm"
+        modules = self._modules
+        linear: Any = modules["linear"]
+        norm: Any = modules["norm"]
+        if type(linear).forward is not nn.Linear.forward:
+            return f"self.linear is a {type(linear).__name__}, not a torch.nn.Linear"
+        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+            return "self.linear has hooks"
+        if norm is None:
+            return None
+        if type(norm).forward is not _TORCH_FORWARDS[self._specs[True].norm]:
+            return f"self.norm is a {type(norm).__name__}, not torch's {self._specs[True].norm} norm"
+        if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+            return "self.norm has hooks"
         return None
 
     def _batch_norm_step(self, norm: Any) -> tuple[Any, Tensor | None, Tensor | None, float]:
@@ -95,9 +109,11 @@ class FusedResidual(Residual):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"FusedResidual.from_layers: linear must be an nn.Linear, got {type(linear).__name__}")
         settings = {**norm_settings(norm, linear.weight.dtype), **settings}
+        own = settings.get("gate") or settings.get("shortcut", "linear") == "linear"  # parameters of its own
         layer = cls(
             linear.in_features, linear.out_features, activation=activation_name(activation),
-            bias=linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype, **settings,
+            bias=linear.bias is not None, device=linear.weight.device if own else "meta", dtype=linear.weight.dtype,
+            **settings,
         )  # fmt: skip
         if norm is not None:
             expected, came = norm_features(layer.norm), norm_features(norm)

@@ -7,6 +7,7 @@ BACKWARD[backend] are what the autograd Function calls.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +31,10 @@ FORWARD: dict[str, Callable[..., Any]] = {}
 BACKWARD: dict[str, Callable[..., Any]] = {}
 
 try:
-    from . import _C
+    _C: Any = importlib.import_module("fusedres._C")  # loading it registers its ops
+    native_missing: str | None = None
 except ImportError as error:  # not built here: `python -m fusedres info` says so, `auto` falls back
-    _C = None  # type: ignore[assignment]
-    native_missing: str | None = f"the C++ extension is not built ({error})"
-else:
-    native_missing = None
+    _C, native_missing = None, f"the C++ extension is not built ({error})"
 
 
 def forward_fake(
@@ -81,7 +80,7 @@ def backward_fake(
     needs: int,
 ) -> list[Tensor]:
     """The gradients asked for, bit i of `needs` for input i, each contiguous in its tensor's shape and dtype."""
-    bias = weight[:, 0]
+    bias = weight.new_empty(weight.shape[0])
     inputs = (x, weight, bias, norm_weight, norm_bias, gate, residual)
     return [t.new_empty(t.shape) for i, t in enumerate(inputs) if needs >> i & 1 and t is not None]
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from . import checks
 from .spec import SHORTCUTS, Spec, make_spec, one_of
@@ -127,16 +128,21 @@ def composite(
 ) -> Tensor:
     """Every order in plain torch, differentiable any number of times. Returns y (M, N)."""
 
-    def norm(t: Tensor) -> Tensor:
+    def plain_norm(t: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         if spec.norm == "batch":
-            return F.batch_norm(
-                t, running_mean, running_var, norm_weight, norm_bias, spec.batch_stats, momentum, spec.eps
-            )
-        w, b = (p if p is None else p.to(t.dtype) for p in (norm_weight, norm_bias))
+            return F.batch_norm(t, running_mean, running_var, w, b, spec.batch_stats, momentum, spec.eps)
+        w, b = (p if p is None else p.to(t.dtype) for p in (w, b))
         if spec.norm == "layer":
             return F.layer_norm(t, t.shape[-1:], w, b, spec.eps)
         h = F.rms_norm(t, t.shape[-1:], w, spec.eps)
         return h if b is None else h + b
+
+    def norm(t: Tensor) -> Tensor:
+        if is_dynamo_compiling():  # torch 2.11 to 2.15 cannot compile the jvp of an affine layer or batch norm
+            h = plain_norm(t, None, None)
+            h = h if norm_weight is None else h * norm_weight.to(t.dtype)
+            return h if norm_bias is None else h + norm_bias.to(t.dtype)
+        return plain_norm(t, norm_weight, norm_bias)
 
     def linear(t: Tensor) -> Tensor:
         return F.linear(t, weight, bias)

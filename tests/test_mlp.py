@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from oracle import assert_as_accurate
 from torch import nn
 
 from fusedres import FusedResidual, FusedResidualMLP
 from fusedres.mlp import MLP_ORDERS, split_order
+from oracle import assert_as_accurate
 
 NORMS = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "rms": nn.RMSNorm}
 K, H = 37, 53

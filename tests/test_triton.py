@@ -10,6 +10,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # determinism; read
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedres.reference import ACTIVATION_FUNCTIONS
+from fusedres.spec import ACTIVATIONS, make_spec
 from oracle import (
     KINKS,
     assert_as_accurate,
@@ -20,10 +24,6 @@ from oracle import (
     make_case,
     pre_activation,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from fusedres.reference import ACTIVATION_FUNCTIONS
-from fusedres.spec import ACTIVATIONS, make_spec
 
 triton = pytest.importorskip("triton")
 tl = triton.language

@@ -58,5 +58,6 @@ def residual_forward_kernel(
     h = load_vector(norm_weight_ptr, n, N, 1.0) * c + load_vector(norm_bias_ptr, n, N, 0.0)
     y = ACT(h)
     if residual_ptr is not None:
-        y += residual_scale * load_tile(residual_ptr, m, n, M, R, stride_rm, stride_rn)
+        r = load_tile(residual_ptr, m, n, M, R, stride_rm, stride_rn)
+        y += residual_scale * r.to(tl.float32)
     tl.store(y_ptr + out, y, inside)
