@@ -1,7 +1,7 @@
 // The ops fusedres::residual_forward and fusedres::residual_backward on CPU tensors.
 //
-//   z = prologue(x) @ weight.T + bias        vendor library
-//   y = epilogue(z)                          cpu/forward.cpp, one pass
+//   z = prologue(x) @ weight.T        vendor library; this is what backward gets
+//   y = epilogue(z + bias)            cpu/forward.cpp, one pass
 //
 // This file alone knows torch, through its stable ABI: one binary loads on every torch from 2.11 on. It checks, allocates,
 // cuts rows into chunks whose number depends on the shape only (so results do not depend on the thread count), and adds up
@@ -24,7 +24,7 @@ enum Input { kX, kWeight, kBias, kNormWeight, kNormBias, kGate, kResidual, kInpu
 // What every call has: see fusedres/autograd.py.
 struct Call {
   const Tensor &x, &weight;
-  const Optional &norm_weight, &norm_bias, &gate, &residual, &running_mean, &running_var, &seed;
+  const Optional &bias, &norm_weight, &norm_bias, &gate, &residual, &running_mean, &running_var, &seed;
   int64_t sample_rows;
   const Recipe& recipe;
 
@@ -59,6 +59,7 @@ void check(const Call& c) {
   check_matrix("x", c.x, c.x.size(0), c.weight.size(1), c.x);
   check_matrix("weight", c.weight, c.N(), c.K(), c.x);
   dtype_of(c.x);
+  check_vector("bias", c.bias, c.N());
   check_vector("norm_weight", c.norm_weight, c.width(Stage::norm));
   check_vector("norm_bias", c.norm_bias, c.width(Stage::norm));
   check_vector("running_mean", c.running_mean, c.width(Stage::norm));
@@ -122,7 +123,7 @@ std::vector<A> column_sums(const Chunks& chunks, int64_t count, int64_t width, c
 template <class A>
 struct Side {
   Program<A> program;
-  std::vector<A> gamma, beta, gate, mean, rstd, var;
+  std::vector<A> bias, gamma, beta, gate, mean, rstd, var;
 
   Side(const Call& c, bool prologue, const Tensor& input) {
     const Recipe& r = c.recipe;
@@ -134,6 +135,7 @@ struct Side {
     program.input = rows_of(input);
     program.sample_rows = c.sample_rows;
     const auto here = [&](Stage stage) { return r.has(stage) && c.in_prologue(stage) == prologue; };
+    if (!prologue) program.bias = load(bias, c.bias);
     if (here(Stage::norm)) {
       program.gamma = load(gamma, c.norm_weight);
       program.beta = load(beta, c.norm_bias);
@@ -207,14 +209,14 @@ struct Side {
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
 template <class A>
-std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, const Optional& bias, bool save) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
   const Recipe& r = c.recipe;
   const ScalarType exact = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
   const Tensor x = adjacent_columns(c.x);
-  Tensor stats = empty({0}, x, exact);
+  Tensor stats = empty({0}, exact);
   const auto keep_statistics = [&](const Side<A>& side) {
     if (!side.batch_norm) return;
-    stats = empty({2, side.program.width}, x, exact);
+    stats = empty({2, side.program.width}, exact);
     A* data = static_cast<A*>(stats.data_ptr());
     std::copy(side.mean.begin(), side.mean.end(), data);
     std::copy(side.var.begin(), side.var.end(), data + side.program.width);
@@ -226,8 +228,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, const Optional& bias, 
     operand = side.forward(x);
     keep_statistics(side);
   }
-  const Tensor z = multiply(operand, transposed(c.weight), bias);
-  if (r.epilogue.empty()) return {z, empty({0}, x), stats};
+  const Tensor z = multiply(operand, transposed(c.weight));
+  if (r.epilogue.empty() && !c.bias) return {z, empty({0}, x), stats};
   Side<A> side(c, false, z);
   const Tensor y = side.forward(x);
   keep_statistics(side);
@@ -239,11 +241,10 @@ std::tuple<Tensor, Tensor, Tensor> residual_forward(
     const Optional& gate, const Optional& residual_any, const Optional& running_mean, const Optional& running_var,
     const Optional& seed, int64_t sample_rows, const std::string& text, bool save) {
   const Optional residual = residual_any && residual_any->dim() == 2 ? adjacent_columns(*residual_any) : residual_any;
-  const Call c{x,           weight,      norm_weight, norm_bias,   gate,        residual,
+  const Call c{x,           weight,      bias, norm_weight, norm_bias,   gate,        residual,
                running_mean, running_var, seed,        sample_rows, recipe(text)};
   check(c);
-  check_vector("bias", bias, c.N());
-  return x.scalar_type() == ScalarType::Double ? forward<double>(c, bias, save) : forward<float>(c, bias, save);
+  return x.scalar_type() == ScalarType::Double ? forward<double>(c, save) : forward<float>(c, save);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------
@@ -411,12 +412,12 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy_any, const Tensor& 
 }
 
 std::vector<Tensor> residual_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Optional& norm_weight, const Optional& norm_bias,
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& norm_weight, const Optional& norm_bias,
     const Optional& gate, const Optional& residual_any, const Optional& running_mean, const Optional& running_var,
     const Optional& seed, const Tensor& z, const Tensor& stats, int64_t sample_rows, const std::string& text,
     int64_t needs) {
   const Optional residual = residual_any && residual_any->dim() == 2 ? adjacent_columns(*residual_any) : residual_any;
-  const Call c{x,           weight,      norm_weight, norm_bias,   gate,        residual,
+  const Call c{x,           weight,      bias, norm_weight, norm_bias,   gate,        residual,
                running_mean, running_var, seed,        sample_rows, recipe(text)};
   check(c);
   check_matrix("dy", dy, c.M(), c.N(), x);
@@ -441,7 +442,7 @@ STABLE_TORCH_LIBRARY(fusedres, m) {
       "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, SymInt sample_rows, str recipe, "
       "bool save) -> (Tensor y, Tensor z, Tensor stats)");
   m.def(
-      "residual_backward(Tensor dy, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
+      "residual_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
       "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, Tensor z, Tensor stats, "
       "SymInt sample_rows, str recipe, int needs) -> Tensor[]");
 }

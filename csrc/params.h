@@ -48,7 +48,8 @@ struct Program {
   const Recipe* recipe = nullptr;
   DType dtype = DType::float32;
   int64_t M = 0, width = 0;
-  Rows input;                       // x before linear, z after it
+  Rows input;                       // x before linear, x @ weight.T after it
+  const A* bias = nullptr;          // (width) or null: added to the input first
   Rows residual;                    // what `add` adds; features beyond its own count as 0
   bool residual_is_input = false;   // `add` adds this program's own input (an `add` before linear)
   const A* gamma = nullptr;         // (width) or null: 1

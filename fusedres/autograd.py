@@ -23,7 +23,7 @@ class FusedResidualFunction(torch.autograd.Function):
     (M, R) or None for x, seed (1,) int64; `recipe` is ``str(spec)``. Returns y (M, N) and stats, which carry no
     gradient: (2, C), mean and biased variance, where batch norm used this batch's statistics; else None.
 
-    Saved for backward: the inputs, z (M, N) where a non-linear stage follows ``linear``, the batch statistics.
+    Saved for backward: the inputs, the backend's z (M, N) where a non-linear stage follows ``linear``, the batch statistics.
     Everything else is recomputed. Inputs are assumed checked (see checks.py).
     """
 
@@ -68,10 +68,10 @@ class FusedResidualFunction(torch.autograd.Function):
         sample_rows, recipe, backend = ctx.settings
         if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated again
             return _composite_gradients(saved, needs, dy, recipe, sample_rows) + rest
-        x, weight, _bias, *others, z, stats = saved
+        *inputs, z, stats = saved
         mask = sum(need << i for i, need in enumerate(needs))
         try:  # costs nothing, unlike a question
-            grads = iter(ops.BACKWARD[backend](dy, x, weight, *others, z, stats, sample_rows, recipe, mask))
+            grads = iter(ops.BACKWARD[backend](dy, *inputs, z, stats, sample_rows, recipe, mask))
         except RuntimeError:
             if not is_batched(dy):
                 raise

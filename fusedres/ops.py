@@ -22,7 +22,7 @@ FORWARD_SCHEMA = (
     "bool save) -> (Tensor y, Tensor z, Tensor stats)"
 )
 BACKWARD_SCHEMA = (
-    "(Tensor dy, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
+    "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
     "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, Tensor z, Tensor stats, "
     "SymInt sample_rows, str recipe, int needs) -> Tensor[]"
 )
@@ -66,6 +66,7 @@ def backward_fake(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     gate: Tensor | None,
@@ -80,7 +81,6 @@ def backward_fake(
     needs: int,
 ) -> list[Tensor]:
     """The gradients asked for, bit i of `needs` for input i, each contiguous in its tensor's shape and dtype."""
-    bias = weight.new_empty(weight.shape[0])
     inputs = (x, weight, bias, norm_weight, norm_bias, gate, residual)
     return [t.new_empty(t.shape) for i, t in enumerate(inputs) if needs >> i & 1 and t is not None]
 

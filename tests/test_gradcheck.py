@@ -18,6 +18,14 @@ KINKS = (-3.0, 0.0, 3.0, 6.0)
 AWAY = 1e-3  # finite differences step by 1e-6
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of tensors this small, a second thread is a loss
+    yield
+    torch.set_num_threads(threads)
+
+
 def case_away_from_kinks(**settings):
     """A small case in float64. eps is large, so that rows that an activation has zeroed stay well conditioned."""
     for draw in range(100):
@@ -38,7 +46,8 @@ def check(case):
     settings = {name: value for name, value in case.settings.items() if name != "gate"}
 
     def call(*tensors):
-        torch.manual_seed(5)
+        if case.spec.random:
+            torch.manual_seed(5)
         running = {name: t.clone() for name, t in statistics.items()}  # every call starts from the same
         return fused_residual(
             **dict(zip(names, tensors, strict=True)), **running, **settings, shortcut="pad" if case.pad else None

@@ -301,7 +301,7 @@ def call(case, needs=None):
         x, weight, bias, *rest, None, None, None, 1, str(case.spec), True
     )
     return (y, z), backend.residual_backward(
-        case.dy, x, weight, *rest, None, None, None, z, stats, 1, str(case.spec), needs
+        case.dy, x, weight, bias, *rest, None, None, None, z, stats, 1, str(case.spec), needs
     )
 
 

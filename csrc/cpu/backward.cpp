@@ -103,7 +103,7 @@ inline void replay_row(const Program<A>& p, int64_t m, size_t count, Buffers<A>&
   if (count == 0) return;
   int used = 0;
   A* t = buffers.value(used);
-  load_row(p.input, p.dtype, m, t, p.width);
+  load_input(p, m, t);
   for (size_t i = 0; i + 1 < count; ++i) {
     A* out = forward_stage<A, true>(p, (*p.stages)[i], m, t, buffers.value(used + 1), &buffers.tape);
     used += out != t;

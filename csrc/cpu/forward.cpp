@@ -19,7 +19,7 @@ template <class A>
 FUSEDRES_SIMD_CLONES void run(const Program<A>& p, size_t stages, const Sink<A>& sink, int64_t begin, int64_t end,
                               A* t) {
   for (int64_t m = begin; m < end; ++m) {
-    load_row(p.input, p.dtype, m, t, p.width);
+    load_input(p, m, t);
     for (size_t i = 0; i < stages; ++i) forward_stage<A, false>(p, (*p.stages)[i], m, t, t, nullptr);
     if (sink.y) {
       store_row(t, *sink.y, p.dtype, m, p.width);

@@ -36,19 +36,21 @@ inline void with_row(const Rows& rows, DType dtype, int64_t m, F&& f) {
   else f(static_cast<float16*>(rows.data) + offset);
 }
 
-inline float to_float(float v) { return v; }
-inline double to_float(double v) { return v; }
-
-inline void from_float(float v, float& out) { out = v; }
-inline void from_float(double v, double& out) { out = v; }
-inline void from_float(float v, bfloat16& out) { out = to_bfloat16(v); }
-inline void from_float(float v, float16& out) { out = to_float16(v); }
-
 template <class A>
 inline void load_row(const Rows& rows, DType dtype, int64_t m, A* t, int64_t n) {
   with_row<A>(rows, dtype, m, [&](const auto* in) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) t[i] = to_float(in[i]);
+  });
+}
+
+// t = input row m, plus the bias of `linear`
+template <class A>
+inline void load_input(const Program<A>& p, int64_t m, A* t) {
+  if (!p.bias) return load_row(p.input, p.dtype, m, t, p.width);
+  with_row<A>(p.input, p.dtype, m, [&](const auto* in) {
+#pragma omp simd
+    for (int64_t i = 0; i < p.width; ++i) t[i] = to_float(in[i]) + p.bias[i];
   });
 }
 

@@ -39,4 +39,17 @@ inline float16 to_float16(float v) {  // round to nearest even, also to subnorma
   return {static_cast<uint16_t>(h | sign)};
 }
 
+// The same names for every type, so that loops need not know which they load and store.
+inline float to_float(float v) { return v; }
+inline double to_float(double v) { return v; }
+
+inline void from_float(float v, bfloat16& out) { out = to_bfloat16(v); }
+inline void from_float(float v, float16& out) { out = to_float16(v); }
+inline void from_float(double v, bfloat16& out) { out = to_bfloat16(static_cast<float>(v)); }
+inline void from_float(double v, float16& out) { out = to_float16(static_cast<float>(v)); }
+template <class A, class T>
+inline void from_float(A v, T& out) {
+  out = static_cast<T>(v);
+}
+
 }  // namespace fusedres::cpu

@@ -149,6 +149,7 @@ def residual_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     gate: Tensor | None,
@@ -168,8 +169,7 @@ def residual_backward(
     gradient and the column sums; dx and dweight are matrix products.
     """
     spec = Spec.parse(recipe)
-    like_bias = dy.new_empty(dy.shape[1])
-    inputs: Any = (x, weight, like_bias, norm_weight, norm_bias, gate, residual)
+    inputs: Any = (x, weight, bias, norm_weight, norm_bias, gate, residual)
     wanted = [i for i in range(len(INPUTS)) if needs >> i & 1]
     grads = {INPUTS[i]: inputs[i].new_empty(inputs[i].shape) for i in wanted}
     if not dy.numel():

@@ -1,0 +1,222 @@
+"""How FusedResidualFunction behaves towards autograd: what it saves, what it computes, what it refuses."""
+
+import pytest
+import torch
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+
+from fusedres import FusedResidual, FusedResidualFunction, Residual, fused_residual, ops
+
+K, M = 5, 4
+
+
+@pytest.fixture(autouse=True)
+def _native(native):
+    """Every test here is about the fused path."""
+
+
+def twins(**settings):
+    fused = FusedResidual(K, **settings)
+    plain = Residual(K, **settings)
+    plain.load_state_dict(fused.state_dict())
+    return fused, plain
+
+
+def assert_same(ours, plain):
+    for a, b in zip(ours, plain, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+def test_saved_tensors_are_unpacked_once():
+    unpacked = []
+    layer = FusedResidual(K)
+    x = torch.randn(M, K, requires_grad=True)
+    with saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
+        y = layer(x)
+    y.sum().backward()
+    assert len({id(t) for t in unpacked}) == len(unpacked) <= 7  # x, weight, bias, norm's two, z, stats
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": "batch"}, {"order": "preact", "gate": "channel"}])
+def test_saved_tensor_hooks(settings):
+    """What is packed elsewhere (here: as float64 copies, then on the CPU) comes back into the gradients."""
+    layer = FusedResidual(K, **settings)
+    x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, K)
+    inputs = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x), inputs, dy)
+
+    def pack(t):
+        return t.double() if t.is_floating_point() else t
+
+    def unpack(t):
+        return t.float() if t.is_floating_point() else t
+
+    for hooks in (saved_tensors_hooks(pack, unpack), save_on_cpu()):
+        with hooks:
+            y = layer(x)
+        assert_same(torch.autograd.grad(y, inputs, dy), expected)
+
+
+@pytest.mark.parametrize("order", ["note", "postnorm", "linear-add", "linear"])
+def test_output_is_no_view(order):
+    x = torch.randn(M, K, requires_grad=True)
+    y = fused_residual(x, torch.eye(K), order=order, norm=None, activation=None)
+    assert not y._is_view()
+    assert y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    y.mul_(2)  # the output may be changed in place
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx, torch.full_like(x, 4.0 if "add" in order or order in ("note", "postnorm") else 2.0))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "norm_weight", "residual"])
+def test_change_in_place_is_noticed(name):
+    tensors = {
+        "x": torch.randn(M, K), "weight": torch.randn(K, K), "norm_weight": torch.randn(K),
+        "residual": torch.randn(M, K),
+    }  # fmt: skip
+    leaf = torch.randn(M, K, requires_grad=True)
+    y = fused_residual(**{**tensors, "x": tensors["x"] + 0 * leaf} if name != "x" else tensors, order="postnorm")
+    if name == "x":
+        held = tensors["x"] * leaf
+        y = fused_residual(**{**tensors, "x": held}, order="postnorm")
+        held.mul_(2)
+    else:
+        tensors[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_graph_kept_and_used_again():
+    layer = FusedResidual(K, norm="batch")
+    x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, K)
+    y = layer(x)
+    inputs = [x, *layer.parameters()]
+    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    second = torch.autograd.grad(y, inputs, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, inputs, dy)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The `needs` of every fused backward call."""
+    masks, op = [], ops.BACKWARD["cpu"]
+    monkeypatch.setitem(ops.BACKWARD, "cpu", lambda *args: masks.append(args[-1]) or op(*args))
+    return masks
+
+
+def test_only_gradients_that_are_needed(asked):
+    layer = FusedResidual(K)
+    x = torch.randn(M, K)
+    layer.requires_grad_(False)
+    layer.linear.bias.requires_grad_()
+    layer(x).sum().backward()
+    layer.norm.weight.requires_grad_()
+    layer(x.requires_grad_()).sum().backward()
+    assert asked == [0b100, 0b1101]
+    assert layer.linear.weight.grad is None
+
+
+def test_nothing_is_saved_where_nothing_is_needed(monkeypatch):
+    saved, op = [], ops.FORWARD["cpu"]
+    monkeypatch.setitem(ops.FORWARD, "cpu", lambda *args: saved.append(args[-1]) or op(*args))
+    layer = FusedResidual(K)
+    x = torch.randn(M, K)
+    layer(x)
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
+    layer.requires_grad_(False)
+    assert layer(x).grad_fn is None
+    assert saved == [True, False, False] or saved == [True, True, False]
+
+
+@pytest.mark.parametrize("frozen", ["x", "parameters", "norm"])
+def test_double_backward_with_inputs_that_require_no_gradient(frozen):
+    results = []
+    for layer in twins(activation="gelu", gate="scalar", gate_init=0.7):
+        torch.manual_seed(3)
+        x = torch.randn(M, K, requires_grad=frozen != "x")
+        if frozen != "x":
+            (layer if frozen == "parameters" else layer.norm).requires_grad_(False)
+        inputs = [t for t in (x, *layer.parameters()) if t.requires_grad]
+        first = torch.autograd.grad((layer(x).square()).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        results.append([*(g.detach() for g in first), *second])
+    assert_same(*results)
+
+
+def second_derivatives(call):
+    """First and second derivatives by one leaf that reaches the layer on several ways."""
+    torch.manual_seed(3)
+    leaf = torch.randn(K, K, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    return first.detach(), second
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        lambda t: {"x": t, "weight": t},
+        lambda t: {"x": t, "weight": t.sin(), "residual": t},
+        lambda t: {"x": t, "weight": t.T, "residual": (t @ t).tanh(), "bias": t[0]},
+        lambda t: {"x": t, "weight": torch.eye(K).double(), "bias": t[0], "norm_weight": t[0], "gate": t[1]},
+    ],
+    ids=["tied weight", "x is the residual too", "residual computed from x", "one vector for all"],
+)
+def test_inputs_that_depend_on_each_other(tensors):
+    """Double backward differentiates by each input as if it were a leaf of its own."""
+
+    def call(backend):
+        return lambda t: fused_residual(**tensors(t), order="resnet-v1", activation="silu", backend=backend)
+
+    assert_same(second_derivatives(call("cpu")), second_derivatives(call("reference")))
+
+
+def test_double_backward_under_autocast():
+    layer = FusedResidual(K, activation="silu")
+    x = torch.randn(M, K, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (dx,) = torch.autograd.grad(layer(x).float().square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_batched_cotangents(batch_norm):
+    """torch.autograd.grad(is_grads_batched=True), as torch.autograd.functional.jacobian(vectorize=True) does."""
+    results = []
+    for layer in twins(norm="batch" if batch_norm else "layer"):
+        x = torch.linspace(-1, 1, M * K).view(M, K).sin().requires_grad_()
+        y = layer(x)
+        dys = torch.eye(M * K).view(M * K, M, K)
+        inputs = [x, *layer.parameters()]
+        batched = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
+        singly = [torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in dys]
+        assert_same(batched, [torch.stack(g) for g in zip(*singly, strict=True)])
+        results.append(batched)
+    assert_same(*results)
+
+
+def test_an_error_of_the_op_is_still_an_error(monkeypatch):
+    """The detour for batched cotangents does not swallow others."""
+
+    def broken(*args):
+        raise RuntimeError("broken")
+
+    y = FusedResidual(K)(torch.randn(M, K))
+    monkeypatch.setitem(ops.BACKWARD, "cpu", broken)
+    with pytest.raises(RuntimeError, match="^broken$"):
+        y.sum().backward()
+
+
+def test_undefined_cotangent_and_stats():
+    """stats carry no gradient; without a cotangent of y there is none of anything."""
+    x, w = torch.randn(M, K, requires_grad=True), torch.randn(K, K)
+    none = (None,) * 8
+    recipe = "linear-norm-add norm=batch batch_stats=1"
+    y, stats = FusedResidualFunction.apply(x, w, *none, 1, recipe, "cpu")
+    assert y.requires_grad and not stats.requires_grad
+    assert y.grad_fn(None, None) == (None,) * 13
