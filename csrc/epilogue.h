@@ -64,10 +64,16 @@ FUSEDRES_HD float log1p_(float u) {
   return (p * t) * s + 2.0f * s;
 }
 
-// tanh|x| = -e / (e + 2), e = expm1(-2|x|): nothing cancels on this side.
+// |x| < 0.625: x + x^3 P(x^2), a minimax fit to 4e-9. Else 1 - 2 / (exp(2|x|) + 1) with the sign of x.
 FUSEDRES_HD float tanh_(float x) {
-  const float e = expm1_(-2.0f * std::fabs(x)), t = e / (e + 2.0f);
-  return x < 0.0f ? t : -t;
+  const float a = std::fabs(x), s = x * x;
+  float p = -5.717044631e-03f;
+  p = p * s + 2.065058690e-02f;
+  p = p * s - 5.374349796e-02f;
+  p = p * s + 1.333149129e-01f;
+  p = p * s - 3.333328393e-01f;
+  const float near = x + x * s * p, far = 1.0f - 2.0f / (exp_(2.0f * a) + 1.0f);
+  return a < 0.625f ? near : x < 0.0f ? -far : far;
 }
 
 // Standard normal distribution: cdf(h) = (1 + erf(h / sqrt 2)) / 2 and its density.
@@ -77,7 +83,7 @@ struct Normal {
 };
 
 // cdf(-a) = exp(-a^2/2) P(t), t = 1/(1 + 0.33 a): a minimax fit whose error in cdf is 3e-9 before rounding. The form is
-// that of Abramowitz and Stegun 7.1.26, with two more terms.
+// that of Abramowitz and Stegun 7.1.26, with two more terms. Near 0, where its rounding would show, the Taylor series.
 FUSEDRES_HD Normal<float> normal(float h) {
   const float a = std::fabs(h);
   const float density = exp_(-0.5f * h * h);
@@ -90,8 +96,13 @@ FUSEDRES_HD Normal<float> normal(float h) {
   p = p * t + 1.206037700e-01f;
   p = p * t + 1.325198992e-01f;
   p = p * t - 8.890840686e-06f;
-  const float tail = density * p;
-  return {h < 0.0f ? tail : 1.0f - tail, density * 0.398942280f};
+  const float tail = density * p, far = h < 0.0f ? tail : 1.0f - tail, s = h * h;
+  float near = 1.154348727e-4f;
+  near = near * s - 1.187328215e-3f;
+  near = near * s + 9.973557010e-3f;
+  near = near * s - 6.649038006e-2f;
+  near = near * s + 3.989422804e-1f;
+  return {a < 0.5f ? 0.5f + h * near : far, density * 0.398942280f};
 }
 
 // sin and cos for |x| < kSinLimit: r = x - q pi/2 in double, then the Taylor series of the quadrant.
@@ -135,6 +146,18 @@ FUSEDRES_HD Normal<double> normal(double h) {
 template <class A>
 FUSEDRES_HD A sigmoid_(A h) {
   return A(1) / (A(1) + exp_(-h));
+}
+
+// The sigmoid and its derivative s (1 - s), by exp(-|h|): nothing cancels or overflows.
+template <class A>
+struct Logistic {
+  A value, slope;
+};
+
+template <class A>
+FUSEDRES_HD Logistic<A> logistic(A h) {
+  const A e = exp_(-std::fabs(h)), s = 1 / (1 + e);
+  return {h < 0 ? e * s : s, e * s * s};
 }
 
 // ---- activations: value and derivative side by side; at a kink the derivative is torch's ------------------
@@ -184,16 +207,16 @@ struct GeluTanh {  // h (1 + tanh(u)) / 2 = h sigmoid(2u), u = sqrt(2/pi) (h + 0
     return h * sigmoid_(A(kTwoBeta) * (h + A(kCubic) * h * h * h));
   }
   template <class A> FUSEDRES_HD static A grad(A h) {
-    const A s = sigmoid_(A(kTwoBeta) * (h + A(kCubic) * h * h * h));
-    return s + h * s * (1 - s) * A(kTwoBeta) * (1 + A(3 * kCubic) * h * h);
+    const Logistic<A> s = logistic(A(kTwoBeta) * (h + A(kCubic) * h * h * h));
+    return s.value + h * s.slope * A(kTwoBeta) * (1 + A(3 * kCubic) * h * h);
   }
 };
 
 struct Silu {
   template <class A> FUSEDRES_HD static A value(A h) { return h / (1 + exp_(-h)); }
   template <class A> FUSEDRES_HD static A grad(A h) {
-    const A s = sigmoid_(h);
-    return s * (1 + h * (1 - s));
+    const Logistic<A> s = logistic(h);
+    return s.value + h * s.slope;
   }
 };
 
@@ -234,10 +257,7 @@ struct Hardswish {
 
 struct Sigmoid {
   template <class A> FUSEDRES_HD static A value(A h) { return sigmoid_(h); }
-  template <class A> FUSEDRES_HD static A grad(A h) {
-    const A s = sigmoid_(h);
-    return s * (1 - s);
-  }
+  template <class A> FUSEDRES_HD static A grad(A h) { return logistic(h).slope; }
 };
 
 struct Tanh {

@@ -21,7 +21,7 @@ namespace {
 
 enum Input { kX, kWeight, kBias, kNormWeight, kNormBias, kGate, kResidual, kInputs };
 
-// What every call has: see fusedres/autograd.py.
+// What every call has: see fusedres/autograd.py. The columns of x and residual are adjacent.
 struct Call {
   const Tensor &x, &weight;
   const Optional &bias, &norm_weight, &norm_bias, &gate, &residual, &running_mean, &running_var, &seed;
@@ -178,7 +178,8 @@ struct Side {
     for (int64_t n = 0; n < C; ++n) {
       const double d = sums[n] / rows;
       batch_mean[n] = static_cast<A>(shift[n] + d);
-      batch_var[n] = static_cast<A>(std::max(0.0, sums[C + n] / rows - d * d));
+      const double variance = sums[C + n] / rows - d * d;
+      batch_var[n] = static_cast<A>(variance < 0 ? 0.0 : variance);  // NaN stays NaN
     }
     set_statistics(std::move(batch_mean), std::move(batch_var));
   }
@@ -212,7 +213,7 @@ template <class A>
 std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
   const Recipe& r = c.recipe;
   const ScalarType exact = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor x = adjacent_columns(c.x);
+  const Tensor& x = c.x;
   Tensor stats = empty({0}, exact);
   const auto keep_statistics = [&](const Side<A>& side) {
     if (!side.batch_norm) return;
@@ -237,10 +238,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> residual_forward(
-    const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& norm_weight, const Optional& norm_bias,
+    const Tensor& x_any, const Tensor& weight, const Optional& bias, const Optional& norm_weight, const Optional& norm_bias,
     const Optional& gate, const Optional& residual_any, const Optional& running_mean, const Optional& running_var,
     const Optional& seed, int64_t sample_rows, const std::string& text, bool save) {
-  const Optional residual = residual_any && residual_any->dim() == 2 ? adjacent_columns(*residual_any) : residual_any;
+  const Tensor x = adjacent_columns(x_any);
+  const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
   const Call c{x,           weight,      bias, norm_weight, norm_bias,   gate,        residual,
                running_mean, running_var, seed,        sample_rows, recipe(text)};
   check(c);
@@ -326,9 +328,9 @@ Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t n
 }
 
 template <class A>
-std::vector<Tensor> backward(const Call& c, const Tensor& dy_any, const Tensor& z, const Tensor& stats, int64_t needs) {
+std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, const Tensor& stats, int64_t needs) {
   const Recipe& r = c.recipe;
-  const Tensor x = adjacent_columns(c.x), dy = adjacent_columns(dy_any);
+  const Tensor& x = c.x;
   const auto wants = [&](Input input) { return (needs >> input & 1) != 0; };
   Gradients<A> grads;
   const auto load_statistics = [&](Side<A>& side) {
@@ -412,15 +414,17 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy_any, const Tensor& 
 }
 
 std::vector<Tensor> residual_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& norm_weight, const Optional& norm_bias,
+    const Tensor& dy_any, const Tensor& x_any, const Tensor& weight, const Optional& bias, const Optional& norm_weight, const Optional& norm_bias,
     const Optional& gate, const Optional& residual_any, const Optional& running_mean, const Optional& running_var,
     const Optional& seed, const Tensor& z, const Tensor& stats, int64_t sample_rows, const std::string& text,
     int64_t needs) {
-  const Optional residual = residual_any && residual_any->dim() == 2 ? adjacent_columns(*residual_any) : residual_any;
+  const Tensor x = adjacent_columns(x_any);
+  const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
   const Call c{x,           weight,      bias, norm_weight, norm_bias,   gate,        residual,
                running_mean, running_var, seed,        sample_rows, recipe(text)};
   check(c);
-  check_matrix("dy", dy, c.M(), c.N(), x);
+  check_matrix("dy", dy_any, c.M(), c.N(), x);
+  const Tensor dy = adjacent_columns(dy_any);
   if (c.recipe.saves_z()) {
     check_matrix("z", z, c.M(), c.N(), x);
     STD_TORCH_CHECK(z.is_contiguous(), "fusedres: z must be contiguous");

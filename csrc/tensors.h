@@ -66,9 +66,9 @@ inline Tensor transposed(const Tensor& t) {
   return Tensor(handle);
 }
 
-// `t` with adjacent columns: itself, or a copy.
+// A matrix with adjacent columns: `t` itself or a copy. Anything else goes back as it came, to fail the checks.
 inline Tensor adjacent_columns(const Tensor& t) {
-  return t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);
+  return t.dim() != 2 || t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);
 }
 
 inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.size(1)}; }

@@ -84,10 +84,10 @@ def _composite_gradients(
 ) -> tuple[Tensor | None, ...]:
     *inputs, running_mean, running_var, seed, _z, _stats = saved
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
         # views: one input may be computed from another (a linear shortcut from x), or be the same tensor
         inputs = [t if t is None else t.view_as(t) for t in inputs]
         y = composite(Spec.parse(recipe), *inputs, running_mean, running_var, seed, sample_rows)
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
     return tuple(next(grads) if need else None for need in needs)

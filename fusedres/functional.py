@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def run(
     `own_parameters`: all but x and residual are a module's, which made them fit; should they no longer, the op
     says that something is wrong and check_call what.
     """
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, residual = _autocast(x, weight, bias, residual)  # type: ignore[assignment]
     inner = composite_only(x, weight)
     if own_parameters and not (inner or spec.batch_stats or is_dynamo_compiling()):
@@ -86,10 +87,11 @@ def run(
 
     name = "reference" if inner else backends.choose(backend, spec.text, x.dtype, x.device, N, K)
     if name == "reference":
-        y = composite(
-            spec, rows, weight, bias, norm_weight, norm_bias, gate, r, running_mean, running_var, seed, sample_rows,
-            momentum,
-        )  # fmt: skip
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():  # its casts are done
+            y = composite(
+                spec, rows, weight, bias, norm_weight, norm_bias, gate, r, running_mean, running_var, seed,
+                sample_rows, momentum,
+            )  # fmt: skip
     else:
         operands = (rows, weight, bias, norm_weight, norm_bias, gate, r)
         running = (None, None) if spec.batch_stats else (running_mean, running_var)
@@ -116,8 +118,11 @@ def update_running_statistics(
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, as torch does."""
     if rows > 1:
         mean, var = stats.unbind()
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (rows / (rows - 1))).to(running_var.dtype), momentum)
+        for running, batch in ((running_mean, mean), (running_var, var * (rows / (rows - 1)))):
+            if running.dtype == batch.dtype:
+                running.lerp_(batch, momentum)
+            else:  # rounded once, at the end
+                running.copy_(running.to(batch.dtype).lerp(batch, momentum))
 
 
 def fused_residual(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from fusedres import FusedResidual, FusedResidualFunction, Residual, fused_residual, ops
@@ -129,7 +130,7 @@ def test_nothing_is_saved_where_nothing_is_needed(monkeypatch):
         assert layer(x).grad_fn is None
     layer.requires_grad_(False)
     assert layer(x).grad_fn is None
-    assert saved == [True, False, False] or saved == [True, True, False]
+    assert saved == [True, False, False]
 
 
 @pytest.mark.parametrize("frozen", ["x", "parameters", "norm"])
@@ -184,14 +185,25 @@ def test_double_backward_under_autocast():
     assert x.grad.isfinite().all() and x.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_dtype_of_the_composite_under_autocast(device):
+    """The autocast dtype, also on CUDA, whose autocast makes float32 of F.layer_norm. Fakes need no GPU."""
+    with FakeTensorMode():
+        layer = FusedResidual(K, backend="reference", activation="softplus", device=device)
+        x = torch.randn(M, K, device=device)
+        with torch.autocast(device, torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_batched_cotangents(batch_norm):
     """torch.autograd.grad(is_grads_batched=True), as torch.autograd.functional.jacobian(vectorize=True) does."""
     results = []
-    for layer in twins(norm="batch" if batch_norm else "layer"):
-        x = torch.linspace(-1, 1, M * K).view(M, K).sin().requires_grad_()
+    for layer in twins(norm="batch" if batch_norm else "layer", bias=not batch_norm, dtype=torch.float64):
+        torch.manual_seed(3)
+        x = torch.randn(M, K, dtype=torch.float64, requires_grad=True)
         y = layer(x)
-        dys = torch.eye(M * K).view(M * K, M, K)
+        dys = torch.eye(M * K, dtype=torch.float64).view(M * K, M, K)
         inputs = [x, *layer.parameters()]
         batched = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
         singly = [torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in dys]
@@ -212,11 +224,12 @@ def test_an_error_of_the_op_is_still_an_error(monkeypatch):
         y.sum().backward()
 
 
-def test_undefined_cotangent_and_stats():
-    """stats carry no gradient; without a cotangent of y there is none of anything."""
+def test_undefined_cotangent_and_stats(asked):
+    """stats carry no gradient; without a cotangent of y there is no gradient and no launch."""
     x, w = torch.randn(M, K, requires_grad=True), torch.randn(K, K)
     none = (None,) * 8
     recipe = "linear-norm-add norm=batch batch_stats=1"
     y, stats = FusedResidualFunction.apply(x, w, *none, 1, recipe, "cpu")
     assert y.requires_grad and not stats.requires_grad
-    assert y.grad_fn(None, None) == (None,) * 13
+    nothing = torch.autograd.grad(torch._C._functions.UndefinedGrad()(y), x, torch.ones(M, K), allow_unused=True)
+    assert nothing == (None,) and asked == []

@@ -48,9 +48,8 @@ def forward_arguments(case, save=True):
 
 
 def backward_arguments(case, outputs, needs):
-    x, weight, _bias, *others, _save = forward_arguments(case)
-    *others, sample_rows, recipe = others
-    return (case.dy, x, weight, *others, *outputs[1:], sample_rows, recipe, needs)
+    *operands, sample_rows, recipe, _save = forward_arguments(case)
+    return (case.dy, *operands, *outputs[1:], sample_rows, recipe, needs)
 
 
 def all_needs(case):
@@ -119,13 +118,17 @@ def test_fakes_with_symbols():
 
     if ops.native_missing:
         pytest.skip(ops.native_missing)
-    case = oracle.make_case(M=5, K=6)
-    arguments = forward_arguments(case)
-    rest = arguments[1:]
-    graph = make_fx(lambda x: ops.FORWARD["cpu"](x, *rest)[0], tracing_mode="symbolic")(case.x)
+    case = oracle.make_case(M=5, K=6, bias=False)
+    recipe = case.spec.text
+
+    def call(x, weight, gamma, beta):
+        return ops.FORWARD["cpu"](x, weight, None, gamma, beta, *(None,) * 5, 1, recipe, False)[0]
+
+    others = tuple(case.tensors[name] for name in ("weight", "norm_weight", "norm_bias"))
+    graph = make_fx(call, tracing_mode="symbolic")(case.x, *others)
     for rows in (5, 9):
         x = torch.randn(rows, 6)
-        assert torch.equal(graph(x), ops.FORWARD["cpu"](x, *rest)[0])
+        assert torch.equal(graph(x, *others), call(x, *others))
 
 
 TRITON = """

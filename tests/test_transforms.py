@@ -326,14 +326,7 @@ def test_compiled_func_grad(few):
     against_eager(few, check)
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [
-        "rms",
-        None,
-        pytest.param("layer", marks=pytest.mark.xfail(reason="torch cannot compile jvp of an affine LayerNorm")),
-    ],
-)
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
 def test_compiled_func_jvp(norm):
     def check(layer, compiler):
         return compiler(lambda x, t: jvp(layer, (x,), (t,)))(torch.randn(M, K), torch.randn(M, K))

@@ -100,8 +100,9 @@ struct RowScale {
 // shows as the mean of what is left, `shift`.
 template <class A>
 inline RowScale<A> center(A* t, int64_t n, bool subtract_mean, A eps) {
-  if (!subtract_mean) return {0, 1 / std::sqrt(dot(t, t, n) / n + eps)};
-  const A mean = sum(t, n) / n;
+  const A per_n = A(1) / static_cast<A>(n);  // ready before the sums are: a division after them would make the row wait
+  if (!subtract_mean) return {0, 1 / std::sqrt(dot(t, t, n) * per_n + eps)};
+  const A mean = sum(t, n) * per_n;
   A rest = 0, squares = 0;
 #pragma omp simd reduction(+ : rest, squares)
   for (int64_t i = 0; i < n; ++i) {
@@ -109,8 +110,8 @@ inline RowScale<A> center(A* t, int64_t n, bool subtract_mean, A eps) {
     rest += t[i];
     squares += t[i] * t[i];
   }
-  const A shift = rest / n;
-  return {shift, 1 / std::sqrt(squares / n - shift * shift + eps)};
+  const A shift = rest * per_n;
+  return {shift, 1 / std::sqrt(squares * per_n - shift * shift + eps)};
 }
 
 // out = gamma * t + beta; out may be t.
@@ -131,7 +132,8 @@ inline void scale_shift(const A* t, const A* gamma, const A* beta, A* out, int64
 // d, the gradient of c, becomes the gradient of t: rstd * (d - mean(d) - c * mean(d * c)); rms has no mean(d).
 template <class A>
 inline void normalize_grad(A* d, const A* c, A rstd, int64_t n, bool center) {
-  const A mean_d = center ? sum(d, n) / n : A(0), mean_dc = dot(d, c, n) / n;
+  const A per_n = A(1) / static_cast<A>(n), mean_d = center ? sum(d, n) * per_n : A(0), mean_dc = dot(d, c, n) * per_n;
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) d[i] = rstd * (d[i] - mean_d - c[i] * mean_dc);
 }
 
@@ -234,7 +236,7 @@ struct Tape {
 };
 
 // out = h = gamma * c + beta. c stays in t where it is kept apart from out, that is for a tape; returns rstd.
-template <class A>
+template <class A, bool kKeep>
 inline A norm_forward(const Program<A>& p, A* t, A* out) {
   const Recipe& r = *p.recipe;
   const int64_t n = p.width;
@@ -249,7 +251,7 @@ inline A norm_forward(const Program<A>& p, A* t, A* out) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const A c = (t[i] - shift) * rstd;
-      t[i] = c;
+      if constexpr (kKeep) t[i] = c;
       out[i] = p.gamma[i] * c + p.beta[i];
     }
   } else {
@@ -268,7 +270,7 @@ inline A* forward_stage(const Program<A>& p, Stage stage, int64_t m, A* t, A* ne
   A* out = kTape && needs_input(stage) ? next : t;
   switch (stage) {
     case Stage::norm: {
-      const A rstd = norm_forward(p, t, out);
+      const A rstd = norm_forward<A, kTape>(p, t, out);
       if constexpr (kTape) {
         tape->c = t;
         tape->rstd = rstd;

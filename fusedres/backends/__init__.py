@@ -41,7 +41,7 @@ def choose(backend: str, recipe: str, dtype: torch.dtype, device: torch.device, 
     FUSEDRES_BACKEND are read when a layer of this kind runs for the first time.
     """
     spec = Spec.parse(recipe)
-    if backend == "auto":
+    if one_of("backend", backend, BACKENDS) == "auto":
         backend = environment_backend()
     if backend == "auto":
         candidates = AUTO.get(device.type, ())
