@@ -1,7 +1,9 @@
-// The element maths, written once for CPU and CUDA: exp and its kin, activations with derivatives, Philox.
+// The element maths, written once for CPU and CUDA: exp and its kin, activations with derivatives,
+// Philox.
 //
-// Every function is branch-free apart from selections, so that a loop over it becomes SIMD code, and keeps NaN.
-// For double it calls libm. `A` is the accumulate type: float, or double for float64 tensors.
+// Every function is branch-free apart from selections, so that a loop over it becomes SIMD code,
+// and keeps NaN. For double it calls libm. `A` is the accumulate type: float, or double for float64
+// tensors.
 #pragma once
 
 #include <cmath>
@@ -16,21 +18,25 @@
 
 namespace fusedres {
 
-// ---- exp, expm1, log1p, tanh, normal distribution -------------------------------------------------------
+// ---- exp, expm1, log1p, tanh, normal distribution
+// -------------------------------------------------------
 
-// exp(x) = scale * (1 + q) with q = expm1(r), |r| <= ln(2)/2. Below 2^-126.5 it is 0, above 2^127.5 infinite.
+// exp(x) = scale * (1 + q) with q = expm1(r), |r| <= ln(2)/2. Below 2^-126.5 it is 0, above 2^127.5
+// infinite.
 struct ExpParts {
   float scale, q;
 };
 
 FUSEDRES_HD ExpParts exp_parts(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  constexpr float kRound =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   x = x < -88.0f ? -88.0f : x;
   x = x > 89.0f ? 89.0f : x;
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln(2) in two parts, the first exact times n
-  float p = 1.98412698e-4f;                                     // Taylor: r + r^2/2! + ... + r^7/7!
+  const float r =
+      (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln(2) in two parts, the first exact times n
+  float p = 1.98412698e-4f;                         // Taylor: r + r^2/2! + ... + r^7/7!
   p = p * r + 1.38888889e-3f;
   p = p * r + 8.33333333e-3f;
   p = p * r + 4.16666667e-2f;
@@ -64,7 +70,8 @@ FUSEDRES_HD float log1p_(float u) {
   return (p * t) * s + 2.0f * s;
 }
 
-// |x| < 0.625: x + x^3 P(x^2), a minimax fit to 4e-9. Else 1 - 2 / (exp(2|x|) + 1) with the sign of x.
+// |x| < 0.625: x + x^3 P(x^2), a minimax fit to 4e-9. Else 1 - 2 / (exp(2|x|) + 1) with the sign of
+// x.
 FUSEDRES_HD float tanh_(float x) {
   const float a = std::fabs(x), s = x * x;
   float p = -5.717044631e-03f;
@@ -82,8 +89,9 @@ struct Normal {
   A cdf, pdf;
 };
 
-// cdf(-a) = exp(-a^2/2) P(t), t = 1/(1 + 0.33 a): a minimax fit whose error in cdf is 3e-9 before rounding. The form is
-// that of Abramowitz and Stegun 7.1.26, with two more terms. Near 0, where its rounding would show, the Taylor series.
+// cdf(-a) = exp(-a^2/2) P(t), t = 1/(1 + 0.33 a): a minimax fit whose error in cdf is 3e-9 before
+// rounding. The form is that of Abramowitz and Stegun 7.1.26, with two more terms. Near 0, where
+// its rounding would show, the Taylor series.
 FUSEDRES_HD Normal<float> normal(float h) {
   const float a = std::fabs(h);
   const float density = exp_(-0.5f * h * h);
@@ -105,7 +113,8 @@ FUSEDRES_HD Normal<float> normal(float h) {
   return {a < 0.5f ? 0.5f + h * near : far, density * 0.398942280f};
 }
 
-// sin and cos for |x| < kSinLimit: r = x - q pi/2 in double, then the Taylor series of the quadrant.
+// sin and cos for |x| < kSinLimit: r = x - q pi/2 in double, then the Taylor series of the
+// quadrant.
 constexpr float kSinLimit = 1e6f;
 
 FUSEDRES_HD float sin_quadrant(float x, int shift) {
@@ -140,7 +149,8 @@ FUSEDRES_HD double tanh_(double x) { return std::tanh(x); }
 FUSEDRES_HD double sin_(double x) { return std::sin(x); }
 FUSEDRES_HD double cos_(double x) { return std::cos(x); }
 FUSEDRES_HD Normal<double> normal(double h) {
-  return {0.5 * (1.0 + std::erf(h * 0.70710678118654752)), 0.39894228040143268 * std::exp(-0.5 * h * h)};
+  return {0.5 * (1.0 + std::erf(h * 0.70710678118654752)),
+          0.39894228040143268 * std::exp(-0.5 * h * h)};
 }
 
 template <class A>
@@ -160,42 +170,83 @@ FUSEDRES_HD Logistic<A> logistic(A h) {
   return {h < 0 ? e * s : s, e * s * s};
 }
 
-// ---- activations: value and derivative side by side; at a kink the derivative is torch's ------------------
+// ---- activations: value and derivative side by side; at a kink the derivative is torch's
+// ------------------
 
 struct Relu {
-  template <class A> FUSEDRES_HD static A value(A h) { return h < 0 ? A(0) : h; }
-  template <class A> FUSEDRES_HD static A grad(A h) { return h <= 0 ? A(0) : A(1); }
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return h < 0 ? A(0) : h;
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return h <= 0 ? A(0) : A(1);
+  }
 };
 
 struct LeakyRelu {
-  template <class A> FUSEDRES_HD static A value(A h) { return h > 0 ? h : h * A(0.01); }
-  template <class A> FUSEDRES_HD static A grad(A h) { return h > 0 ? A(1) : A(0.01); }
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return h > 0 ? h : h * A(0.01);
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return h > 0 ? A(1) : A(0.01);
+  }
 };
 
 struct Relu2 {
-  template <class A> FUSEDRES_HD static A value(A h) { return Relu::value(h) * Relu::value(h); }
-  template <class A> FUSEDRES_HD static A grad(A h) { return 2 * Relu::value(h); }
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return Relu::value(h) * Relu::value(h);
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return 2 * Relu::value(h);
+  }
 };
 
 struct Relu6 {
-  template <class A> FUSEDRES_HD static A value(A h) { return h < 0 ? A(0) : h > 6 ? A(6) : h; }
-  template <class A> FUSEDRES_HD static A grad(A h) { return h <= 0 || h >= 6 ? A(0) : A(1); }
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return h < 0 ? A(0) : h > 6 ? A(6) : h;
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return h <= 0 || h >= 6 ? A(0) : A(1);
+  }
 };
 
 struct Elu {
-  template <class A> FUSEDRES_HD static A value(A h) { return h > 0 ? h : expm1_(h); }
-  template <class A> FUSEDRES_HD static A grad(A h) { return h > 0 ? A(1) : exp_(h); }
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return h > 0 ? h : expm1_(h);
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return h > 0 ? A(1) : exp_(h);
+  }
 };
 
 struct Selu {
   static constexpr double kAlpha = 1.6732632423543772, kScale = 1.0507009873554805;
-  template <class A> FUSEDRES_HD static A value(A h) { return h > 0 ? A(kScale) * h : A(kScale * kAlpha) * expm1_(h); }
-  template <class A> FUSEDRES_HD static A grad(A h) { return h > 0 ? A(kScale) : A(kScale * kAlpha) * exp_(h); }
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return h > 0 ? A(kScale) * h : A(kScale * kAlpha) * expm1_(h);
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return h > 0 ? A(kScale) : A(kScale * kAlpha) * exp_(h);
+  }
 };
 
 struct Gelu {  // h * Phi(h)
-  template <class A> FUSEDRES_HD static A value(A h) { return h * normal(h).cdf; }
-  template <class A> FUSEDRES_HD static A grad(A h) {
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return h * normal(h).cdf;
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
     const Normal<A> n = normal(h);
     return n.cdf + h * n.pdf;
   }
@@ -203,18 +254,24 @@ struct Gelu {  // h * Phi(h)
 
 struct GeluTanh {  // h (1 + tanh(u)) / 2 = h sigmoid(2u), u = sqrt(2/pi) (h + 0.044715 h^3)
   static constexpr double kTwoBeta = 1.5957691216057308, kCubic = 0.044715;
-  template <class A> FUSEDRES_HD static A value(A h) {
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
     return h * sigmoid_(A(kTwoBeta) * (h + A(kCubic) * h * h * h));
   }
-  template <class A> FUSEDRES_HD static A grad(A h) {
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
     const Logistic<A> s = logistic(A(kTwoBeta) * (h + A(kCubic) * h * h * h));
     return s.value + h * s.slope * A(kTwoBeta) * (1 + A(3 * kCubic) * h * h);
   }
 };
 
 struct Silu {
-  template <class A> FUSEDRES_HD static A value(A h) { return h / (1 + exp_(-h)); }
-  template <class A> FUSEDRES_HD static A grad(A h) {
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return h / (1 + exp_(-h));
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
     const Logistic<A> s = logistic(h);
     return s.value + h * s.slope;
   }
@@ -222,66 +279,106 @@ struct Silu {
 
 // softplus(h) = max(h, 0) + log1p(exp(-|h|)); above 20 it is h, as in torch.
 struct Softplus {
-  template <class A> FUSEDRES_HD static A value(A h) {
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
     const A soft = (h < 0 ? A(0) : h) + log1p_(exp_(h < 0 ? h : -h));
     return h > 20 ? h : soft;
   }
-  template <class A> FUSEDRES_HD static A grad(A h) { return h > 20 ? A(1) : sigmoid_(h); }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return h > 20 ? A(1) : sigmoid_(h);
+  }
 };
 
 // tanh(softplus(h)) = n / (n + 2), n = e (e + 2), e = exp(h).
 struct Mish {
-  template <class A> FUSEDRES_HD static A squash(A h) {
+  template <class A>
+  FUSEDRES_HD static A squash(A h) {
     const A e = exp_(h > 20 ? A(20) : h), n = e * (e + 2);
     return n / (n + 2);
   }
-  template <class A> FUSEDRES_HD static A value(A h) { return h * squash(h); }
-  template <class A> FUSEDRES_HD static A grad(A h) {
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return h * squash(h);
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
     const A t = squash(h);
     return t + h * sigmoid_(h) * (1 - t * t);
   }
 };
 
 struct Hardsigmoid {
-  template <class A> FUSEDRES_HD static A value(A h) {
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
     const A t = h + 3;
     return (t < 0 ? A(0) : t > 6 ? A(6) : t) / 6;
   }
-  template <class A> FUSEDRES_HD static A grad(A h) { return h > -3 && h < 3 ? A(1) / 6 : A(0); }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return h > -3 && h < 3 ? A(1) / 6 : A(0);
+  }
 };
 
 struct Hardswish {
-  template <class A> FUSEDRES_HD static A value(A h) { return h * Hardsigmoid::value(h); }
-  template <class A> FUSEDRES_HD static A grad(A h) { return h <= -3 ? A(0) : h >= 3 ? A(1) : h / 3 + A(0.5); }
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return h * Hardsigmoid::value(h);
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return h <= -3 ? A(0) : h >= 3 ? A(1) : h / 3 + A(0.5);
+  }
 };
 
 struct Sigmoid {
-  template <class A> FUSEDRES_HD static A value(A h) { return sigmoid_(h); }
-  template <class A> FUSEDRES_HD static A grad(A h) { return logistic(h).slope; }
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return sigmoid_(h);
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return logistic(h).slope;
+  }
 };
 
 struct Tanh {
-  template <class A> FUSEDRES_HD static A value(A h) { return tanh_(h); }
-  template <class A> FUSEDRES_HD static A grad(A h) {
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return tanh_(h);
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
     const A t = tanh_(h);
     return 1 - t * t;
   }
 };
 
 struct Sin {
-  template <class A> FUSEDRES_HD static A value(A h) { return sin_(h); }
-  template <class A> FUSEDRES_HD static A grad(A h) { return cos_(h); }
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return sin_(h);
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
+    return cos_(h);
+  }
 };
 
 struct Softsign {
-  template <class A> FUSEDRES_HD static A value(A h) { return h / (1 + std::fabs(h)); }
-  template <class A> FUSEDRES_HD static A grad(A h) {
+  template <class A>
+  FUSEDRES_HD static A value(A h) {
+    return h / (1 + std::fabs(h));
+  }
+  template <class A>
+  FUSEDRES_HD static A grad(A h) {
     const A d = 1 + std::fabs(h);
     return 1 / (d * d);
   }
 };
 
-// ---- Philox ----------------------------------------------------------------------------------------------
+// ---- Philox
+// ----------------------------------------------------------------------------------------------
 
 enum class Stream : uint32_t { element = 0, sample = 1 };  // dropout, drop-path
 

@@ -1,4 +1,5 @@
-// The Python module fusedres._C: what no tensor op carries. Loading it registers the ops of ops.cpp.
+// The Python module fusedres._C: what no tensor op carries. Loading it registers the ops of
+// ops.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -48,7 +49,9 @@ bool knows(const std::string& text) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and the planner of fusedres' C++ kernels";
-  m.def("build_info", &build_info, "Compiler, language level, SIMD level of this machine, CUDA version.");
+  m.def("build_info", &build_info,
+        "Compiler, language level, SIMD level of this machine, CUDA version.");
   m.def("plan", &plan, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("float32") = true);
-  m.def("knows", &knows, py::arg("recipe"), "True if the kernels run this recipe, else ValueError with the reason.");
+  m.def("knows", &knows, py::arg("recipe"),
+        "True if the kernels run this recipe, else ValueError with the reason.");
 }

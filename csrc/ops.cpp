@@ -3,18 +3,17 @@
 //   z = prologue(x) @ weight.T        vendor library; this is what backward gets
 //   y = epilogue(z + bias)            cpu/forward.cpp, one pass
 //
-// This file alone knows torch, through its stable ABI: one binary loads on every torch from 2.11 on. It checks, allocates,
-// cuts rows into chunks whose number depends on the shape only (so results do not depend on the thread count), and adds up
-// the chunks' column sums in order.
+// This file alone knows torch, through its stable ABI: one binary loads on every torch from 2.11
+// on. It checks, allocates, cuts rows into chunks whose number depends on the shape only (so
+// results do not depend on the thread count), and adds up the chunks' column sums in order.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
-
-#include "tensors.h"
 
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 
 #include "cpu/rows.h"
+#include "tensors.h"
 
 namespace fusedres {
 namespace {
@@ -24,7 +23,8 @@ enum Input { kX, kWeight, kBias, kNormWeight, kNormBias, kGate, kResidual, kInpu
 // What every call has: see fusedres/autograd.py. The columns of x and residual are adjacent.
 struct Call {
   const Tensor &x, &weight;
-  const Optional &bias, &norm_weight, &norm_bias, &gate, &residual, &running_mean, &running_var, &seed;
+  const Optional &bias, &norm_weight, &norm_bias, &gate, &residual, &running_mean, &running_var,
+      &seed;
   int64_t sample_rows;
   const Recipe& recipe;
 
@@ -32,30 +32,37 @@ struct Call {
   int64_t N() const { return weight.size(0); }
   int64_t K() const { return weight.size(1); }
   bool in_prologue(Stage stage) const {
-    return std::find(recipe.prologue.begin(), recipe.prologue.end(), stage) != recipe.prologue.end();
+    return std::find(recipe.prologue.begin(), recipe.prologue.end(), stage) !=
+           recipe.prologue.end();
   }
   int64_t width(Stage stage) const { return in_prologue(stage) ? K() : N(); }
 };
 
-// ---- checks: whoever calls the op directly gets an error, not a crash ------------------------------------------
+// ---- checks: whoever calls the op directly gets an error, not a crash
+// ------------------------------------------
 
 void check_vector(const char* name, const Optional& t, int64_t size) {
   if (!t) return;
-  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == size, "fusedres: ", name, " has shape ", shape_text(*t),
-                  ", expected (", size, ",) on the CPU");
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == size, "fusedres: ", name,
+                  " has shape ", shape_text(*t), ", expected (", size, ",) on the CPU");
   dtype_of(*t);
 }
 
-void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "fusedres: ", name,
-                  " has shape ", shape_text(t), ", expected (", rows, ", ", columns, ") on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "fusedres: ", name, " and x have different dtypes");
+void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns,
+                  const Tensor& x) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns,
+                  "fusedres: ", name, " has shape ", shape_text(t), ", expected (", rows, ", ",
+                  columns, ") on the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "fusedres: ", name,
+                  " and x have different dtypes");
 }
 
 void check(const Call& c) {
   const Recipe& r = c.recipe;
-  STD_TORCH_CHECK(c.x.is_cpu() && c.x.dim() == 2, "fusedres: x has shape ", shape_text(c.x), ", expected (M, K) on the CPU");
-  STD_TORCH_CHECK(c.weight.dim() == 2, "fusedres: weight has shape ", shape_text(c.weight), ", expected (N, K)");
+  STD_TORCH_CHECK(c.x.is_cpu() && c.x.dim() == 2, "fusedres: x has shape ", shape_text(c.x),
+                  ", expected (M, K) on the CPU");
+  STD_TORCH_CHECK(c.weight.dim() == 2, "fusedres: weight has shape ", shape_text(c.weight),
+                  ", expected (N, K)");
   check_matrix("x", c.x, c.x.size(0), c.weight.size(1), c.x);
   check_matrix("weight", c.weight, c.N(), c.K(), c.x);
   dtype_of(c.x);
@@ -65,30 +72,38 @@ void check(const Call& c) {
   check_vector("running_mean", c.running_mean, c.width(Stage::norm));
   check_vector("running_var", c.running_var, c.width(Stage::norm));
   check_vector("gate", c.gate, r.scalar_gate ? 1 : c.width(Stage::gate));
-  STD_TORCH_CHECK(c.gate || !r.has(Stage::gate), "fusedres: the recipe has a gate stage, but gate is None");
+  STD_TORCH_CHECK(c.gate || !r.has(Stage::gate),
+                  "fusedres: the recipe has a gate stage, but gate is None");
   const bool running = r.has(Stage::norm) && r.norm == Norm::batch && !r.batch_stats;
-  STD_TORCH_CHECK(!running || (c.running_mean && c.running_var), "fusedres: batch norm without batch statistics needs ",
+  STD_TORCH_CHECK(!running || (c.running_mean && c.running_var),
+                  "fusedres: batch norm without batch statistics needs ",
                   "running_mean and running_var");
   STD_TORCH_CHECK(c.sample_rows > 0, "fusedres: sample_rows must be positive, got ", c.sample_rows);
   if (r.has(Stage::dropout) || r.has(Stage::droppath))
-    STD_TORCH_CHECK(c.seed && c.seed->is_cpu() && c.seed->numel() == 1 && c.seed->scalar_type() == ScalarType::Long,
+    STD_TORCH_CHECK(c.seed && c.seed->is_cpu() && c.seed->numel() == 1 &&
+                        c.seed->scalar_type() == ScalarType::Long,
                     "fusedres: dropout and drop-path need seed, one int64 on the CPU");
   if (c.residual) {
-    STD_TORCH_CHECK(c.residual->dim() == 2 && c.residual->size(1) <= c.width(Stage::add), "fusedres: residual has shape ",
-                    shape_text(*c.residual), ", expected (", c.M(), ", ", c.width(Stage::add), ")");
+    STD_TORCH_CHECK(c.residual->dim() == 2 && c.residual->size(1) <= c.width(Stage::add),
+                    "fusedres: residual has shape ", shape_text(*c.residual), ", expected (", c.M(),
+                    ", ", c.width(Stage::add), ")");
     check_matrix("residual", *c.residual, c.M(), c.residual->size(1), c.x);
   } else {
-    STD_TORCH_CHECK(!r.has(Stage::add) || c.K() <= c.width(Stage::add), "fusedres: residual is None, but x has ", c.K(),
-                    " features and the sum ", c.width(Stage::add));
+    STD_TORCH_CHECK(!r.has(Stage::add) || c.K() <= c.width(Stage::add),
+                    "fusedres: residual is None, but x has ", c.K(), " features and the sum ",
+                    c.width(Stage::add));
   }
 }
 
-// ---- rows in chunks -----------------------------------------------------------------------------------------------
+// ---- rows in chunks
+// -----------------------------------------------------------------------------------------------
 
 struct Chunks {
   int64_t rows, count, size;
   Chunks(int64_t M, int64_t width) : rows(M) {
-    constexpr int64_t kMost = 64, kElements = 16384;  // of work in a chunk, so that small calls stay on one thread
+    constexpr int64_t kMost = 64,
+                      kElements =
+                          16384;  // of work in a chunk, so that small calls stay on one thread
     const int64_t least = std::max<int64_t>(1, kElements / std::max<int64_t>(1, width));
     size = std::max(least, (M + kMost - 1) / kMost);
     count = (M + size - 1) / size;
@@ -100,7 +115,8 @@ struct Chunks {
 template <class F>
 void for_each_chunk(const Chunks& chunks, const F& f) {
   const auto run = [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk) f(chunk, chunks.begin(chunk), chunks.end(chunk));
+    for (int64_t chunk = first; chunk < last; ++chunk)
+      f(chunk, chunks.begin(chunk), chunks.end(chunk));
   };
   if (chunks.count <= 1) return run(0, chunks.count);
   torch::stable::parallel_for(0, chunks.count, 1, run);
@@ -111,14 +127,17 @@ template <class A, class F>
 std::vector<A> column_sums(const Chunks& chunks, int64_t count, int64_t width, const F& f) {
   const int64_t stride = count * width;
   std::vector<A> partial(std::max<int64_t>(1, chunks.count) * stride);
-  for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) { f(&partial[chunk * stride], begin, end); });
+  for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    f(&partial[chunk * stride], begin, end);
+  });
   for (int64_t chunk = 1; chunk < chunks.count; ++chunk)
     for (int64_t i = 0; i < stride; ++i) partial[i] += partial[chunk * stride + i];
   partial.resize(stride);
   return partial;
 }
 
-// ---- one side of `linear` --------------------------------------------------------------------------------------------
+// ---- one side of `linear`
+// --------------------------------------------------------------------------------------------
 
 template <class A>
 struct Side {
@@ -150,7 +169,8 @@ struct Side {
       program.residual_is_input = prologue && !c.residual;
       if (!program.residual_is_input) program.residual = rows_of(c.residual ? *c.residual : c.x);
     }
-    if (c.seed) program.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(c.seed->data_ptr()));
+    if (c.seed)
+      program.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(c.seed->data_ptr()));
     batch_norm = here(Stage::norm) && r.norm == Norm::batch && r.batch_stats;
   }
 
@@ -163,17 +183,20 @@ struct Side {
     set_rstd();
   }
 
-  // Mean and biased variance down the rows, from sums about the first row in double. That row is one of the values, so
-  // (mean - shift)^2 <= M var, and the difference below loses at most a factor M of double's precision.
+  // Mean and biased variance down the rows, from sums about the first row in double. That row is
+  // one of the values, so (mean - shift)^2 <= M var, and the difference below loses at most a
+  // factor M of double's precision.
   void compute_statistics() {
     const int64_t C = program.width;
     std::vector<A> shift(C), batch_mean(C), batch_var(C);
     std::vector<double> row(2 * C);
-    cpu::column_statistics(program, shift.data(), row.data(), row.data() + C, 0, std::min<int64_t>(1, program.M));
+    cpu::column_statistics(program, shift.data(), row.data(), row.data() + C, 0,
+                           std::min<int64_t>(1, program.M));
     std::copy(row.begin(), row.begin() + C, shift.begin());
-    const auto sums = column_sums<double>(Chunks(program.M, C), 2, C, [&](double* partial, int64_t begin, int64_t end) {
-      cpu::column_statistics(program, shift.data(), partial, partial + C, begin, end);
-    });
+    const auto sums = column_sums<double>(
+        Chunks(program.M, C), 2, C, [&](double* partial, int64_t begin, int64_t end) {
+          cpu::column_statistics(program, shift.data(), partial, partial + C, begin, end);
+        });
     const double rows = static_cast<double>(std::max<int64_t>(1, program.M));
     for (int64_t n = 0; n < C; ++n) {
       const double d = sums[n] / rows;
@@ -188,8 +211,9 @@ struct Side {
     if (batch_norm) compute_statistics();
     Tensor out = empty({program.M, program.width}, like);
     const Rows rows = rows_of(out);
-    for_each_chunk(Chunks(program.M, program.width),
-                   [&](int64_t, int64_t begin, int64_t end) { cpu::forward_rows(program, rows, begin, end); });
+    for_each_chunk(Chunks(program.M, program.width), [&](int64_t, int64_t begin, int64_t end) {
+      cpu::forward_rows(program, rows, begin, end);
+    });
     return out;
   }
 
@@ -202,12 +226,14 @@ struct Side {
 
   void set_rstd() {
     rstd.resize(var.size());
-    for (size_t n = 0; n < var.size(); ++n) rstd[n] = 1 / std::sqrt(var[n] + static_cast<A>(program.recipe->eps));
+    for (size_t n = 0; n < var.size(); ++n)
+      rstd[n] = 1 / std::sqrt(var[n] + static_cast<A>(program.recipe->eps));
     program.rstd = rstd.data();
   }
 };
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward
+// ---------------------------------------------------------------------------------------------------------
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
@@ -238,28 +264,32 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> residual_forward(
-    const Tensor& x_any, const Tensor& weight, const Optional& bias, const Optional& norm_weight, const Optional& norm_bias,
-    const Optional& gate, const Optional& residual_any, const Optional& running_mean, const Optional& running_var,
-    const Optional& seed, int64_t sample_rows, const std::string& text, bool save) {
+    const Tensor& x_any, const Tensor& weight, const Optional& bias, const Optional& norm_weight,
+    const Optional& norm_bias, const Optional& gate, const Optional& residual_any,
+    const Optional& running_mean, const Optional& running_var, const Optional& seed,
+    int64_t sample_rows, const std::string& text, bool save) {
   const Tensor x = adjacent_columns(x_any);
   const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
-  const Call c{x,           weight,      bias, norm_weight, norm_bias,   gate,        residual,
-               running_mean, running_var, seed,        sample_rows, recipe(text)};
+  const Call c{x,        weight,       bias,        norm_weight, norm_bias,   gate,
+               residual, running_mean, running_var, seed,        sample_rows, recipe(text)};
   check(c);
   return x.scalar_type() == ScalarType::Double ? forward<double>(c, save) : forward<float>(c, save);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward
+// --------------------------------------------------------------------------------------------------------
 
 template <class A>
 struct Gradients {
   Optional of[kInputs];
 };
 
-// Backward through one side: column sums wanted of it go to `grads`, the gradient of its input to the result.
+// Backward through one side: column sums wanted of it go to `grads`, the gradient of its input to
+// the result.
 template <class A>
-Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t needs, bool want_input, bool want_bias,
-                       const Rows& skip, double skip_scale, const Optional& dresidual, Gradients<A>& grads) {
+Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t needs,
+                       bool want_input, bool want_bias, const Rows& skip, double skip_scale,
+                       const Optional& dresidual, Gradients<A>& grads) {
   const Recipe& r = c.recipe;
   Program<A>& p = side.program;
   const int64_t C = p.width;
@@ -281,13 +311,15 @@ Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t n
     });
     b.dh_sum = norm_sums.data();
     b.dhc_sum = norm_sums.data() + C;
-    if (wants(kNormWeight, Stage::norm)) grads.of[kNormWeight] = vector_like(b.dhc_sum, C, *c.norm_weight);
+    if (wants(kNormWeight, Stage::norm))
+      grads.of[kNormWeight] = vector_like(b.dhc_sum, C, *c.norm_weight);
     if (wants(kNormBias, Stage::norm)) grads.of[kNormBias] = vector_like(b.dh_sum, C, *c.norm_bias);
   }
 
   const bool want_norm = !side.batch_norm;
-  const bool want[4] = {want_norm && wants(kNormWeight, Stage::norm), want_norm && wants(kNormBias, Stage::norm),
-                        wants(kGate, Stage::gate), want_bias};
+  const bool want[4] = {want_norm && wants(kNormWeight, Stage::norm),
+                        want_norm && wants(kNormBias, Stage::norm), wants(kGate, Stage::gate),
+                        want_bias};
   Optional dinput;
   if (want_input) {
     dinput = empty({p.M, C}, c.x);
@@ -295,16 +327,17 @@ Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t n
   }
   if (dresidual && c.recipe.has(Stage::add)) b.dresidual = rows_of(*dresidual);
   const int64_t vectors = want[0] + want[1] + want[2] + want[3];
-  const std::vector<A> sums = column_sums<A>(chunks, vectors, C, [&](A* partial, int64_t begin, int64_t end) {
-    Backward<A> mine = b;
-    A** targets[4] = {&mine.dgamma, &mine.dbeta, &mine.dgate, &mine.dbias};
-    for (int i = 0; i < 4; ++i)
-      if (want[i]) {
-        *targets[i] = partial;
-        partial += C;
-      }
-    cpu::backward_rows(mine, begin, end);
-  });
+  const std::vector<A> sums =
+      column_sums<A>(chunks, vectors, C, [&](A* partial, int64_t begin, int64_t end) {
+        Backward<A> mine = b;
+        A** targets[4] = {&mine.dgamma, &mine.dbeta, &mine.dgate, &mine.dbias};
+        for (int i = 0; i < 4; ++i)
+          if (want[i]) {
+            *targets[i] = partial;
+            partial += C;
+          }
+        cpu::backward_rows(mine, begin, end);
+      });
   const A* next = sums.data();
   const auto take = [&](const Tensor& like) {
     const Tensor t = vector_like(next, C, like);
@@ -328,7 +361,8 @@ Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t n
 }
 
 template <class A>
-std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, const Tensor& stats, int64_t needs) {
+std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, const Tensor& stats,
+                             int64_t needs) {
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
   const auto wants = [&](Input input) { return (needs >> input & 1) != 0; };
@@ -340,7 +374,8 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
     side.set_statistics({data, data + C}, {data + C, data + 2 * C});
   };
 
-  // The skip: `add` sends s * d to the residual. Where the residual is x and `add` comes last, that is s * dy itself.
+  // The skip: `add` sends s * d to the residual. Where the residual is x and `add` comes last, that
+  // is s * dy itself.
   const bool adds_after = r.has(Stage::add) && !c.in_prologue(Stage::add);
   const bool skip_to_x = adds_after && !c.residual && wants(kX);
   const bool last = adds_after && r.epilogue.back() == Stage::add;
@@ -350,7 +385,8 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
   const Optional dresidual = skip_to_x && !last ? skip : grads.of[kResidual];
 
   const bool before = !r.prologue.empty();
-  const bool want_operand = wants(kX) || (before && (wants(kNormWeight) || wants(kNormBias) || wants(kGate)));
+  const bool want_operand =
+      wants(kX) || (before && (wants(kNormWeight) || wants(kNormBias) || wants(kGate)));
   const bool prologue_residual = before && c.in_prologue(Stage::add);
   const bool want_dz = want_operand || wants(kWeight) || (prologue_residual && wants(kResidual));
 
@@ -381,11 +417,13 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
   }
   if (want_operand || (prologue_residual && wants(kResidual))) {
     Tensor doperand = multiply(dz, c.weight);
-    const Rows skip_rows = skip ? Rows{skip->data_ptr(), skip->stride(0), std::min(skip->size(1), c.K())} : Rows{};
+    const Rows skip_rows =
+        skip ? Rows{skip->data_ptr(), skip->stride(0), std::min(skip->size(1), c.K())} : Rows{};
     const double scale = last ? r.residual_scale : 1.0;
     if (before) {
-      grads.of[kX] = backward_side(c, *prologue, doperand, needs, wants(kX), false, skip_rows, scale,
-                                   prologue_residual ? grads.of[kResidual] : Optional(), grads);
+      grads.of[kX] =
+          backward_side(c, *prologue, doperand, needs, wants(kX), false, skip_rows, scale,
+                        prologue_residual ? grads.of[kResidual] : Optional(), grads);
     } else {
       grads.of[kX] = doperand;
       if (skip) {  // dx += scale * skip, in place: dx is ours
@@ -399,29 +437,33 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
         b.dy = b.dinput = rows_of(doperand);
         b.skip = skip_rows;
         b.skip_scale = scale;
-        for_each_chunk(Chunks(c.M(), c.K()),
-                       [&](int64_t, int64_t begin, int64_t end) { cpu::backward_rows(b, begin, end); });
+        for_each_chunk(Chunks(c.M(), c.K()), [&](int64_t, int64_t begin, int64_t end) {
+          cpu::backward_rows(b, begin, end);
+        });
       }
     }
   }
   std::vector<Tensor> out;
   for (int i = 0; i < kInputs; ++i)
     if (needs >> i & 1) {
-      STD_TORCH_CHECK(grads.of[i].has_value(), "fusedres: the gradient of input ", i, " was asked for, but there is none");
+      STD_TORCH_CHECK(grads.of[i].has_value(), "fusedres: the gradient of input ", i,
+                      " was asked for, but there is none");
       out.push_back(*grads.of[i]);
     }
   return out;
 }
 
-std::vector<Tensor> residual_backward(
-    const Tensor& dy_any, const Tensor& x_any, const Tensor& weight, const Optional& bias, const Optional& norm_weight, const Optional& norm_bias,
-    const Optional& gate, const Optional& residual_any, const Optional& running_mean, const Optional& running_var,
-    const Optional& seed, const Tensor& z, const Tensor& stats, int64_t sample_rows, const std::string& text,
-    int64_t needs) {
+std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
+                                      const Tensor& weight, const Optional& bias,
+                                      const Optional& norm_weight, const Optional& norm_bias,
+                                      const Optional& gate, const Optional& residual_any,
+                                      const Optional& running_mean, const Optional& running_var,
+                                      const Optional& seed, const Tensor& z, const Tensor& stats,
+                                      int64_t sample_rows, const std::string& text, int64_t needs) {
   const Tensor x = adjacent_columns(x_any);
   const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
-  const Call c{x,           weight,      bias, norm_weight, norm_bias,   gate,        residual,
-               running_mean, running_var, seed,        sample_rows, recipe(text)};
+  const Call c{x,        weight,       bias,        norm_weight, norm_bias,   gate,
+               residual, running_mean, running_var, seed,        sample_rows, recipe(text)};
   check(c);
   check_matrix("dy", dy_any, c.M(), c.N(), x);
   const Tensor dy = adjacent_columns(dy_any);
@@ -431,9 +473,11 @@ std::vector<Tensor> residual_backward(
   }
   const bool wide = x.scalar_type() == ScalarType::Double;
   if (c.recipe.batch_stats)
-    STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous() && stats.numel() == 2 * c.width(Stage::norm) &&
+    STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous() &&
+                        stats.numel() == 2 * c.width(Stage::norm) &&
                         stats.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-                    "fusedres: stats has shape ", shape_text(stats), ", expected (2, ", c.width(Stage::norm), ")");
+                    "fusedres: stats has shape ", shape_text(stats), ", expected (2, ",
+                    c.width(Stage::norm), ")");
   return wide ? backward<double>(c, dy, z, stats, needs) : backward<float>(c, dy, z, stats, needs);
 }
 
@@ -442,12 +486,16 @@ std::vector<Tensor> residual_backward(
 
 STABLE_TORCH_LIBRARY(fusedres, m) {
   m.def(
-      "residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
-      "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, SymInt sample_rows, str recipe, "
+      "residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? "
+      "norm_bias, Tensor? gate, "
+      "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, SymInt "
+      "sample_rows, str recipe, "
       "bool save) -> (Tensor y, Tensor z, Tensor stats)");
   m.def(
-      "residual_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
-      "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, Tensor z, Tensor stats, "
+      "residual_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, "
+      "Tensor? norm_bias, Tensor? gate, "
+      "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, Tensor z, Tensor "
+      "stats, "
       "SymInt sample_rows, str recipe, int needs) -> Tensor[]");
 }
 

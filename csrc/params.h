@@ -1,4 +1,5 @@
-// Plain structs between ops.cpp and the kernels: pointers, sizes, strides in elements, enums. No torch.
+// Plain structs between ops.cpp and the kernels: pointers, sizes, strides in elements, enums. No
+// torch.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +11,24 @@ namespace fusedres {
 enum class Stage { norm, act, linear, gate, dropout, droppath, add };
 enum class Norm { none, layer, rms, batch };
 enum class Act {
-  none, relu, leaky_relu, relu2, relu6, elu, selu, gelu, gelu_tanh, silu, mish, softplus, hardswish, hardsigmoid,
-  sigmoid, tanh, sin, softsign,
+  none,
+  relu,
+  leaky_relu,
+  relu2,
+  relu6,
+  elu,
+  selu,
+  gelu,
+  gelu_tanh,
+  silu,
+  mish,
+  softplus,
+  hardswish,
+  hardsigmoid,
+  sigmoid,
+  tanh,
+  sin,
+  softsign,
 };
 enum class DType { float32, bfloat16, float16, float64 };
 
@@ -32,7 +49,9 @@ struct Recipe {
 const Recipe& recipe(const std::string& text);
 
 // Whether a stage's backward needs the value it acted on.
-inline bool needs_input(Stage stage) { return stage == Stage::norm || stage == Stage::act || stage == Stage::gate; }
+inline bool needs_input(Stage stage) {
+  return stage == Stage::norm || stage == Stage::act || stage == Stage::gate;
+}
 
 // Rows of a matrix whose columns are adjacent: element (m, n) is at data[m * stride + n].
 struct Rows {
@@ -41,22 +60,23 @@ struct Rows {
   int64_t features = 0;
 };
 
-// The stages on one side of `linear`, over M rows of `width` features. `A` is float, or double for float64.
+// The stages on one side of `linear`, over M rows of `width` features. `A` is float, or double for
+// float64.
 template <class A>
 struct Program {
   const std::vector<Stage>* stages = nullptr;
   const Recipe* recipe = nullptr;
   DType dtype = DType::float32;
   int64_t M = 0, width = 0;
-  Rows input;                       // x before linear, x @ weight.T after it
-  const A* bias = nullptr;          // (width) or null: added to the input first
-  Rows residual;                    // what `add` adds; features beyond its own count as 0
-  bool residual_is_input = false;   // `add` adds this program's own input (an `add` before linear)
-  const A* gamma = nullptr;         // (width) or null: 1
-  const A* beta = nullptr;          // (width) or null: 0
-  const A* gate = nullptr;          // (1) or (width)
-  const A* mean = nullptr;          // (width), batch norm
-  const A* rstd = nullptr;          // (width), batch norm
+  Rows input;                      // x before linear, x @ weight.T after it
+  const A* bias = nullptr;         // (width) or null: added to the input first
+  Rows residual;                   // what `add` adds; features beyond its own count as 0
+  bool residual_is_input = false;  // `add` adds this program's own input (an `add` before linear)
+  const A* gamma = nullptr;        // (width) or null: 1
+  const A* beta = nullptr;         // (width) or null: 0
+  const A* gate = nullptr;         // (1) or (width)
+  const A* mean = nullptr;         // (width), batch norm
+  const A* rstd = nullptr;         // (width), batch norm
   uint64_t seed = 0;
   int64_t sample_rows = 1;
 };
@@ -64,15 +84,15 @@ struct Program {
 template <class A>
 struct Backward {
   Program<A> program;
-  Rows dy;         // (M, width)
-  Rows skip;       // (M, skip.features), added to dinput times skip_scale; data may be null
+  Rows dy;    // (M, width)
+  Rows skip;  // (M, skip.features), added to dinput times skip_scale; data may be null
   double skip_scale = 1;
-  Rows dinput;     // written where data is not null
-  Rows dresidual;  // written where data is not null
+  Rows dinput;          // written where data is not null
+  Rows dresidual;       // written where data is not null
   A* dgamma = nullptr;  // column sums, each (width) or null
   A* dbeta = nullptr;
   A* dgate = nullptr;
-  A* dbias = nullptr;  // column sums of dinput
+  A* dbias = nullptr;   // column sums of dinput
   A* dh_sum = nullptr;  // batch statistics only: sum over rows of dh, and of dh * c
   A* dhc_sum = nullptr;
 };

@@ -12,22 +12,36 @@ namespace {
 template <class E>
 E lookup(const std::map<std::string, E>& table, const char* what, const std::string& name) {
   const auto found = table.find(name);
-  if (found == table.end()) throw std::invalid_argument(std::string("unknown ") + what + " '" + name + "'");
+  if (found == table.end())
+    throw std::invalid_argument(std::string("unknown ") + what + " '" + name + "'");
   return found->second;
 }
 
 const std::map<std::string, Stage> kStages = {
-    {"norm", Stage::norm},       {"act", Stage::act},           {"linear", Stage::linear}, {"gate", Stage::gate},
-    {"dropout", Stage::dropout}, {"droppath", Stage::droppath}, {"add", Stage::add},
+    {"norm", Stage::norm}, {"act", Stage::act},         {"linear", Stage::linear},
+    {"gate", Stage::gate}, {"dropout", Stage::dropout}, {"droppath", Stage::droppath},
+    {"add", Stage::add},
 };
-const std::map<std::string, Norm> kNorms = {{"layer", Norm::layer}, {"rms", Norm::rms}, {"batch", Norm::batch}};
+const std::map<std::string, Norm> kNorms = {
+    {"layer", Norm::layer}, {"rms", Norm::rms}, {"batch", Norm::batch}};
 const std::map<std::string, Act> kActs = {
-    {"relu", Act::relu},           {"leaky_relu", Act::leaky_relu}, {"relu2", Act::relu2},
-    {"relu6", Act::relu6},         {"elu", Act::elu},               {"selu", Act::selu},
-    {"gelu", Act::gelu},           {"gelu_tanh", Act::gelu_tanh},   {"silu", Act::silu},
-    {"mish", Act::mish},           {"softplus", Act::softplus},     {"hardswish", Act::hardswish},
-    {"hardsigmoid", Act::hardsigmoid}, {"sigmoid", Act::sigmoid},   {"tanh", Act::tanh},
-    {"sin", Act::sin},             {"softsign", Act::softsign},
+    {"relu", Act::relu},
+    {"leaky_relu", Act::leaky_relu},
+    {"relu2", Act::relu2},
+    {"relu6", Act::relu6},
+    {"elu", Act::elu},
+    {"selu", Act::selu},
+    {"gelu", Act::gelu},
+    {"gelu_tanh", Act::gelu_tanh},
+    {"silu", Act::silu},
+    {"mish", Act::mish},
+    {"softplus", Act::softplus},
+    {"hardswish", Act::hardswish},
+    {"hardsigmoid", Act::hardsigmoid},
+    {"sigmoid", Act::sigmoid},
+    {"tanh", Act::tanh},
+    {"sin", Act::sin},
+    {"softsign", Act::softsign},
 };
 
 Recipe parse(const std::string& text) {
@@ -39,25 +53,39 @@ Recipe parse(const std::string& text) {
   bool linear = false;
   while (std::getline(stages, stage, '-')) {
     const Stage s = lookup(kStages, "stage", stage);
-    if (s == Stage::linear) linear = true;
-    else (linear ? r.epilogue : r.prologue).push_back(s);
+    if (s == Stage::linear)
+      linear = true;
+    else
+      (linear ? r.epilogue : r.prologue).push_back(s);
   }
   if (!linear) throw std::invalid_argument("order '" + word + "' has no 'linear' stage");
   while (words >> word) {
     const size_t equals = word.find('=');
-    const std::string name = word.substr(0, equals), value = equals == word.npos ? "" : word.substr(equals + 1);
-    if (name == "norm") r.norm = lookup(kNorms, "norm", value);
-    else if (name == "activation") r.act = lookup(kActs, "activation", value);
-    else if (name == "gate") r.scalar_gate = value == "scalar";
-    else if (name == "batch_stats") r.batch_stats = value == "1";
-    else if (name == "eps") r.eps = std::stod(value);
-    else if (name == "dropout") r.dropout = std::stod(value);
-    else if (name == "drop_path") r.drop_path = std::stod(value);
-    else if (name == "residual_scale") r.residual_scale = std::stod(value);
-    else throw std::invalid_argument("unknown setting '" + word + "' in recipe '" + text + "'");
+    const std::string name = word.substr(0, equals),
+                      value = equals == word.npos ? "" : word.substr(equals + 1);
+    if (name == "norm")
+      r.norm = lookup(kNorms, "norm", value);
+    else if (name == "activation")
+      r.act = lookup(kActs, "activation", value);
+    else if (name == "gate")
+      r.scalar_gate = value == "scalar";
+    else if (name == "batch_stats")
+      r.batch_stats = value == "1";
+    else if (name == "eps")
+      r.eps = std::stod(value);
+    else if (name == "dropout")
+      r.dropout = std::stod(value);
+    else if (name == "drop_path")
+      r.drop_path = std::stod(value);
+    else if (name == "residual_scale")
+      r.residual_scale = std::stod(value);
+    else
+      throw std::invalid_argument("unknown setting '" + word + "' in recipe '" + text + "'");
   }
-  if (r.has(Stage::norm) && r.norm == Norm::none) throw std::invalid_argument("recipe '" + text + "' names no norm");
-  if (r.has(Stage::act) && r.act == Act::none) throw std::invalid_argument("recipe '" + text + "' names no activation");
+  if (r.has(Stage::norm) && r.norm == Norm::none)
+    throw std::invalid_argument("recipe '" + text + "' names no norm");
+  if (r.has(Stage::act) && r.act == Act::none)
+    throw std::invalid_argument("recipe '" + text + "' names no activation");
   return r;
 }
 
@@ -69,7 +97,9 @@ bool contains(const std::vector<Stage>& stages, Stage stage) {
 
 }  // namespace
 
-bool Recipe::has(Stage stage) const { return contains(prologue, stage) || contains(epilogue, stage); }
+bool Recipe::has(Stage stage) const {
+  return contains(prologue, stage) || contains(epilogue, stage);
+}
 
 bool Recipe::saves_z() const {
   for (Stage stage : epilogue)

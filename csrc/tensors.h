@@ -1,5 +1,5 @@
-// Tensors through torch's stable ABI: checks, allocation, rows, small parameter vectors, the matrix product.
-// Included by ops.cpp alone.
+// Tensors through torch's stable ABI: checks, allocation, rows, small parameter vectors, the matrix
+// product. Included by ops.cpp alone.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -15,11 +15,12 @@
 #include "cpu/storage.h"
 #include "params.h"
 
-// Fast ways to two ATen ops. They are not part of the stable ABI's promise: absent from some torch, they are null here
-// and the dispatcher does the same work. The last one's header cannot be included next to the stable ABI.
-extern "C" AOTITorchError aoti_torch_cpu__linear_pointwise(AtenTensorHandle X, AtenTensorHandle W, AtenTensorHandle* B,
-                                                           const char* attr, const double** scalars, int64_t scalars_len,
-                                                           const char** algorithm, AtenTensorHandle* ret0);
+// Fast ways to two ATen ops. They are not part of the stable ABI's promise: absent from some torch,
+// they are null here and the dispatcher does the same work. The last one's header cannot be
+// included next to the stable ABI.
+extern "C" AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle X, AtenTensorHandle W, AtenTensorHandle* B, const char* attr,
+    const double** scalars, int64_t scalars_len, const char** algorithm, AtenTensorHandle* ret0);
 #pragma weak aoti_torch_cpu_mm_out
 #pragma weak aoti_torch_cpu__linear_pointwise
 
@@ -37,11 +38,17 @@ inline std::string shape_text(const Tensor& t) {
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::Double: return DType::float64;
-    default: STD_TORCH_CHECK(false, "fusedres: a tensor has a dtype other than float32, bfloat16, float16, float64");
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::Double:
+      return DType::float64;
+    default:
+      STD_TORCH_CHECK(
+          false, "fusedres: a tensor has a dtype other than float32, bfloat16, float16, float64");
   }
 }
 
@@ -50,8 +57,9 @@ inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
   if (shape.size() == 2) strides[0] = shape.begin()[1] > 0 ? shape.begin()[1] : 1;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides, type,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
+                                                  strides, type, aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
   return Tensor(handle);
 }
 
@@ -66,28 +74,33 @@ inline Tensor transposed(const Tensor& t) {
   return Tensor(handle);
 }
 
-// A matrix with adjacent columns: `t` itself or a copy. Anything else goes back as it came, to fail the checks.
+// A matrix with adjacent columns: `t` itself or a copy. Anything else goes back as it came, to fail
+// the checks.
 inline Tensor adjacent_columns(const Tensor& t) {
   return t.dim() != 2 || t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);
 }
 
 inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.size(1)}; }
 
-// ---- the matrix product: the vendor's -----------------------------------------------------------------------
+// ---- the matrix product: the vendor's
+// -----------------------------------------------------------------------
 
-// a @ b, a (M, K), b (K, N), any strides, in a's dtype. The bias is the row pass's: here it would cost a pass of its own.
+// a @ b, a (M, K), b (K, N), any strides, in a's dtype. The bias is the row pass's: here it would
+// cost a pass of its own.
 inline Tensor multiply(const Tensor& a, const Tensor& b) {
   const ScalarType dtype = a.scalar_type();
   const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
-  if (dtype == ScalarType::Half) {  // torch's own fp16 product is 10 to 80 times slower than fp32 on CPUs without it
+  if (dtype == ScalarType::Half) {  // torch's own fp16 product is 10 to 80 times slower than fp32
+                                    // on CPUs without it
     const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
     return torch::stable::to(multiply(wide(a), wide(b)), dtype);
   }
-  if (dtype == ScalarType::Float && aoti_torch_cpu__linear_pointwise && a.stride(1) == 1 && cpu::prefer_onednn(M, N, K)) {
+  if (dtype == ScalarType::Float && aoti_torch_cpu__linear_pointwise && a.stride(1) == 1 &&
+      cpu::prefer_onednn(M, N, K)) {
     const Tensor weight = transposed(b);
     AtenTensorHandle z;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu__linear_pointwise(a.get(), weight.get(), nullptr, "none", nullptr, 0, nullptr, &z));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), weight.get(), nullptr, "none",
+                                                            nullptr, 0, nullptr, &z));
     return Tensor(z);
   }
   if (!aoti_torch_cpu_mm_out) return torch::stable::matmul(a, b);
@@ -96,16 +109,21 @@ inline Tensor multiply(const Tensor& a, const Tensor& b) {
   return out;
 }
 
-// ---- parameter vectors ----------------------------------------------------------------------------------------
+// ---- parameter vectors
+// ----------------------------------------------------------------------------------------
 
 // Calls f(pointer) with t's data as its storage type.
 template <class F>
 void with_storage(const Tensor& t, F&& f) {
   switch (dtype_of(t)) {
-    case DType::float32: return f(static_cast<float*>(t.data_ptr()));
-    case DType::float64: return f(static_cast<double*>(t.data_ptr()));
-    case DType::bfloat16: return f(static_cast<cpu::bfloat16*>(t.data_ptr()));
-    case DType::float16: return f(static_cast<cpu::float16*>(t.data_ptr()));
+    case DType::float32:
+      return f(static_cast<float*>(t.data_ptr()));
+    case DType::float64:
+      return f(static_cast<double*>(t.data_ptr()));
+    case DType::bfloat16:
+      return f(static_cast<cpu::bfloat16*>(t.data_ptr()));
+    case DType::float16:
+      return f(static_cast<cpu::float16*>(t.data_ptr()));
   }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,15 +17,17 @@ DIFFERENTIABLE = 7  # x, weight, bias, norm_weight, norm_bias, gate, residual
 
 
 class FusedResidualFunction(torch.autograd.Function):
-    """apply(x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed,
-    sample_rows, recipe, backend)
+    """apply(x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
+    seed, sample_rows, recipe, backend)
 
-    x (M, K), weight (N, K), bias (N,), norm parameters and running statistics (C,), gate (1,) or (C,), residual
-    (M, R) or None for x, seed (1,) int64; `recipe` is ``str(spec)``. Returns y (M, N) and stats, which carry no
-    gradient: (2, C), mean and biased variance, where batch norm used this batch's statistics; else None.
+    x (M, K), weight (N, K), bias (N,), norm parameters and running statistics (C,), gate (1,) or
+    (C,), residual (M, R) or None for x, seed (1,) int64; `recipe` is ``str(spec)``. Returns y
+    (M, N) and stats, which carry no gradient: (2, C), mean and biased variance, where batch norm
+    used this batch's statistics; else None.
 
-    Saved for backward: the inputs, the backend's z (M, N) where a non-linear stage follows ``linear``, the batch statistics.
-    Everything else is recomputed. Inputs are assumed checked (see checks.py).
+    Saved for backward: the inputs, the backend's z (M, N) where a non-linear stage follows
+    ``linear``, the batch statistics. Everything else is recomputed. Inputs are assumed checked
+    (see checks.py).
     """
 
     @staticmethod
@@ -45,11 +48,23 @@ class FusedResidualFunction(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor | None]:
         y, z, stats = ops.FORWARD[backend](
-            x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed, sample_rows,
+            x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
+            seed, sample_rows,
             recipe, True,
         )  # fmt: skip
         ctx.save_for_backward(
-            x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed, z, stats
+            x,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            gate,
+            residual,
+            running_mean,
+            running_var,
+            seed,
+            z,
+            stats,
         )
         ctx.settings = sample_rows, recipe, backend
         if stats.dim() == 1:
@@ -59,14 +74,14 @@ class FusedResidualFunction(torch.autograd.Function):
         return y, stats
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, _: Any = None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:DIFFERENTIABLE]
         rest = (None,) * 6
         if dy is None:
             return (None,) * DIFFERENTIABLE + rest
         sample_rows, recipe, backend = ctx.settings
-        if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True: a gradient to be differentiated again
             return _composite_gradients(saved, needs, dy, recipe, sample_rows) + rest
         *inputs, z, stats = saved
         mask = sum(need << i for i, need in enumerate(needs))
@@ -84,10 +99,15 @@ def _composite_gradients(
 ) -> tuple[Tensor | None, ...]:
     *inputs, running_mean, running_var, seed, _z, _stats = saved
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
-        # views: one input may be computed from another (a linear shortcut from x), or be the same tensor
+    no_autocast = nullcontext() if dy.is_meta else torch.autocast(dy.device.type, enabled=False)
+    with torch.enable_grad(), no_autocast:
+        # views: one input may be computed from another (a linear shortcut from x), or be the same
+        # tensor
         inputs = [t if t is None else t.view_as(t) for t in inputs]
-        y = composite(Spec.parse(recipe), *inputs, running_mean, running_var, seed, sample_rows)
+        statistics = running_mean, running_var
+        y = composite(Spec.parse(recipe), *inputs, *statistics, seed, sample_rows)  # type: ignore[call-arg]
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
+        grads = iter(
+            torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True)
+        )
     return tuple(next(grads) if need else None for need in needs)

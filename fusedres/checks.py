@@ -1,4 +1,5 @@
-"""What a call must look like. Every message names the op, the argument, what came and what was expected.
+"""What a call must look like. Every message names the op, the argument, what came and what was
+expected.
 
 Inside the package nothing checks again: code behind these functions assumes.
 """
@@ -34,7 +35,9 @@ def check_tensor(name: str, value: Any, optional: bool = False) -> None:
         raise TypeError(f"{OP}: {name} must be {expected}, got {type(value).__name__}")
 
 
-def _check_vector(name: str, value: Tensor | None, size: int, meaning: str, device: torch.device) -> None:
+def _check_vector(
+    name: str, value: Tensor | None, size: int, meaning: str, device: torch.device
+) -> None:
     if value is None:
         return
     check_tensor(name, value)
@@ -49,18 +52,24 @@ def _check_vector(name: str, value: Tensor | None, size: int, meaning: str, devi
 def _check_like_x(name: str, value: Tensor, x: Tensor) -> None:
     if value.dtype != x.dtype:
         raise TypeError(
-            f"{OP}: {name} has dtype {value.dtype}, x has {x.dtype}; they must agree: convert one with .to(), "
+            f"{OP}: {name} has dtype {value.dtype}, x has {x.dtype}; they must agree: convert one "
+            f"with .to(), "
             f"or run under torch.autocast"
         )
     if value.device != x.device:
-        raise ValueError(f"{OP}: {name} is on {value.device}, x is on {x.device}; move one with .to()")
+        raise ValueError(
+            f"{OP}: {name} is on {value.device}, x is on {x.device}; move one with .to()"
+        )
 
 
 def check_x(x: Any, in_features: int) -> None:
     """The part of the checks that a module can do before it computes its shortcut."""
     check_tensor("x", x)
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"{OP}: x has shape {_shape(x)}, expected (..., {in_features}): in_features={in_features}")
+        raise ValueError(
+            f"{OP}: x has shape {_shape(x)}, expected (..., {in_features}): "
+            f"in_features={in_features}"
+        )
 
 
 def check_call(
@@ -76,21 +85,30 @@ def check_call(
     running_var: Any,
     pad: bool,
 ) -> None:
-    """Everything that can be wrong with the tensors of one call. `pad`: a narrower shortcut is zero-padded."""
+    """Everything that can be wrong with the tensors of one call. `pad`: a narrower shortcut is
+    zero-padded.
+    """
     check_tensor("x", x)
     check_tensor("weight", weight)
     for name, value in (("bias", bias), ("residual", residual), ("gate", gate)):
         check_tensor(name, value, optional=True)
     if x.dtype not in DTYPES:
-        raise TypeError(f"{OP}: x has dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        raise TypeError(
+            f"{OP}: x has dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}"
+        )
     if x.layout != torch.strided or weight.layout != torch.strided:
-        raise TypeError(f"{OP}: x and weight must be dense (torch.strided), got {x.layout} and {weight.layout}")
+        raise TypeError(
+            f"{OP}: x and weight must be dense (torch.strided), got {x.layout} and {weight.layout}"
+        )
     if weight.dim() != 2:
         raise ValueError(f"{OP}: weight has shape {_shape(weight)}, expected (N, K)")
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         features = "no" if x.dim() == 0 else x.shape[-1]
-        raise ValueError(f"{OP}: x has {features} features (shape {_shape(x)}), weight (N={N}, K={K}) expects {K}")
+        raise ValueError(
+            f"{OP}: x has {features} features (shape {_shape(x)}), weight (N={N}, K={K}) expects "
+            f"{K}"
+        )
     _check_like_x("weight", weight, x)
     if bias is not None:
         _check_vector("bias", bias, N, f"one value for each of weight's {N} rows", x.device)
@@ -113,11 +131,15 @@ def check_operands(spec: Spec, x: Any, weight: Tensor, residual: Any, pad: bool)
         check_residual(spec, x, residual, width, pad)
 
 
-def _check_norm(spec: Spec, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, N: int, K: int) -> None:
+def _check_norm(
+    spec: Spec, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, N: int, K: int
+) -> None:
     if spec.norm is None:
         for name, value in (("norm_weight", weight), ("norm_bias", bias)):
             if value is not None:
-                raise ValueError(f"{OP}: {name} was given, but order '{'-'.join(spec.stages)}' runs no norm")
+                raise ValueError(
+                    f"{OP}: {name} was given, but order '{'-'.join(spec.stages)}' runs no norm"
+                )
         return
     width = spec.width("norm", K, N)
     meaning = f"the width where the norm acts (order '{'-'.join(spec.stages)}')"
@@ -130,11 +152,14 @@ def _check_norm(spec: Spec, x: Tensor, weight: Any, bias: Any, mean: Any, var: A
     if (mean is None) != (var is None):
         raise ValueError(f"{OP}: give both running_mean and running_var, or neither")
     if not spec.batch_stats and mean is None:
-        raise ValueError(f"{OP}: batch norm in evaluation needs running_mean and running_var (or training=True)")
+        raise ValueError(
+            f"{OP}: batch norm in evaluation needs running_mean and running_var (or training=True)"
+        )
     rows = math.prod(x.shape[:-1])
     if spec.batch_stats and rows == 1:
         raise ValueError(
-            f"{OP}: batch norm in training needs more than 1 row to have a variance, got x of shape {_shape(x)}; "
+            f"{OP}: batch norm in training needs more than 1 row to have a variance, got x of "
+            f"shape {_shape(x)}; "
             f"use more rows or .eval()"
         )
 
@@ -154,7 +179,9 @@ def check_residual(spec: Spec, x: Tensor, residual: Tensor | None, width: int, p
             residual_required(x.shape[-1], width)
         return
     if not spec.adds:
-        raise ValueError(f"{OP}: residual was given, but order '{'-'.join(spec.stages)}' has no 'add' stage")
+        raise ValueError(
+            f"{OP}: residual was given, but order '{'-'.join(spec.stages)}' has no 'add' stage"
+        )
     features = residual.shape[-1] if residual.dim() else 0
     fits = features == width or (pad and 0 < features < width)
     if not fits or residual.shape[:-1] != x.shape[:-1]:
@@ -166,7 +193,8 @@ def check_residual(spec: Spec, x: Tensor, residual: Tensor | None, width: int, p
 
 def residual_required(features: int, width: int) -> NoReturn:
     raise ValueError(
-        f"{OP}: x has {features} features and the sum {width}, so x cannot be its own shortcut: pass "
+        f"{OP}: x has {features} features and the sum {width}, so x cannot be its own shortcut: "
+        f"pass "
         f"residual=(..., {width}), or use shortcut='linear' or 'pad'"
     )
 
@@ -174,7 +202,8 @@ def residual_required(features: int, width: int) -> NoReturn:
 def check_shortcut_input(source: Tensor, in_features: int) -> None:
     if source.shape[-1] != in_features:
         raise ValueError(
-            f"{OP}: the shortcut's input has shape {_shape(source)}, expected (..., {in_features}), the in_features "
+            f"{OP}: the shortcut's input has shape {_shape(source)}, expected (..., "
+            f"{in_features}), the in_features "
             f"of the linear shortcut"
         )
 

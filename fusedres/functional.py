@@ -1,7 +1,7 @@
 """From a call to a backend: settings, autocast, checks, flattening to rows, seed, choice.
 
-    z = x @ weight.T + bias
-    y = act(norm(z)) + residual_scale * residual         # order "note"
+z = x @ weight.T + bias
+y = act(norm(z)) + residual_scale * residual         # order "note"
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ _PLAIN = (Tensor, nn.Parameter)
 def composite_only(x: Tensor, weight: Tensor) -> bool:
     """Whether a transform looks inside the layer, so that it must run as ordinary torch ops.
 
-    Under functorch transforms torch.compile takes an autograd.Function's kernels for the truth and is silently
-    wrong (torch 2.11 and 2.13); forward-mode AD has no rule for them; a wrapper subclass such as DTensor
-    brings its own rules for torch ops only. The probe of forward AD is private to torch, hence the getattr.
+    Under functorch transforms torch.compile takes an autograd.Function's kernels for the truth and
+    is silently wrong (torch 2.11 and 2.13); forward-mode AD has no rule for them; a wrapper
+    subclass such as DTensor brings its own rules for torch ops only. The probe of forward AD is
+    private to torch, hence the getattr.
     """
     if transforms_active() or getattr(_forward_ad, "_current_level", -1) >= 0:
         return True
@@ -66,30 +67,48 @@ def run(
 ) -> Tensor:
     """One layer. Returns y (..., N).
 
-    `own_parameters`: all but x and residual are a module's, which made them fit; should they no longer, the op
-    says that something is wrong and check_call what.
+    `own_parameters`: all but x and residual are a module's, which made them fit; should they no
+    longer, the op says that something is wrong and check_call what.
     """
-    if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if autocast:
         x, weight, bias, residual = _autocast(x, weight, bias, residual)  # type: ignore[assignment]
     inner = composite_only(x, weight)
     if own_parameters and not (inner or spec.batch_stats or is_dynamo_compiling()):
         checks.check_operands(spec, x, weight, residual, pad)
     else:
         checks.check_call(
-            spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, pad
+            spec,
+            x,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            gate,
+            residual,
+            running_mean,
+            running_var,
+            pad,
         )
     N, K = weight.shape
     flat = x.dim() == 2
     rows = x if flat else x.reshape(math.prod(x.shape[:-1]), K)
-    r = residual if flat or residual is None else residual.reshape(rows.shape[0], residual.shape[-1])
+    r = (
+        residual
+        if flat or residual is None
+        else residual.reshape(rows.shape[0], residual.shape[-1])
+    )
     sample_rows = 1 if flat else rows_per_sample(x)
     seed = draw_seed(x.device) if spec.random else None
 
     name = "reference" if inner else backends.choose(backend, spec.text, x.dtype, x.device, N, K)
     if name == "reference":
-        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():  # its casts are done
+        with (
+            torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
+        ):  # its casts are done
             y = composite(
-                spec, rows, weight, bias, norm_weight, norm_bias, gate, r, running_mean, running_var, seed,
+                spec, rows, weight, bias, norm_weight, norm_bias, gate, r, running_mean,
+                running_var, seed,
                 sample_rows, momentum,
             )  # fmt: skip
     else:
@@ -103,7 +122,17 @@ def run(
                 y, _, stats = ops.FORWARD[name](*call, False)
         except RuntimeError:
             checks.check_call(
-                spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, pad
+                spec,
+                x,
+                weight,
+                bias,
+                norm_weight,
+                norm_bias,
+                gate,
+                residual,
+                running_mean,
+                running_var,
+                pad,
             )
             raise
         if spec.batch_stats and running_mean is not None and running_var is not None:
@@ -115,7 +144,9 @@ def run(
 def update_running_statistics(
     running_mean: Tensor, running_var: Tensor, stats: Tensor, rows: int, momentum: float
 ) -> None:
-    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, as torch does."""
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, as torch
+    does.
+    """
     if rows > 1:
         mean, var = stats.unbind()
         for running, batch in ((running_mean, mean), (running_var, var * (rows / (rows - 1)))):
@@ -155,32 +186,38 @@ def fused_residual(
     Args:
         x: (..., K); float32, bfloat16, float16 or float64.
         weight, bias: (N, K) and (N,), of x's dtype.
-        norm_weight, norm_bias: (C,) with C = K where the norm stands before ``linear``, else N; any floating
-            dtype. None: no scale, no shift.
+        norm_weight, norm_bias: (C,) with C = K where the norm stands before ``linear``, else N; any
+            floating dtype. None: no scale, no shift.
         residual: (..., R), what goes into the shortcut; default x. R is the width at ``add``.
         order, norm, activation: see :class:`fusedres.Residual`.
         eps: added to the variance (no unit).
-        running_mean, running_var: (C,), for ``norm="batch"``; updated in place in training, by `momentum`.
+        running_mean, running_var: (C,), for ``norm="batch"``; updated in place in training, by
+            `momentum`.
         training: batch statistics for batch norm; dropout and drop-path on.
         gate: (1,) or (C,), factor on the branch.
         dropout, drop_path: probabilities; masks come from one draw of torch's generator.
         residual_scale: factor on the shortcut.
-        shortcut: None, "identity", "pad" (a residual narrower than the sum counts as 0 beyond its features)
-            or "linear" (needs shortcut_weight).
-        shortcut_weight, shortcut_bias: (R, K) and (R,): the shortcut is residual @ shortcut_weight.T + bias.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". A named backend that cannot run the call
-            raises NotImplementedError with the reason; "auto" falls back.
+        shortcut: None, "identity", "pad" (a residual narrower than the sum counts as 0 beyond its
+            features) or "linear" (needs shortcut_weight).
+        shortcut_weight, shortcut_bias: (R, K) and (R,): the shortcut is residual @
+            shortcut_weight.T + bias.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". A named backend that cannot run the
+            call raises NotImplementedError with the reason; "auto" falls back.
 
     Returns:
-        y: (..., N), x's dtype (the autocast dtype under autocast). Differentiable, any number of times.
+        y: (..., N), x's dtype (the autocast dtype under autocast). Differentiable, any number of
+            times.
 
     Raises:
-        ValueError, TypeError: a tensor or setting that does not fit; the message says what was expected.
+        ValueError, TypeError: a tensor or setting that does not fit; the message says what was
+            expected.
     """
     checks.check_tensor("x", x)
     checks.check_tensor("gate", gate, optional=True)
     gate_kind = None if gate is None else "scalar" if gate.numel() == 1 else "channel"
-    spec = _spec_of(order, norm, activation, gate_kind, eps, dropout, drop_path, residual_scale, training)
+    spec = _spec_of(
+        order, norm, activation, gate_kind, eps, dropout, drop_path, residual_scale, training
+    )
     if spec.norm == "batch" and not training and running_mean is None:
         spec = _spec_of(order, norm, activation, gate_kind, eps, 0.0, 0.0, residual_scale, True)
     if shortcut is not None:
@@ -188,16 +225,25 @@ def fused_residual(
     if (shortcut == "linear") and shortcut_weight is None:
         raise ValueError(f"{checks.OP}: shortcut='linear' needs shortcut_weight (R, K)")
     if shortcut_weight is not None:
-        residual = plain_linear(x if residual is None else residual, shortcut_weight, shortcut_bias, backend)
+        residual = plain_linear(
+            x if residual is None else residual, shortcut_weight, shortcut_bias, backend
+        )
     return run(
-        spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, momentum,
+        spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
+        momentum,
         shortcut == "pad", backend, False,
     )  # fmt: skip
 
 
 def _spec_of(*settings: Any) -> Spec:
-    """make_spec; dynamo traces it, since it cannot hold an object that it did not see being made."""
-    return make_spec.__wrapped__(*by_value(settings)) if is_dynamo_compiling() else make_spec(*settings)
+    """make_spec; dynamo traces it, since it cannot hold an object that it did not see being
+    made.
+    """
+    return (
+        make_spec.__wrapped__(*by_value(settings))
+        if is_dynamo_compiling()
+        else make_spec(*settings)
+    )
 
 
 _PLAIN_LINEAR = make_spec("linear", None, None)
@@ -206,4 +252,19 @@ _PLAIN_LINEAR = make_spec("linear", None, None)
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """x @ weight.T + bias by the same backends: the linear shortcut."""
     none: Any = None
-    return run(_PLAIN_LINEAR, x, weight, bias, none, none, none, none, none, none, 0.0, False, backend, False)
+    return run(
+        _PLAIN_LINEAR,
+        x,
+        weight,
+        bias,
+        none,
+        none,
+        none,
+        none,
+        none,
+        none,
+        0.0,
+        False,
+        backend,
+        False,
+    )

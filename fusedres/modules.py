@@ -19,8 +19,10 @@ _TORCH_FORWARDS = {
 }
 
 
-def parameter(module: Any, name: str) -> Tensor | None:
-    """module.name; past nn.Module's own look-up where it is a plain parameter (a parametrized one is not)."""
+def parameter(module: Any, name: str) -> Any:
+    """module.name; past nn.Module's own look-up where it is a plain parameter (a parametrized one
+    is not).
+    """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name, None)
 
@@ -28,14 +30,17 @@ def parameter(module: Any, name: str) -> Tensor | None:
 class FusedResidual(Residual):
     """`Residual` in one fused call: same arguments (see there), parameters, state_dict and results.
 
-    A drop-in replacement: checkpoints move both ways. Where a submodule was replaced by one that computes
-    something else (SyncBatchNorm, a LoRA layer) or has hooks, the layer runs stage by stage through that submodule.
+    A drop-in replacement: checkpoints move both ways. Where a submodule was replaced by one that
+    computes something else (SyncBatchNorm, a LoRA layer) or has hooks, the layer runs stage by
+    stage through that submodule.
 
     `fusedres.explain(layer, x)` tells which backend and kernel a call uses.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y (..., N) from x (..., K); `residual` (..., R) is what goes into the shortcut, default x."""
+        """y (..., N) from x (..., K); `residual` (..., R) is what goes into the shortcut, default
+        x.
+        """
         modules = self._modules  # nn.Module's attribute look-up costs half a microsecond a name
         linear: Any = modules["linear"]
         norm: Any = modules["norm"]
@@ -52,7 +57,8 @@ class FusedResidual(Residual):
                 spec, mean, var, momentum = self._batch_norm_step(norm)
         return run(
             spec, x, parameter(linear, "weight"), parameter(linear, "bias"), norm_weight, norm_bias,
-            self._parameters["gate"], residual, mean, var, momentum, self.shortcut_kind == "pad", self.backend, True,
+            self._parameters["gate"], residual, mean, var, momentum, self.shortcut_kind == "pad",
+            self.backend, True,
         )  # fmt: skip
 
     def not_fused(self) -> str | None:
@@ -62,18 +68,32 @@ class FusedResidual(Residual):
         norm: Any = modules["norm"]
         if type(linear).forward is not nn.Linear.forward:
             return f"self.linear is a {type(linear).__name__}, not a torch.nn.Linear"
-        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+        if (
+            linear._forward_hooks
+            or linear._forward_pre_hooks
+            or linear._backward_hooks
+            or linear._backward_pre_hooks
+        ):
             return "self.linear has hooks"
         if norm is None:
             return None
         if type(norm).forward is not _TORCH_FORWARDS[self._specs[True].norm]:
-            return f"self.norm is a {type(norm).__name__}, not torch's {self._specs[True].norm} norm"
-        if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+            return (
+                f"self.norm is a {type(norm).__name__}, not torch's {self._specs[True].norm} norm"
+            )
+        if (
+            norm._forward_hooks
+            or norm._forward_pre_hooks
+            or norm._backward_hooks
+            or norm._backward_pre_hooks
+        ):
             return "self.norm has hooks"
         return None
 
     def _batch_norm_step(self, norm: Any) -> tuple[Any, Tensor | None, Tensor | None, float]:
-        """Recipe, running statistics and weight of this batch, as nn.BatchNorm1d.forward chooses them."""
+        """Recipe, running statistics and weight of this batch, as nn.BatchNorm1d.forward chooses
+        them.
+        """
         momentum = 0.0 if norm.momentum is None else norm.momentum
         training = norm.training
         if training and norm.track_running_stats and norm.num_batches_tracked is not None:
@@ -81,7 +101,9 @@ class FusedResidual(Residual):
             if norm.momentum is None:
                 momentum = 1.0 / float(norm.num_batches_tracked)
         mean, var = norm.running_mean, norm.running_var
-        spec = self._specs[self.training].with_batch_stats(training or (mean is None and var is None))
+        spec = self._specs[self.training].with_batch_stats(
+            training or (mean is None and var is None)
+        )
         keep = not training or norm.track_running_stats
         return spec, mean if keep else None, var if keep else None, momentum
 
@@ -98,7 +120,8 @@ class FusedResidual(Residual):
         activation: str | nn.Module | None = None,
         **settings: Any,
     ) -> FusedResidual:
-        """A layer that shares the parameters of the given ones (the same modules become its submodules).
+        """A layer that shares the parameters of the given ones (the same modules become its
+        submodules).
 
         Args:
             linear: the nn.Linear.
@@ -107,12 +130,18 @@ class FusedResidual(Residual):
             settings: the other arguments of FusedResidual (order, gate, dropout, shortcut, ...).
         """
         if not isinstance(linear, nn.Linear):
-            raise TypeError(f"FusedResidual.from_layers: linear must be an nn.Linear, got {type(linear).__name__}")
+            raise TypeError(
+                f"FusedResidual.from_layers: linear must be an nn.Linear, got "
+                f"{type(linear).__name__}"
+            )
         settings = {**norm_settings(norm, linear.weight.dtype), **settings}
-        own = settings.get("gate") or settings.get("shortcut", "linear") == "linear"  # parameters of its own
+        own = (
+            settings.get("gate") or settings.get("shortcut", "linear") == "linear"
+        )  # parameters of its own
         layer = cls(
             linear.in_features, linear.out_features, activation=activation_name(activation),
-            bias=linear.bias is not None, device=linear.weight.device if own else "meta", dtype=linear.weight.dtype,
+            bias=linear.bias is not None, device=linear.weight.device if own else "meta",
+            dtype=linear.weight.dtype,
             **settings,
         )  # fmt: skip
         if norm is not None:
@@ -120,7 +149,9 @@ class FusedResidual(Residual):
             if expected != came:
                 order = "-".join(layer.spec.stages)
                 raise ValueError(
-                    f"FusedResidual.from_layers: norm has {came} features, order '{order}' needs {expected}"
+                    f"FusedResidual.from_layers: norm has {came} features, order '{order}' needs "
+                    f"{expected}"
                 )
-        layer.linear, layer.norm = linear, norm
+        layer.linear = linear
+        layer.register_module("norm", norm)
         return layer.train(linear.training)

@@ -1,8 +1,8 @@
 """The registered ops: one schema for every backend, its fakes, and a table from backend name to op.
 
-`fusedres::residual_forward` and `fusedres::residual_backward` are implemented in C++ (csrc/ops.cpp);
-`fusedres::triton_residual_forward` and `..._backward` in backends/triton.py. FORWARD[backend] and
-BACKWARD[backend] are what the autograd Function calls.
+`fusedres::residual_forward` and `fusedres::residual_backward` are implemented in C++
+(csrc/ops.cpp); `fusedres::triton_residual_forward` and `..._backward` in backends/triton.py.
+FORWARD[backend] and BACKWARD[backend] are what the autograd Function calls.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from .spec import Spec
 
 FORWARD_SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
-    "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, SymInt sample_rows, str recipe, "
+    "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, SymInt "
+    "sample_rows, str recipe, "
     "bool save) -> (Tensor y, Tensor z, Tensor stats)"
 )
 BACKWARD_SCHEMA = (
-    "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
-    "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, Tensor z, Tensor stats, "
+    "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? gate, "
+    "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, Tensor z, Tensor "
+    "stats, "
     "SymInt sample_rows, str recipe, int needs) -> Tensor[]"
 )
 
@@ -80,22 +83,34 @@ def backward_fake(
     recipe: str,
     needs: int,
 ) -> list[Tensor]:
-    """The gradients asked for, bit i of `needs` for input i, each contiguous in its tensor's shape and dtype."""
+    """The gradients asked for, bit i of `needs` for input i, each contiguous in its tensor's shape
+    and dtype.
+    """
     inputs = (x, weight, bias, norm_weight, norm_bias, gate, residual)
     return [t.new_empty(t.shape) for i, t in enumerate(inputs) if needs >> i & 1 and t is not None]
 
 
 def register(backend: str, prefix: str) -> None:
     """Makes ops with these fakes the ones that `backend` runs."""
-    for name, fake, table in (("forward", forward_fake, FORWARD), ("backward", backward_fake, BACKWARD)):
+    for name, fake, table in (
+        ("forward", forward_fake, FORWARD),
+        ("backward", backward_fake, BACKWARD),
+    ):
         torch.library.register_fake(f"fusedres::{prefix}residual_{name}", fake)
         table[backend] = getattr(torch.ops.fusedres, f"{prefix}residual_{name}").default
 
 
-def register_python(backend: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
-    """Defines a backend's ops that are written in Python, e.g. ``fusedres::triton_residual_forward``."""
+def register_python(
+    backend: str, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> None:
+    """Defines a backend's ops that are written in Python, e.g.
+    ``fusedres::triton_residual_forward``.
+    """
     prefix = f"{backend}_"
-    for name, schema, function in (("forward", FORWARD_SCHEMA, forward), ("backward", BACKWARD_SCHEMA, backward)):
+    for name, schema, function in (
+        ("forward", FORWARD_SCHEMA, forward),
+        ("backward", BACKWARD_SCHEMA, backward),
+    ):
         qualified = f"fusedres::{prefix}residual_{name}"
         torch.library.define(qualified, schema)
         torch.library.impl(qualified, ("CPU", "CUDA"), function)

@@ -1,15 +1,18 @@
 """The residual layer in plain torch: the formula every kernel is tested against.
 
     z = x @ weight.T + bias
-    y = act(norm(z)) + residual_scale * residual         # order "note"; `composite` does every order
+    y = act(norm(z)) + residual_scale * residual         # order "note"; `composite` does every
+    order
 
-`composite` is the oracle (in float64), the "reference" backend, and what runs under function transforms and in
-double backward. `Residual` is the same layer as a module that calls its submodules one by one: the baseline.
+`composite` is the oracle (in float64), the "reference" backend, and what runs under function
+transforms and in double backward. `Residual` is the same layer as a module that calls its
+submodules one by one: the baseline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +36,9 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mish": F.mish,
     "softplus": F.softplus,
     "hardswish": F.hardswish,
-    "hardsigmoid": lambda h: F.relu6(h + 3) / 6,  # F.hardsigmoid's float64 gradient is 1/6 in float32
+    "hardsigmoid": lambda h: (
+        F.relu6(h + 3) / 6
+    ),  # F.hardsigmoid's float64 gradient is 1/6 in float32
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "sin": torch.sin,
@@ -46,8 +51,10 @@ ELEMENT_STREAM, SAMPLE_STREAM = 0, 1  # third word of the Philox counter: dropou
 def philox(seed: Tensor, index: Tensor, stream: int) -> Tensor:
     """First 32-bit word of Philox4x32-10, as int64, for each element of `index`.
 
-    Key: the 64 bits of `seed`. Counter: (index low, index high, stream, 0). The 64-bit products wrap, which
-    leaves their bits right. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+    Key: the 64 bits of `seed`. Counter: (index low, index high, stream, 0). The 64-bit products
+        wrap, which
+    leaves their bits right. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
+    (SC 2011).
     """
     mask = 0xFFFFFFFF
     k0, k1 = seed & mask, (seed >> 32) & mask
@@ -62,13 +69,19 @@ def philox(seed: Tensor, index: Tensor, stream: int) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """(1,) int64 from torch's generator of `device`, so that torch.manual_seed makes masks repeat."""
+    """(1,) int64 from torch's generator of `device`, so that torch.manual_seed makes masks
+    repeat.
+    """
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
 
 def _drop(t: Tensor, seed: Tensor, index: Tensor, stream: int, p: float) -> Tensor:
     kept = philox(seed, index, stream) >= int(p * 2**32)
-    return torch.where(kept, t * (1.0 / (1.0 - p) if p < 1.0 else 0.0), torch.zeros((), dtype=t.dtype, device=t.device))
+    return torch.where(
+        kept,
+        t * (1.0 / (1.0 - p) if p < 1.0 else 0.0),
+        torch.zeros((), dtype=t.dtype, device=t.device),
+    )
 
 
 def run_stages(
@@ -130,7 +143,9 @@ def composite(
 
     def plain_norm(t: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         if spec.norm == "batch":
-            return F.batch_norm(t, running_mean, running_var, w, b, spec.batch_stats, momentum, spec.eps)
+            return F.batch_norm(
+                t, running_mean, running_var, w, b, spec.batch_stats, momentum, spec.eps
+            )
         w, b = (p if p is None else p.to(t.dtype) for p in (w, b))
         if spec.norm == "layer":
             return F.layer_norm(t, t.shape[-1:], w, b, spec.eps)
@@ -138,7 +153,9 @@ def composite(
         return h if b is None else h + b
 
     def norm(t: Tensor) -> Tensor:
-        if is_dynamo_compiling():  # torch 2.11 to 2.15 cannot compile the jvp of an affine layer or batch norm
+        if (
+            is_dynamo_compiling()
+        ):  # torch 2.11 to 2.15 cannot compile the jvp of an affine layer or batch norm
             h = plain_norm(t, None, None)
             h = h if norm_weight is None else h * norm_weight.to(t.dtype)
             return h if norm_bias is None else h + norm_bias.to(t.dtype)
@@ -165,11 +182,12 @@ class Residual(nn.Module):
         in_features: K, the size of x's last dimension.
         out_features: N, default K.
         order: stages joined by "-", or an alias (``fusedres.ORDERS``).
-        norm: None, "layer", "rms" or "batch"; its parameters live in ``self.norm``. Batch statistics run over
-            all rows, that is over every dimension of x but the last.
+        norm: None, "layer", "rms" or "batch"; its parameters live in ``self.norm``. Batch
+            statistics run over all rows, that is over every dimension of x but the last.
         activation: None or a name in ``fusedres.ACTIVATIONS``.
         bias: whether ``self.linear`` has a bias.
-        eps, momentum: of the norm. ``momentum=None`` keeps a cumulative average, as nn.BatchNorm1d does.
+        eps, momentum: of the norm. ``momentum=None`` keeps a cumulative average, as nn.BatchNorm1d
+            does.
         gate: None, "scalar" (ReZero, https://arxiv.org/abs/2003.04887) or "channel" (LayerScale,
             https://arxiv.org/abs/2103.17239): a learned factor ``self.gate`` on the branch.
         gate_init: its first value; default 0 for "scalar", 1e-5 for "channel".
@@ -177,15 +195,17 @@ class Residual(nn.Module):
         drop_path: probability of dropping a whole sample's branch, in training (stochastic depth,
             https://arxiv.org/abs/1603.09382). A sample is one index of x's first dimension.
         residual_scale: factor on the shortcut.
-        shortcut: "identity", "linear" (parameters ``shortcut.weight``, ``shortcut.bias``), "pad" (zeros
-            appended, option A of https://arxiv.org/abs/1512.03385) or a module. Default: "identity" where the
-            widths agree, else "linear".
-        backend: "auto", "reference", "cpu", "triton" or "cuda"; `Residual` itself always runs the reference.
+        shortcut: "identity", "linear" (parameters ``shortcut.weight``, ``shortcut.bias``), "pad"
+            (zeros appended, option A of https://arxiv.org/abs/1512.03385) or a module. Default:
+            "identity" where the widths agree, else "linear".
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; `Residual` itself always runs the
+            reference.
         device, dtype: of the parameters.
 
     Shapes: x (..., K), residual (..., R), y (..., N); any floating dtype that the parameters have.
 
-    Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that does not fit.
+    Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
+    does not fit.
 
     Source: He et al., "Deep residual learning for image recognition", https://arxiv.org/abs/1512.03385.
     """
@@ -222,35 +242,44 @@ class Residual(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.linear = nn.Linear(K, N, bias=bias, **where)
-        norms: dict[str | None, Callable[..., nn.Module]] = {
-            "layer": nn.LayerNorm,
-            "rms": nn.RMSNorm,
-            "batch": lambda *args, **kwargs: nn.BatchNorm1d(*args, momentum=momentum, **kwargs),
-        }
-        norm_module = norms[spec.norm](spec.width("norm", K, N), eps=eps, **where) if spec.norm else None
+        norm_module: nn.Module | None = None
+        if spec.norm is not None:
+            kinds: dict[str, Any] = {
+                "layer": nn.LayerNorm,
+                "rms": nn.RMSNorm,
+                "batch": partial(nn.BatchNorm1d, momentum=momentum),
+            }
+            norm_module = kinds[spec.norm](spec.width("norm", K, N), eps=eps, **where)
         self.register_module("norm", norm_module)
         self.register_parameter("gate", None)
         if spec.gate is not None:
             size, init = (1, 0.0) if spec.gate == "scalar" else (spec.width("gate", K, N), 1e-5)
-            self.gate = nn.Parameter(torch.full((size,), init if gate_init is None else float(gate_init), **where))
+            self.gate = nn.Parameter(
+                torch.full((size,), init if gate_init is None else float(gate_init), **where)
+            )
         self._init_shortcut(shortcut, where)
 
     def _init_shortcut(self, shortcut: str | nn.Module | None, where: dict[str, Any]) -> None:
         spec = self.spec
-        self._sum_features = spec.width("add", self.in_features, self.out_features) if spec.adds else 0
+        self._sum_features = (
+            spec.width("add", self.in_features, self.out_features) if spec.adds else 0
+        )
         self._default_shortcut = shortcut is None
         self.register_module("shortcut", None)
         if isinstance(shortcut, nn.Module):
             self.shortcut, self.shortcut_kind = shortcut, "module"
             return
         if shortcut is None:
-            shortcut = "linear" if spec.adds and self._sum_features != self.in_features else "identity"
+            shortcut = (
+                "linear" if spec.adds and self._sum_features != self.in_features else "identity"
+            )
         self.shortcut_kind = one_of("shortcut", shortcut, SHORTCUTS)
         if not spec.adds:
             return
         if shortcut == "pad" and self._sum_features < self.in_features:
             raise ValueError(
-                f"{type(self).__name__}: shortcut='pad' appends zeros and cannot go from {self.in_features} "
+                f"{type(self).__name__}: shortcut='pad' appends zeros and cannot go from "
+                f"{self.in_features} "
                 f"features to {self._sum_features}; use shortcut='linear'"
             )
         if shortcut == "linear":
@@ -266,8 +295,14 @@ class Residual(nn.Module):
         shortcut = self.shortcut
         if shortcut is None:
             return residual
-        if residual is not None and self._default_shortcut and residual.shape[-1] == self._sum_features:
-            return residual  # an explicit residual of out_features skips the default linear shortcut
+        if (
+            residual is not None
+            and self._default_shortcut
+            and residual.shape[-1] == self._sum_features
+        ):
+            return (
+                residual  # an explicit residual of out_features skips the default linear shortcut
+            )
         source = x if residual is None else residual
         if self.shortcut_kind == "linear":
             checks.check_shortcut_input(source, self.in_features)
@@ -275,9 +310,6 @@ class Residual(nn.Module):
 
     def _project(self, shortcut: nn.Module, source: Tensor) -> Tensor:
         return shortcut(source)
-
-    def _norm(self, rows: Tensor) -> Tensor:
-        return self.norm(rows)  # type: ignore[misc]
 
     def eager(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer by its own submodules, one torch op after another."""
@@ -288,11 +320,14 @@ class Residual(nn.Module):
         rows = x.reshape(-1, self.in_features)
         r = r if r is None else r.reshape(-1, r.shape[-1])
         seed = draw_seed(x.device) if spec.random else None
-        y = run_stages(spec, rows, self.linear, self.norm, self.gate, r, seed, rows_per_sample(x))
+        norm: Any = self.norm
+        y = run_stages(spec, rows, self.linear, norm, self.gate, r, seed, rows_per_sample(x))
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y (..., N) from x (..., K); `residual` (..., R) is what goes into the shortcut, default x."""
+        """y (..., N) from x (..., K); `residual` (..., R) is what goes into the shortcut, default
+        x.
+        """
         return self.eager(x, residual)
 
     def extra_repr(self) -> str:
@@ -300,8 +335,17 @@ class Residual(nn.Module):
         spec = self._specs[True]
         for name in ("norm", "activation", "gate"):
             words.append(f"{name}={getattr(spec, name)!r}")
-        for name, off in (("eps", 1e-5), ("dropout", 0.0), ("drop_path", 0.0), ("residual_scale", 1.0)):
+        for name, off in (
+            ("eps", 1e-5),
+            ("dropout", 0.0),
+            ("drop_path", 0.0),
+            ("residual_scale", 1.0),
+        ):
             if getattr(spec, name) != off:
                 words.append(f"{name}={getattr(spec, name):g}")
-        words += [f"bias={self.linear.bias is not None}", f"shortcut={self.shortcut_kind!r}", f"backend={self.backend!r}"]
+        words += [
+            f"bias={self.linear.bias is not None}",
+            f"shortcut={self.shortcut_kind!r}",
+            f"backend={self.backend!r}",
+        ]
         return ", ".join(words)

@@ -1,10 +1,11 @@
 """The order grammar: which stages a residual layer has, and in which order.
 
-This file is the single list of stages, orders, norms, activations, gates and shortcuts. Everything else, in
-Python, Triton and C++, is derived from it or tested against it.
+This file is the single list of stages, orders, norms, activations, gates and shortcuts. Everything
+else, in Python, Triton and C++, is derived from it or tested against it.
 
-A :class:`Spec` is one layer's recipe without its tensors. ``str(spec)`` is a line of text that every backend
-reads (it is the ``recipe`` argument of the registered ops), and ``Spec.parse`` reads it back.
+A :class:`Spec` is one layer's recipe without its tensors. ``str(spec)`` is a line of text that
+every backend reads (it is the ``recipe`` argument of the registered ops), and ``Spec.parse`` reads
+it back.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ ORDERS = {
 NORMS = ("layer", "rms", "batch")
 
 ACTIVATIONS = (
-    "relu", "leaky_relu", "relu2", "relu6", "elu", "selu", "gelu", "gelu_tanh", "silu", "mish", "softplus",
-    "hardswish", "hardsigmoid", "sigmoid", "tanh", "sin", "softsign",
+    "relu", "leaky_relu", "relu2", "relu6", "elu", "selu", "gelu", "gelu_tanh", "silu", "mish",
+    "softplus", "hardswish", "hardsigmoid", "sigmoid", "tanh", "sin", "softsign",
 )  # fmt: skip
 
 GATES = ("scalar", "channel")
@@ -46,7 +47,7 @@ def one_of(what: str, value: object, known: tuple[str, ...] | dict[str, str]) ->
 
 @dataclass(frozen=True)
 class Spec:
-    """One layer's recipe. `stages` holds only stages that do something, in the order in which they act."""
+    """One layer's recipe. `stages` holds only stages that do something, in order of action."""
 
     stages: tuple[str, ...]
     norm: str | None = None
@@ -59,12 +60,20 @@ class Spec:
     batch_stats: bool = False  # batch norm by the statistics of this very batch, as in training
 
     # derived, plain attributes so that torch.compile can read them
-    prologue: tuple[str, ...] = field(init=False, compare=False, repr=False)  # before `linear`: K features
-    epilogue: tuple[str, ...] = field(init=False, compare=False, repr=False)  # after `linear`: N features
+    prologue: tuple[str, ...] = field(
+        init=False, compare=False, repr=False
+    )  # before `linear`: K features
+    epilogue: tuple[str, ...] = field(
+        init=False, compare=False, repr=False
+    )  # after `linear`: N features
     adds: bool = field(init=False, compare=False, repr=False)
-    random: bool = field(init=False, compare=False, repr=False)  # dropout or drop-path: needs a seed
+    random: bool = field(
+        init=False, compare=False, repr=False
+    )  # dropout or drop-path: needs a seed
     saves_z: bool = field(init=False, compare=False, repr=False)  # backward needs z
-    saves_residual: bool = field(init=False, compare=False, repr=False)  # backward needs the shortcut's value
+    saves_residual: bool = field(
+        init=False, compare=False, repr=False
+    )  # backward needs the shortcut's value
     text: str = field(init=False, compare=False, repr=False)  # one line that says it all
 
     def __post_init__(self) -> None:
@@ -73,12 +82,17 @@ class Spec:
         self._derive("epilogue", self.stages[linear + 1 :])
         self._derive("adds", "add" in self.stages)
         self._derive("random", "dropout" in self.stages or "droppath" in self.stages)
-        # `add`, `dropout` and `droppath` have factors that backward knows without the value they act on
+        # `add`, `dropout` and `droppath` have factors that backward knows without the value they
+        # act on
         after_add = self.stages[self.stages.index("add") + 1 :] if self.adds else ()
         self._derive("saves_z", any(stage in _NEEDS_INPUT for stage in self.epilogue))
         self._derive("saves_residual", any(stage in _NEEDS_INPUT for stage in after_add))
         words = [f"{name}={_WRITE.get(name, str)(getattr(self, name))}" for name in _SETTINGS]
-        words = [word for word, name in zip(words, _SETTINGS, strict=True) if getattr(self, name) != _DEFAULTS[name]]
+        words = [
+            word
+            for word, name in zip(words, _SETTINGS, strict=True)
+            if getattr(self, name) != _DEFAULTS[name]
+        ]
         self._derive("text", " ".join(("-".join(self.stages), *words)))
 
     def _derive(self, name: str, value: object) -> None:
@@ -101,31 +115,45 @@ class Spec:
         """The inverse of ``str(spec)``."""
         stages, *words = text.split(" ")
         settings = dict(word.split("=", 1) for word in words)
-        return Spec(tuple(stages.split("-")), **{k: _READ.get(k, float)(v) for k, v in settings.items()})
+        return Spec(
+            tuple(stages.split("-")), **{k: _READ.get(k, float)(v) for k, v in settings.items()}
+        )
 
 
 _NEEDS_INPUT = ("norm", "act", "gate")
 _SETTINGS = tuple(f.name for f in fields(Spec) if f.init and f.name != "stages")
 _DEFAULTS = {f.name: f.default for f in fields(Spec)}
 _WRITE: dict[str, Any] = {"batch_stats": int}
-_READ: dict[str, Any] = {"norm": str, "activation": str, "gate": str, "batch_stats": lambda v: v == "1"}
+_READ: dict[str, Any] = {
+    "norm": str,
+    "activation": str,
+    "gate": str,
+    "batch_stats": lambda v: v == "1",
+}
 
 
 def parse_order(order: str) -> tuple[str, ...]:
-    """An alias or a string of stages joined by "-" as a tuple of stages; nonsense is a ValueError."""
+    """An alias or a string of stages joined by "-" as a tuple of stages; nonsense is a
+    ValueError.
+    """
     if not isinstance(order, str):
-        raise ValueError(f"fusedres: order must be a string such as 'linear-norm-act-add', got {order!r}")
+        raise ValueError(
+            f"fusedres: order must be a string such as 'linear-norm-act-add', got {order!r}"
+        )
     stages = tuple(ORDERS.get(order, order).split("-"))
     for stage in stages:
         if stage not in STAGES:
             raise ValueError(
-                f"fusedres: unknown stage {stage!r} in order {order!r}; stages: {', '.join(STAGES)}; "
+                f"fusedres: unknown stage {stage!r} in order {order!r}; "
+                f"stages: {', '.join(STAGES)}; "
                 f"well-known orders: {', '.join(ORDERS)}"
             )
         if stages.count(stage) > 1:
             raise ValueError(f"fusedres: stage {stage!r} stands more than once in order {order!r}")
     if "linear" not in stages:
-        raise ValueError(f"fusedres: order {order!r} has no 'linear' stage; a layer needs exactly one")
+        raise ValueError(
+            f"fusedres: order {order!r} has no 'linear' stage; a layer needs exactly one"
+        )
     return stages
 
 
@@ -157,9 +185,12 @@ def make_spec(
 ) -> Spec:
     """Checks every setting and drops stages that are off.
 
-    `gate`, `dropout` and `drop_path` that are on but have no stage in `order` get their usual place: in this
-    order straight before `add` (at the end where there is no `add`). `norm` and `activation` act only where
-    the order has a stage for them: `bert-output`, for one, has no activation whatever `activation` says.
+    `gate`, `dropout` and `drop_path` that are on but have no stage in `order` get their usual
+    place: in this order straight before `add` (at the end where there is no `add`). `norm` and
+        `activation` act
+    only where
+    the order has a stage for them: `bert-output`, for one, has no activation whatever `activation`
+        says.
     Without `training`, dropout and drop-path are off and batch norm uses its running statistics.
     """
     stages = list(parse_order(order))

@@ -1,4 +1,6 @@
-"""Under transforms and torch.compile: whether one is at work, and settings that are constants of the graph."""
+"""Under transforms and torch.compile: whether one is at work, and settings that are constants of
+the graph.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,30 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-# Inside torch.func.grad, vmap and the like. Private to torch, hence the getattr; tests hold them to their word.
-transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+# Inside torch.func.grad, vmap and the like. Private to torch, hence the getattr; tests hold them to
+# their word.
+transforms_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
 # A cotangent under torch.autograd.grad(is_grads_batched=True).
-is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
+is_batched: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, "is_legacy_batchedtensor", lambda t: False
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def by_value(settings: tuple[Any, ...]) -> list[Any]:
-    """While dynamo traces: the settings without symbols, which it makes of numbers (dynamic=True, or
-    another value than last time). The graph is guarded by their values."""
+    """While dynamo traces: the settings without symbols, which it makes of numbers (dynamic=True,
+    or another value than last time). The graph is guarded by their values."""
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
     return [guard_scalar(s) if isinstance(s, (int, float)) else s for s in settings]
 
 
 def constant_when_compiled(cached: Function) -> Function:
-    """`cached`, an lru_cache of a function of settings with a plain result, called once while dynamo traces.
+    """`cached`, an lru_cache of a function of settings with a plain result, called once while
+    dynamo traces.
 
     Left alone, dynamo warns of the cache and traces the function inside it.
     """
@@ -35,7 +43,8 @@ def constant_when_compiled(cached: Function) -> Function:
     def constant(*settings: Any) -> Any:
         return cached(*settings)
 
-    # What torch.compiler.assume_constant_result does, which also imports torch._dynamo: seconds at every import.
+    # What torch.compiler.assume_constant_result does, which also imports torch._dynamo: seconds at
+    # every import.
     constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @wraps(cached)

@@ -1,4 +1,6 @@
-"""How FusedResidualFunction behaves towards autograd: what it saves, what it computes, what it refuses."""
+"""How FusedResidualFunction behaves towards autograd: what it saves, what it computes, what it
+refuses.
+"""
 
 import pytest
 import torch
@@ -36,12 +38,18 @@ def test_saved_tensors_are_unpacked_once():
     with saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
         y = layer(x)
     y.sum().backward()
-    assert len({id(t) for t in unpacked}) == len(unpacked) <= 7  # x, weight, bias, norm's two, z, stats
+    assert (
+        len({id(t) for t in unpacked}) == len(unpacked) <= 7
+    )  # x, weight, bias, norm's two, z, stats
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm": "batch"}, {"order": "preact", "gate": "channel"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"norm": "batch"}, {"order": "preact", "gate": "channel"}]
+)
 def test_saved_tensor_hooks(settings):
-    """What is packed elsewhere (here: as float64 copies, then on the CPU) comes back into the gradients."""
+    """What is packed elsewhere (here: as float64 copies, then on the CPU) comes back into the
+    gradients.
+    """
     layer = FusedResidual(K, **settings)
     x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, K)
     inputs = [x, *layer.parameters()]
@@ -67,7 +75,9 @@ def test_output_is_no_view(order):
     assert y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
     y.mul_(2)  # the output may be changed in place
     (dx,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(dx, torch.full_like(x, 4.0 if "add" in order or order in ("note", "postnorm") else 2.0))
+    assert torch.equal(
+        dx, torch.full_like(x, 4.0 if "add" in order or order in ("note", "postnorm") else 2.0)
+    )
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "norm_weight", "residual"])
@@ -77,7 +87,9 @@ def test_change_in_place_is_noticed(name):
         "residual": torch.randn(M, K),
     }  # fmt: skip
     leaf = torch.randn(M, K, requires_grad=True)
-    y = fused_residual(**{**tensors, "x": tensors["x"] + 0 * leaf} if name != "x" else tensors, order="postnorm")
+    y = fused_residual(
+        **{**tensors, "x": tensors["x"] + 0 * leaf} if name != "x" else tensors, order="postnorm"
+    )
     if name == "x":
         held = tensors["x"] * leaf
         y = fused_residual(**{**tensors, "x": held}, order="postnorm")
@@ -163,7 +175,13 @@ def second_derivatives(call):
         lambda t: {"x": t, "weight": t},
         lambda t: {"x": t, "weight": t.sin(), "residual": t},
         lambda t: {"x": t, "weight": t.T, "residual": (t @ t).tanh(), "bias": t[0]},
-        lambda t: {"x": t, "weight": torch.eye(K).double(), "bias": t[0], "norm_weight": t[0], "gate": t[1]},
+        lambda t: {
+            "x": t,
+            "weight": torch.eye(K).double(),
+            "bias": t[0],
+            "norm_weight": t[0],
+            "gate": t[1],
+        },
     ],
     ids=["tied weight", "x is the residual too", "residual computed from x", "one vector for all"],
 )
@@ -171,9 +189,17 @@ def test_inputs_that_depend_on_each_other(tensors):
     """Double backward differentiates by each input as if it were a leaf of its own."""
 
     def call(backend):
-        return lambda t: fused_residual(**tensors(t), order="resnet-v1", activation="silu", backend=backend)
+        return lambda t: fused_residual(
+            **tensors(t), order="resnet-v1", activation="silu", backend=backend
+        )
 
     assert_same(second_derivatives(call("cpu")), second_derivatives(call("reference")))
+
+
+def test_double_backward_on_meta():
+    x = torch.randn(M, K, device="meta", requires_grad=True)
+    (dx,) = torch.autograd.grad(FusedResidual(K, device="meta")(x).sum(), x, create_graph=True)
+    assert torch.autograd.grad(dx.sum(), x)[0].shape == x.shape
 
 
 def test_double_backward_under_autocast():
@@ -185,21 +211,38 @@ def test_double_backward_under_autocast():
     assert x.grad.isfinite().all() and x.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_dtype_of_the_composite_under_autocast(device):
-    """The autocast dtype, also on CUDA, whose autocast makes float32 of F.layer_norm. Fakes need no GPU."""
+@pytest.fixture
+def cuda_autocast():
+    """torch.autocast("cuda", torch.bfloat16), which without a GPU turns itself off."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+
+
+@pytest.mark.parametrize("order", ["note", "postnorm"])
+def test_dtype_of_the_composite_under_autocast(cuda_autocast, order):
+    """The autocast dtype, though autocast on CUDA makes float32 of F.layer_norm. Fakes need no
+    GPU.
+    """
     with FakeTensorMode():
-        layer = FusedResidual(K, backend="reference", activation="softplus", device=device)
-        x = torch.randn(M, K, device=device)
-        with torch.autocast(device, torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16
+        layer = FusedResidual(K, order=order, backend="reference", device="cuda")
+        x = torch.randn(M, K, device="cuda")
+        assert layer(x).dtype == torch.bfloat16
+        assert torch.func.vmap(layer)(x[None]).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_batched_cotangents(batch_norm):
-    """torch.autograd.grad(is_grads_batched=True), as torch.autograd.functional.jacobian(vectorize=True) does."""
+    """torch.autograd.grad(is_grads_batched=True), as
+    torch.autograd.functional.jacobian(vectorize=True) does.
+    """
     results = []
-    for layer in twins(norm="batch" if batch_norm else "layer", bias=not batch_norm, dtype=torch.float64):
+    for layer in twins(
+        norm="batch" if batch_norm else "layer", bias=not batch_norm, dtype=torch.float64
+    ):
         torch.manual_seed(3)
         x = torch.randn(M, K, dtype=torch.float64, requires_grad=True)
         y = layer(x)
@@ -220,7 +263,7 @@ def test_an_error_of_the_op_is_still_an_error(monkeypatch):
 
     y = FusedResidual(K)(torch.randn(M, K))
     monkeypatch.setitem(ops.BACKWARD, "cpu", broken)
-    with pytest.raises(RuntimeError, match="^broken$"):
+    with pytest.raises(RuntimeError, match=r"^broken$"):
         y.sum().backward()
 
 
@@ -231,5 +274,7 @@ def test_undefined_cotangent_and_stats(asked):
     recipe = "linear-norm-add norm=batch batch_stats=1"
     y, stats = FusedResidualFunction.apply(x, w, *none, 1, recipe, "cpu")
     assert y.requires_grad and not stats.requires_grad
-    nothing = torch.autograd.grad(torch._C._functions.UndefinedGrad()(y), x, torch.ones(M, K), allow_unused=True)
+    nothing = torch.autograd.grad(
+        torch._C._functions.UndefinedGrad()(y), x, torch.ones(M, K), allow_unused=True
+    )
     assert nothing == (None,) and asked == []

@@ -1,4 +1,6 @@
-"""torch.compile: one graph without a break or a warning, our ops in it forward and backward, eager's values."""
+"""torch.compile: one graph without a break or a warning, our ops in it forward and backward,
+eager's values.
+"""
 
 import copy
 import warnings
@@ -31,7 +33,9 @@ LAYERS = {
 
 @pytest.fixture(autouse=True)
 def _strict():
-    """What dynamo warns of (an lru_cache, say) is an error; torch's own deprecations are not UserWarnings."""
+    """What dynamo warns of (an lru_cache, say) is an error; torch's own deprecations are not
+    UserWarnings.
+    """
     torch._dynamo.reset()
     counters.clear()
     torch.set_num_threads(1)
@@ -41,11 +45,15 @@ def _strict():
 
 
 class Graphs:
-    """A compiler that keeps the names of the aten-level ops of every graph: aot_eager with a memory."""
+    """A compiler that keeps the names of the aten-level ops of every graph: aot_eager with a
+    memory.
+    """
 
     def __init__(self):
         self.forward, self.backward = [], []
-        self.backend = aot_autograd(fw_compiler=self._keep(self.forward), bw_compiler=self._keep(self.backward))
+        self.backend = aot_autograd(
+            fw_compiler=self._keep(self.forward), bw_compiler=self._keep(self.backward)
+        )
 
     def _keep(self, names):
         def compiler(module, example_inputs):
@@ -83,7 +91,9 @@ def assert_same_layers(ours, plain):
 
 
 def check_training(settings, backend, *, lead=(), dynamic=None, sizes=BATCHES):
-    """Steps with several batch sizes: the compiled layer does what the eager one does, in at most two graphs."""
+    """Steps with several batch sizes: the compiled layer does what the eager one does, in at most
+    two graphs.
+    """
     eager = FusedResidual(K, **settings)
     ours = copy.deepcopy(eager)
     fast = torch.compile(ours, fullgraph=True, backend=backend, dynamic=dynamic)
@@ -104,7 +114,9 @@ def test_aot_eager(name):
     for names, op in ((graphs.forward, "residual_forward"), (graphs.backward, "residual_backward")):
         assert f"fusedres.{op}.default" in names, names
         foreign = ("norm", "relu", "gelu", "silu", "mm", "sigmoid", "where")
-        assert not [n for n in names if n.startswith("aten") and any(word in n for word in foreign)], names
+        assert not [
+            n for n in names if n.startswith("aten") and any(word in n for word in foreign)
+        ], names
 
 
 @pytest.mark.parametrize("name", ["batch", "linear-shortcut", "rms-channel-gate"])
@@ -118,7 +130,9 @@ def test_dynamic(name):
 
 
 def test_dynamic_length():
-    """Drop-path by samples of a length that the graph does not know: sample_rows is a symbol there."""
+    """Drop-path by samples of a length that the graph does not know: sample_rows is a symbol
+    there.
+    """
     eager = FusedResidual(K, drop_path=0.5)
     fast = torch.compile(eager, fullgraph=True, backend="aot_eager", dynamic=True)
     for seed, shape in enumerate([(4, 3), (5, 7), (8, 2), (3, 4, 2)]):
@@ -155,7 +169,9 @@ def test_batch_norm_of_a_frozen_norm():
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_masks_differ_from_call_to_call(backend):
-    """The seed is drawn inside the graph, from torch's generator; backward uses the forward's mask."""
+    """The seed is drawn inside the graph, from torch's generator; backward uses the forward's
+    mask.
+    """
     layer = FusedResidual(64, dropout=0.5, norm=None, activation=None, order="linear-add")
     torch.nn.init.eye_(layer.linear.weight)
     torch.nn.init.zeros_(layer.linear.bias)
@@ -194,7 +210,9 @@ def test_explicit_residual():
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_function(dynamic):
-    """`fused_residual` with its settings as arguments; another value of one is another graph, not another result."""
+    """`fused_residual` with its settings as arguments; another value of one is another graph, not
+    another result.
+    """
     graphs = Graphs()
     fast = torch.compile(fused_residual, fullgraph=True, backend=graphs.backend, dynamic=dynamic)
     for settings in ({}, {"eps": 1e-2}, {"eps": 1e-3, "order": "preact", "residual_scale": 0.25}):
@@ -236,7 +254,9 @@ def test_a_whole_net():
     for a, b in zip(step(fast, x), step(eager, x), strict=True):
         assert_close(a, b)
     assert_same_layers(net, eager)
-    assert graphs.forward.count("fusedres.residual_forward.default") == 4  # with the linear shortcut
+    assert (
+        graphs.forward.count("fusedres.residual_forward.default") == 4
+    )  # with the linear shortcut
     assert counters["stats"]["unique_graphs"] == 1
 
 

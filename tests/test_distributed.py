@@ -1,4 +1,6 @@
-"""Two processes over gloo: DDP and FSDP2 give the gradients that one process has on the whole batch."""
+"""Two processes over gloo: DDP and FSDP2 give the gradients that one process has on the whole
+batch.
+"""
 
 import copy
 import sys
@@ -105,7 +107,9 @@ def worker(rank, path):
 
 
 def test_two_processes(tmp_path):
-    """DDP, DDP compiled, FSDP2 and DTensor weights, in one pair of processes to save their start."""
+    """DDP, DDP compiled, FSDP2 and DTensor weights, in one pair of processes to save their
+    start.
+    """
     if ops.native_missing:
         pytest.skip(ops.native_missing)
     mp.spawn(worker, (str(tmp_path / "rendezvous"),), WORLD)

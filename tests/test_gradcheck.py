@@ -1,16 +1,17 @@
 """NUMERICS 4: first and second derivatives in float64 against finite differences, for every recipe.
 
-`fast_mode` compares random projections of the Jacobians. Also checked: batched cotangents, forward-mode AD, that no
-output depends on undefined gradients. Points lie away from the kinks of the activations and of their derivatives.
+`fast_mode` compares random projections of the Jacobians. Also checked: batched cotangents,
+forward-mode AD, that no output depends on undefined gradients. Points lie away from the kinks of
+the activations and of their derivatives.
 """
 
 import itertools
 
-import oracle
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+import oracle
 from fusedres import ACTIVATIONS, NORMS, ORDERS, fused_residual
 from fusedres.spec import make_spec
 
@@ -27,7 +28,9 @@ def _one_thread():
 
 
 def case_away_from_kinks(**settings):
-    """A small case in float64. eps is large, so that rows that an activation has zeroed stay well conditioned."""
+    """A small case in float64. eps is large, so that rows that an activation has zeroed stay well
+    conditioned.
+    """
     for draw in range(100):
         case = oracle.make_case(3, 4, eps=0.1, dtype=torch.float64, draw=draw, **settings)
         if case.spec.activation is None:
@@ -39,22 +42,31 @@ def case_away_from_kinks(**settings):
 
 
 def check(case):
-    names, tensors = zip(*case.tensors.items(), strict=True)
     statistics = {name: t for name, t in case.tensors.items() if name in oracle.STATISTICS}
-    names = tuple(name for name in names if name not in statistics)
+    names = tuple(name for name in case.tensors if name not in statistics)
     inputs = tuple(case.tensors[name].clone().requires_grad_() for name in names)
     settings = {name: value for name, value in case.settings.items() if name != "gate"}
 
     def call(*tensors):
         if case.spec.random:
             torch.manual_seed(5)
-        running = {name: t.clone() for name, t in statistics.items()}  # every call starts from the same
+        running = {
+            name: t.clone() for name, t in statistics.items()
+        }  # every call starts from the same
         return fused_residual(
-            **dict(zip(names, tensors, strict=True)), **running, **settings, shortcut="pad" if case.pad else None
+            **dict(zip(names, tensors, strict=True)),
+            **running,
+            **settings,
+            shortcut="pad" if case.pad else None,
         )
 
     assert gradcheck(
-        call, inputs, fast_mode=True, check_batched_grad=True, check_forward_ad=True, check_undefined_grad=True
+        call,
+        inputs,
+        fast_mode=True,
+        check_batched_grad=True,
+        check_forward_ad=True,
+        check_undefined_grad=True,
     )
     assert gradgradcheck(call, inputs, fast_mode=True, check_batched_grad=True)
 

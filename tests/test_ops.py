@@ -1,8 +1,9 @@
 """The registered ops by themselves: torch.library.opcheck, and that an op's fake tells the truth.
 
-The ops have no autograd of their own: FusedResidualFunction above them has it (Decision 1), and passes them
-detached tensors. So opcheck gets tensors that require no gradient, with which its test_autograd_registration has
-nothing to say; schema (no mutation, no aliasing), fakes and AOT dispatch with dynamic shapes are what it checks.
+The ops have no autograd of their own: FusedResidualFunction above them has it (Decision 1), and
+passes them detached tensors. So opcheck gets tensors that require no gradient, with which its
+test_autograd_registration has nothing to say; schema (no mutation, no aliasing), fakes and AOT
+dispatch with dynamic shapes are what it checks.
 """
 
 import os
@@ -10,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from torch.library import opcheck
 
+import oracle
 from fusedres import ops
 from fusedres.autograd import DIFFERENTIABLE
 
@@ -78,7 +79,9 @@ def test_opcheck(tables, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_are_fresh(tables, name):
-    """No output shares memory with an input or another output; fakes have the sizes, strides and dtypes of them."""
+    """No output shares memory with an input or another output; fakes have the sizes, strides and
+    dtypes of them.
+    """
     forward, backward = tables
     case = make(name)
     arguments = forward_arguments(case)
@@ -89,11 +92,19 @@ def test_outputs_are_fresh(tables, name):
         (arguments_back, backward(*arguments_back), ops.backward_fake),
     )
     for given, results, fake in calls:
-        storages = [t.untyped_storage().data_ptr() for t in (*given, *results) if torch.is_tensor(t) and t.numel()]
+        storages = [
+            t.untyped_storage().data_ptr()
+            for t in (*given, *results)
+            if torch.is_tensor(t) and t.numel()
+        ]
         inputs = {t.untyped_storage().data_ptr() for t in given if torch.is_tensor(t) and t.numel()}
         assert len(set(storages)) == len(inputs) + sum(1 for t in results if t.numel())
         for real, meta in zip(results, fake(*given), strict=True):
-            assert (real.shape, real.stride(), real.dtype) == (meta.shape, meta.stride(), meta.dtype)
+            assert (real.shape, real.stride(), real.dtype) == (
+                meta.shape,
+                meta.stride(),
+                meta.dtype,
+            )
 
 
 def test_gradients_in_the_order_asked(tables):
@@ -149,12 +160,19 @@ for name in ("note", "linear and add", "no bias, no affine"):
 
 
 def test_opcheck_of_the_triton_ops():
-    """In the interpreter, which must be asked for before Triton is imported: in a process of its own."""
+    """In the interpreter, which must be asked for before Triton is imported: in a process of its
+    own.
+    """
     pytest.importorskip("triton")
     here = Path(__file__).parent
     result = subprocess.run(
         [sys.executable, "-c", TRITON, str(here)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent)},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(here.parent),
+        },
         capture_output=True,
         text=True,
     )

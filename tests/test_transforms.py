@@ -1,7 +1,9 @@
-"""NUMERICS 5: every transform of torch gives of FusedResidual what it gives of Residual, in plain torch.
+"""NUMERICS 5: every transform of torch gives of FusedResidual what it gives of Residual, in plain
+torch.
 
-A function transform looks inside the layer, so the layer runs as ordinary torch ops there (`composite_only` in
-functional.py). The others, checkpoint and export and the like, must leave the fused ops in place.
+A function transform looks inside the layer, so the layer runs as ordinary torch ops there
+(`composite_only` in functional.py). The others, checkpoint and export and the like, must leave the
+fused ops in place.
 """
 
 import copy
@@ -21,9 +23,24 @@ from fusedres import FusedResidual, Residual, fused_residual
 K, N, M = 5, 5, 4
 LAYERS = {
     "note": {},
-    "preact-rms-channel-gate": {"order": "preact", "norm": "rms", "activation": "gelu", "gate": "channel"},
-    "postnorm-scalar-gate": {"order": "postnorm", "activation": "tanh", "gate": "scalar", "gate_init": 0.7},
-    "bert-pad": {"order": "bert-output", "out_features": 7, "shortcut": "pad", "residual_scale": 0.5},
+    "preact-rms-channel-gate": {
+        "order": "preact",
+        "norm": "rms",
+        "activation": "gelu",
+        "gate": "channel",
+    },
+    "postnorm-scalar-gate": {
+        "order": "postnorm",
+        "activation": "tanh",
+        "gate": "scalar",
+        "gate_init": 0.7,
+    },
+    "bert-pad": {
+        "order": "bert-output",
+        "out_features": 7,
+        "shortcut": "pad",
+        "residual_scale": 0.5,
+    },
     "resnet-linear-shortcut": {"order": "resnet-v1", "activation": "silu", "out_features": 3},
 }
 
@@ -88,7 +105,7 @@ def both(pair, check):
     assert_same(*results)
 
 
-# ---- eager transforms ------------------------------------------------------------------------------------------------
+# ---- eager transforms ----------------------------------------------------------------------------
 
 
 def test_func_grad(pair):
@@ -101,7 +118,9 @@ def test_func_grad(pair):
 
 def test_vjp(pair):
     def check(layer):
-        y, pull = vjp(lambda p, x: functional_call(layer, p, (x,)), weights(layer), torch.randn(M, K))
+        y, pull = vjp(
+            lambda p, x: functional_call(layer, p, (x,)), weights(layer), torch.randn(M, K)
+        )
         return y, pull(torch.randn_like(y))
 
     both(pair, check)
@@ -156,7 +175,9 @@ def test_vmap_over_weights_by_functional_call(pair):
 
     def check(layer):
         stacked = {n: p + 0.1 * torch.randn(4, *p.shape) for n, p in weights(layer).items()}
-        return vmap(lambda p, x: functional_call(layer, p, (x,)), (0, None))(stacked, torch.randn(M, K))
+        return vmap(lambda p, x: functional_call(layer, p, (x,)), (0, None))(
+            stacked, torch.randn(M, K)
+        )
 
     both(pair, check)
 
@@ -231,7 +252,7 @@ def test_three_derivatives(note):
     both(note, check)
 
 
-# ---- what keeps the fused ops ----------------------------------------------------------------------------------------
+# ---- what keeps the fused ops --------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -274,10 +295,15 @@ def test_checkpoint(launches, reentrant):
 
 
 def test_checkpoint_repeats_the_masks():
-    """The recomputed forward draws the same seed, as checkpoint keeps the state of the generator."""
+    """The recomputed forward draws the same seed, as checkpoint keeps the state of the
+    generator.
+    """
     layer = FusedResidual(K, dropout=0.5, drop_path=0.2, activation="silu")
     results = []
-    for call in (FusedResidual.__call__, lambda layer, x: checkpoint(layer, x, use_reentrant=False)):
+    for call in (
+        FusedResidual.__call__,
+        lambda layer, x: checkpoint(layer, x, use_reentrant=False),
+    ):
         torch.manual_seed(2)
         results.append(trained(layer, call))
     assert_same(*results, tolerance=0.0)
@@ -298,7 +324,7 @@ def test_selective_checkpoint_saves_the_op(launches):
     assert launches["backward"] == 1
 
 
-# ---- compiled --------------------------------------------------------------------------------------------------------
+# ---- compiled ------------------------------------------------------------------------------------
 
 
 def compiled(function, backend="aot_eager"):
@@ -335,7 +361,9 @@ def test_compiled_func_jvp(norm):
 
 
 def test_compiled_vmap(few):
-    against_eager(few, lambda layer, compiler: compiler(vmap(lambda x: layer(x)))(torch.randn(3, M, K)))
+    against_eager(
+        few, lambda layer, compiler: compiler(vmap(lambda x: layer(x)))(torch.randn(3, M, K))
+    )
 
 
 def test_compiled_per_sample_gradients(few):

@@ -1,7 +1,8 @@
-// Row by row: replay the forward as far as a stage needs what it saw, then walk back through the stages.
+// Row by row: replay the forward as far as a stage needs what it saw, then walk back through the
+// stages.
 //
-//   act:  d *= act'(t)       gate: dgate += d t ; d *= gate      add: dresidual = s d       dropout: d *= mask
-//   norm: dgamma += d c ; dbeta += d ; g = gamma d ; d = rstd (g - mean(g) - c mean(g c))
+//   act:  d *= act'(t)       gate: dgate += d t ; d *= gate      add: dresidual = s d dropout: d *=
+//   mask norm: dgamma += d c ; dbeta += d ; g = gamma d ; d = rstd (g - mean(g) - c mean(g c))
 #include <array>
 #include <vector>
 
@@ -42,9 +43,11 @@ inline void norm_grad(const Backward<A>& b, const Tape<A>& tape, A* d) {
     scale_shift<A>(d, p.rstd, nullptr, d, n);
 }
 
-// d becomes the gradient of what `stage` acted on. `dx_add` collects what `add` sends to the program's own input.
+// d becomes the gradient of what `stage` acted on. `dx_add` collects what `add` sends to the
+// program's own input.
 template <class A>
-inline void backward_stage(const Backward<A>& b, Stage stage, int64_t m, const Tape<A>& tape, A* d, A* dx_add) {
+inline void backward_stage(const Backward<A>& b, Stage stage, int64_t m, const Tape<A>& tape, A* d,
+                           A* dx_add) {
   const Program<A>& p = b.program;
   const Recipe& r = *p.recipe;
   const int64_t n = p.width;
@@ -86,7 +89,8 @@ inline size_t replayed(const std::vector<Stage>& stages) {
   return count;
 }
 
-// Rows of a program's width: the forward's values (a tape keeps up to three of them), d, and what `add` sends back.
+// Rows of a program's width: the forward's values (a tape keeps up to three of them), d, and what
+// `add` sends back.
 template <class A>
 struct Buffers {
   std::vector<A> memory;
@@ -105,19 +109,24 @@ inline void replay_row(const Program<A>& p, int64_t m, size_t count, Buffers<A>&
   A* t = buffers.value(used);
   load_input(p, m, t);
   for (size_t i = 0; i + 1 < count; ++i) {
-    A* out = forward_stage<A, true>(p, (*p.stages)[i], m, t, buffers.value(used + 1), &buffers.tape);
+    A* out =
+        forward_stage<A, true>(p, (*p.stages)[i], m, t, buffers.value(used + 1), &buffers.tape);
     used += out != t;
     t = out;
   }
   const Stage last = (*p.stages)[count - 1];
-  if (last == Stage::act) buffers.tape.act = t;
-  else if (last == Stage::gate) buffers.tape.gate = t;
-  else forward_stage<A, true>(p, last, m, t, buffers.value(used + 1), &buffers.tape);
+  if (last == Stage::act)
+    buffers.tape.act = t;
+  else if (last == Stage::gate)
+    buffers.tape.gate = t;
+  else
+    forward_stage<A, true>(p, last, m, t, buffers.value(used + 1), &buffers.tape);
 }
 
 // Leaves in d the gradient of the value that stages[first] acted on.
 template <class A>
-inline void backward_row(const Backward<A>& b, int64_t m, size_t replay, size_t first, Buffers<A>& buffers) {
+inline void backward_row(const Backward<A>& b, int64_t m, size_t replay, size_t first,
+                         Buffers<A>& buffers) {
   const std::vector<Stage>& stages = *b.program.stages;
   replay_row(b.program, m, replay, buffers);
   load_row(b.dy, b.program.dtype, m, buffers.d, b.program.width);
@@ -130,8 +139,8 @@ constexpr int64_t kBlockRows = 16;
 
 template <class A>
 struct BlockSums {
-  A* total[4];                // where the caller wants them; null: not wanted
-  std::vector<A> memory;      // one block's
+  A* total[4];            // where the caller wants them; null: not wanted
+  std::vector<A> memory;  // one block's
   A* block[4];
   int64_t width, rows = 0;
 
@@ -151,17 +160,20 @@ struct BlockSums {
   }
 };
 
-// Walks each row back to stages[first]. first = 0: the whole way, to dinput and the sums that `given` asks for. Else
-// stages[first - 1] is the norm, and sums of its gradient are all that is wanted.
+// Walks each row back to stages[first]. first = 0: the whole way, to dinput and the sums that
+// `given` asks for. Else stages[first - 1] is the norm, and sums of its gradient are all that is
+// wanted.
 template <class A>
-FUSEDRES_SIMD_CLONES void run(const Backward<A>& given, size_t first, BlockSums<A>& sums, int64_t begin, int64_t end,
-                              Buffers<A>& buffers) {
+FUSEDRES_SIMD_CLONES void run(const Backward<A>& given, size_t first, BlockSums<A>& sums,
+                              int64_t begin, int64_t end, Buffers<A>& buffers) {
   Backward<A> b = given;
   const Program<A>& p = b.program;
   const size_t replay = replayed(*p.stages);
   A* d = buffers.d;
   b.dgamma = b.dbeta = b.dgate = b.dbias = nullptr;
-  if (first == 0) b.dgamma = sums.block[0], b.dbeta = sums.block[1], b.dgate = sums.block[2], b.dbias = sums.block[3];
+  if (first == 0)
+    b.dgamma = sums.block[0], b.dbeta = sums.block[1], b.dgate = sums.block[2],
+    b.dbias = sums.block[3];
   for (int64_t m = begin; m < end; ++m) {
     backward_row(b, m, replay, first, buffers);
     if (first > 0) {
@@ -199,6 +211,7 @@ void norm_gradient_sums(const Backward<A>& b, A* dh_sum, A* dhc_sum, int64_t beg
 template void backward_rows<float>(const Backward<float>&, int64_t, int64_t);
 template void backward_rows<double>(const Backward<double>&, int64_t, int64_t);
 template void norm_gradient_sums<float>(const Backward<float>&, float*, float*, int64_t, int64_t);
-template void norm_gradient_sums<double>(const Backward<double>&, double*, double*, int64_t, int64_t);
+template void norm_gradient_sums<double>(const Backward<double>&, double*, double*, int64_t,
+                                         int64_t);
 
 }  // namespace fusedres::cpu

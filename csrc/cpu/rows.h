@@ -1,5 +1,6 @@
-// The CPU kernels: a program's stages over rows [begin, end). They allocate row buffers and nothing else, never throw
-// (but for memory), and know no threads: ops.cpp cuts the rows and adds up what the cuts return.
+// The CPU kernels: a program's stages over rows [begin, end). They allocate row buffers and nothing
+// else, never throw (but for memory), and know no threads: ops.cpp cuts the rows and adds up what
+// the cuts return.
 #pragma once
 
 #include "params.h"
@@ -10,17 +11,20 @@ namespace fusedres::cpu {
 template <class A>
 void forward_rows(const Program<A>& program, const Rows& y, int64_t begin, int64_t end);
 
-// Sums of d and d^2 down the rows, d = (what reaches the norm) - shift. shift, sums, squares: (width).
+// Sums of d and d^2 down the rows, d = (what reaches the norm) - shift. shift, sums, squares:
+// (width).
 template <class A>
-void column_statistics(const Program<A>& program, const A* shift, double* sums, double* squares, int64_t begin,
-                       int64_t end);
+void column_statistics(const Program<A>& program, const A* shift, double* sums, double* squares,
+                       int64_t begin, int64_t end);
 
 // dinput, dresidual and the column sums of rows [begin, end).
 template <class A>
 void backward_rows(const Backward<A>& backward, int64_t begin, int64_t end);
 
-// For batch statistics, before backward_rows: dgamma = sum of dh * c and dbeta = sum of dh, dh the norm's gradient.
+// For batch statistics, before backward_rows: dgamma = sum of dh * c and dbeta = sum of dh, dh the
+// norm's gradient.
 template <class A>
-void norm_gradient_sums(const Backward<A>& backward, A* dh_sum, A* dhc_sum, int64_t begin, int64_t end);
+void norm_gradient_sums(const Backward<A>& backward, A* dh_sum, A* dhc_sum, int64_t begin,
+                        int64_t end);
 
 }  // namespace fusedres::cpu

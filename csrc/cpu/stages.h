@@ -1,7 +1,8 @@
-// One row at a time, in the accumulate type, in L1: what each stage does to it, forward and backward.
+// One row at a time, in the accumulate type, in L1: what each stage does to it, forward and
+// backward.
 //
-//   layer: c = (t - mean) * rstd        rms: c = t * rstd        batch: c[n] = (t[n] - mean[n]) * rstd[n]
-//   norm:  h = gamma * c + beta
+//   layer: c = (t - mean) * rstd        rms: c = t * rstd        batch: c[n] = (t[n] - mean[n]) *
+//   rstd[n] norm:  h = gamma * c + beta
 #pragma once
 
 #include <algorithm>
@@ -14,26 +15,34 @@
 #include "epilogue.h"
 #include "params.h"
 
-// The row loops are compiled once for each of these and chosen when the library is loaded, so that one binary runs on
-// every x86-64 CPU. Elsewhere the compiler's own target is what there is.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define FUSEDRES_SIMD_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"), flatten))
+// The row loops are compiled once for each of these and chosen when the library is loaded, so that
+// one binary runs on every x86-64 CPU. Elsewhere the compiler's own target is what there is.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    __GNUC__ >= 12
+#define FUSEDRES_SIMD_CLONES \
+  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"), flatten))
 #else
 #define FUSEDRES_SIMD_CLONES
 #endif
 
 namespace fusedres::cpu {
 
-// ---- rows ---------------------------------------------------------------------------------------------------
+// ---- rows
+// ---------------------------------------------------------------------------------------------------
 
-// Calls f(pointer to row m's first element) with the pointer's storage type. A double program holds float64 only.
+// Calls f(pointer to row m's first element) with the pointer's storage type. A double program holds
+// float64 only.
 template <class A, class F>
 inline void with_row(const Rows& rows, DType dtype, int64_t m, F&& f) {
   const int64_t offset = m * rows.stride;
-  if constexpr (std::is_same_v<A, double>) f(static_cast<double*>(rows.data) + offset);
-  else if (dtype == DType::float32) f(static_cast<float*>(rows.data) + offset);
-  else if (dtype == DType::bfloat16) f(static_cast<bfloat16*>(rows.data) + offset);
-  else f(static_cast<float16*>(rows.data) + offset);
+  if constexpr (std::is_same_v<A, double>)
+    f(static_cast<double*>(rows.data) + offset);
+  else if (dtype == DType::float32)
+    f(static_cast<float*>(rows.data) + offset);
+  else if (dtype == DType::bfloat16)
+    f(static_cast<bfloat16*>(rows.data) + offset);
+  else
+    f(static_cast<float16*>(rows.data) + offset);
 }
 
 template <class A>
@@ -72,7 +81,8 @@ inline void add_scaled(const Rows& rows, DType dtype, int64_t m, A scale, A* t, 
   });
 }
 
-// ---- row statistics ----------------------------------------------------------------------------------------
+// ---- row statistics
+// ----------------------------------------------------------------------------------------
 
 template <class A>
 inline A sum(const A* t, int64_t n) {
@@ -96,11 +106,13 @@ struct RowScale {
   A shift, rstd;
 };
 
-// Two passes, the second about the mean, which layer norm subtracts from t. Its own rounding (large where the mean is)
-// shows as the mean of what is left, `shift`.
+// Two passes, the second about the mean, which layer norm subtracts from t. Its own rounding (large
+// where the mean is) shows as the mean of what is left, `shift`.
 template <class A>
 inline RowScale<A> center(A* t, int64_t n, bool subtract_mean, A eps) {
-  const A per_n = A(1) / static_cast<A>(n);  // ready before the sums are: a division after them would make the row wait
+  const A per_n =
+      A(1) / static_cast<A>(
+                 n);  // ready before the sums are: a division after them would make the row wait
   if (!subtract_mean) return {0, 1 / std::sqrt(dot(t, t, n) * per_n + eps)};
   const A mean = sum(t, n) * per_n;
   A rest = 0, squares = 0;
@@ -129,38 +141,59 @@ inline void scale_shift(const A* t, const A* gamma, const A* beta, A* out, int64
   }
 }
 
-// d, the gradient of c, becomes the gradient of t: rstd * (d - mean(d) - c * mean(d * c)); rms has no mean(d).
+// d, the gradient of c, becomes the gradient of t: rstd * (d - mean(d) - c * mean(d * c)); rms has
+// no mean(d).
 template <class A>
 inline void normalize_grad(A* d, const A* c, A rstd, int64_t n, bool center) {
-  const A per_n = A(1) / static_cast<A>(n), mean_d = center ? sum(d, n) * per_n : A(0), mean_dc = dot(d, c, n) * per_n;
+  const A per_n = A(1) / static_cast<A>(n), mean_d = center ? sum(d, n) * per_n : A(0),
+          mean_dc = dot(d, c, n) * per_n;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) d[i] = rstd * (d[i] - mean_d - c[i] * mean_dc);
 }
 
-// ---- activation, dropout, drop-path ------------------------------------------------------------------------
+// ---- activation, dropout, drop-path
+// ------------------------------------------------------------------------
 
 // Calls f(Activation{}) for the activation of `act`.
 template <class F>
 inline void with_activation(Act act, F&& f) {
   switch (act) {
-    case Act::none: return;
-    case Act::relu: return f(Relu{});
-    case Act::leaky_relu: return f(LeakyRelu{});
-    case Act::relu2: return f(Relu2{});
-    case Act::relu6: return f(Relu6{});
-    case Act::elu: return f(Elu{});
-    case Act::selu: return f(Selu{});
-    case Act::gelu: return f(Gelu{});
-    case Act::gelu_tanh: return f(GeluTanh{});
-    case Act::silu: return f(Silu{});
-    case Act::mish: return f(Mish{});
-    case Act::softplus: return f(Softplus{});
-    case Act::hardswish: return f(Hardswish{});
-    case Act::hardsigmoid: return f(Hardsigmoid{});
-    case Act::sigmoid: return f(Sigmoid{});
-    case Act::tanh: return f(Tanh{});
-    case Act::sin: return f(Sin{});
-    case Act::softsign: return f(Softsign{});
+    case Act::none:
+      return;
+    case Act::relu:
+      return f(Relu{});
+    case Act::leaky_relu:
+      return f(LeakyRelu{});
+    case Act::relu2:
+      return f(Relu2{});
+    case Act::relu6:
+      return f(Relu6{});
+    case Act::elu:
+      return f(Elu{});
+    case Act::selu:
+      return f(Selu{});
+    case Act::gelu:
+      return f(Gelu{});
+    case Act::gelu_tanh:
+      return f(GeluTanh{});
+    case Act::silu:
+      return f(Silu{});
+    case Act::mish:
+      return f(Mish{});
+    case Act::softplus:
+      return f(Softplus{});
+    case Act::hardswish:
+      return f(Hardswish{});
+    case Act::hardsigmoid:
+      return f(Hardsigmoid{});
+    case Act::sigmoid:
+      return f(Sigmoid{});
+    case Act::tanh:
+      return f(Tanh{});
+    case Act::sin:
+      return f(Sin{});
+    case Act::softsign:
+      return f(Softsign{});
   }
 }
 
@@ -202,20 +235,23 @@ inline void activate_grad(Act act, A* d, const A* h, int64_t n) {
 inline uint64_t drop_threshold(double p) { return static_cast<uint64_t>(p * 0x1p32); }
 inline double keep_scale(double p) { return p < 1 ? 1 / (1 - p) : 0; }
 
-// Zeroes element i where philox(seed, first + i) < p * 2^32 and scales the others. Not 0 * t: what is dropped is 0 even
-// if it was NaN.
+// Zeroes element i where philox(seed, first + i) < p * 2^32 and scales the others. Not 0 * t: what
+// is dropped is 0 even if it was NaN.
 template <class A>
 inline void drop_elements(A* t, int64_t n, uint64_t seed, uint64_t first, double p) {
-  constexpr int64_t kBlock = 256;  // words are made apart from their use: together, gcc makes no SIMD code of them
+  constexpr int64_t kBlock =
+      256;  // words are made apart from their use: together, gcc makes no SIMD code of them
   uint32_t words[kBlock];
-  const uint32_t threshold = static_cast<uint32_t>(std::min<uint64_t>(drop_threshold(p), UINT32_MAX));
+  const uint32_t threshold =
+      static_cast<uint32_t>(std::min<uint64_t>(drop_threshold(p), UINT32_MAX));
   const A scale = static_cast<A>(keep_scale(p));
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t count = std::min(kBlock, n - begin);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) words[i] = philox(seed, first + begin + i, Stream::element);
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) t[begin + i] = words[i] >= threshold && p < 1 ? t[begin + i] * scale : A(0);
+    for (int64_t i = 0; i < count; ++i)
+      t[begin + i] = words[i] >= threshold && p < 1 ? t[begin + i] * scale : A(0);
   }
 }
 
@@ -226,16 +262,19 @@ inline void drop_sample(A* t, int64_t n, uint64_t seed, uint64_t sample, double 
   for (int64_t i = 0; i < n; ++i) t[i] = kept ? t[i] * scale : A(0);
 }
 
-// ---- one stage on one row -----------------------------------------------------------------------------------
+// ---- one stage on one row
+// -----------------------------------------------------------------------------------
 
-// What a row's backward needs of its forward: the value that `act` and `gate` saw, the norm's c and rstd.
+// What a row's backward needs of its forward: the value that `act` and `gate` saw, the norm's c and
+// rstd.
 template <class A>
 struct Tape {
   const A *act = nullptr, *gate = nullptr, *c = nullptr;
   A rstd = 0;
 };
 
-// out = h = gamma * c + beta. c stays in t where it is kept apart from out, that is for a tape; returns rstd.
+// out = h = gamma * c + beta. c stays in t where it is kept apart from out, that is for a tape;
+// returns rstd.
 template <class A, bool kKeep>
 inline A norm_forward(const Program<A>& p, A* t, A* out) {
   const Recipe& r = *p.recipe;
@@ -262,7 +301,8 @@ inline A norm_forward(const Program<A>& p, A* t, A* out) {
   return rstd;
 }
 
-// Runs one stage on t and returns where its result lies: t itself, or `next` where the tape keeps what the stage saw.
+// Runs one stage on t and returns where its result lies: t itself, or `next` where the tape keeps
+// what the stage saw.
 template <class A, bool kTape>
 inline A* forward_stage(const Program<A>& p, Stage stage, int64_t m, A* t, A* next, Tape<A>* tape) {
   const Recipe& r = *p.recipe;

@@ -1,4 +1,5 @@
-// bf16 and fp16 as bit patterns, converted by integer arithmetic so that loops over them become SIMD code.
+// bf16 and fp16 as bit patterns, converted by integer arithmetic so that loops over them become
+// SIMD code.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,9 @@ struct float16 {
   uint16_t bits;
 };
 
-inline float to_float(bfloat16 v) { return __builtin_bit_cast(float, static_cast<uint32_t>(v.bits) << 16); }
+inline float to_float(bfloat16 v) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(v.bits) << 16);
+}
 
 inline bfloat16 to_bfloat16(float v) {  // round to nearest even; NaN stays NaN
   const uint32_t u = __builtin_bit_cast(uint32_t, v);
@@ -20,7 +23,8 @@ inline bfloat16 to_bfloat16(float v) {  // round to nearest even; NaN stays NaN
   return {static_cast<uint16_t>(v != v ? 0x7FC0 : rounded)};
 }
 
-inline float to_float(float16 v) {  // exponent and mantissa in place, then one multiplication mends the bias
+inline float to_float(
+    float16 v) {  // exponent and mantissa in place, then one multiplication mends the bias
   const uint32_t magnitude = (v.bits & 0x7FFFu) << 13, sign = (v.bits & 0x8000u) << 16;
   const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
   const uint32_t u = __builtin_bit_cast(uint32_t, scaled);
@@ -29,7 +33,8 @@ inline float to_float(float16 v) {  // exponent and mantissa in place, then one 
 }
 
 inline float16 to_float16(float v) {  // round to nearest even, also to subnormals
-  const uint32_t u = __builtin_bit_cast(uint32_t, v), sign = (u >> 16) & 0x8000u, m = u & 0x7FFFFFFFu;
+  const uint32_t u = __builtin_bit_cast(uint32_t, v), sign = (u >> 16) & 0x8000u,
+                 m = u & 0x7FFFFFFFu;
   const uint32_t normal = (m - 0x38000000u + 0xFFFu + ((m >> 13) & 1)) >> 13;
   const float shifted = __builtin_bit_cast(float, m) + 0.5f;  // aligns a subnormal's last bit
   const uint32_t subnormal = __builtin_bit_cast(uint32_t, shifted) - 0x3F000000u;

@@ -16,7 +16,9 @@ from ..tracing import constant_when_compiled
 _log = logging.getLogger("fusedres")
 
 
-def why_not(backend: str, spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str | None:
+def why_not(
+    backend: str, spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
+) -> str | None:
     """None if `backend` can run a layer of N outputs and K inputs, else the reason."""
     if backend == "reference":
         return None
@@ -34,8 +36,11 @@ AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}  # device type -> what "auto" trie
 
 @constant_when_compiled
 @lru_cache(maxsize=4096)
-def choose(backend: str, recipe: str, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str:
-    """The backend that runs this layer; the batch size has no say, so a compiled graph serves every batch.
+def choose(
+    backend: str, recipe: str, dtype: torch.dtype, device: torch.device, N: int, K: int
+) -> str:
+    """The backend that runs this layer; the batch size has no say, so a compiled graph serves every
+    batch.
 
     Raises NotImplementedError with the reason if a named backend cannot. FUSEDRES_DISABLE=1 and
     FUSEDRES_BACKEND are read when a layer of this kind runs for the first time.
@@ -50,7 +55,8 @@ def choose(backend: str, recipe: str, dtype: torch.dtype, device: torch.device, 
     reason = why_not(backend, spec, dtype, device, N, K)
     if reason is not None:
         raise NotImplementedError(
-            f"fused_residual: backend={backend!r} cannot run '{spec}' with {dtype}, N={N}, K={K}: {reason}; "
+            f"fused_residual: backend={backend!r} cannot run '{spec}' with {dtype}, N={N}, K={K}: "
+            f"{reason}; "
             f"backend='auto' falls back"
         )
     if backend == "triton":
@@ -67,7 +73,9 @@ def environment_flag(name: str) -> bool:
 
 
 def environment_backend() -> str:
-    """What FUSEDRES_DISABLE and FUSEDRES_BACKEND make of "auto"; a value they do not know is an error."""
+    """What FUSEDRES_DISABLE and FUSEDRES_BACKEND make of "auto"; a value they do not know is an
+    error.
+    """
     if environment_flag("FUSEDRES_DISABLE"):
         return "reference"
     return one_of("FUSEDRES_BACKEND", os.environ.get("FUSEDRES_BACKEND", "auto"), BACKENDS)
