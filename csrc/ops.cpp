@@ -267,11 +267,12 @@ std::tuple<Tensor, Tensor, Tensor> residual_forward(
     const Tensor& x_any, const Tensor& weight, const Optional& bias, const Optional& norm_weight,
     const Optional& norm_bias, const Optional& gate, const Optional& residual_any,
     const Optional& running_mean, const Optional& running_var, const Optional& seed,
-    int64_t sample_rows, const std::string& text, bool save) {
+    int64_t sample_rows, StringHandle text, bool save) {
   const Tensor x = adjacent_columns(x_any);
   const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
-  const Call c{x,        weight,       bias,        norm_weight, norm_bias,   gate,
-               residual, running_mean, running_var, seed,        sample_rows, recipe(text)};
+  const Call c{x,           weight, bias,        norm_weight,
+               norm_bias,   gate,   residual,    running_mean,
+               running_var, seed,   sample_rows, recipe(take_text(text))};
   check(c);
   return x.scalar_type() == ScalarType::Double ? forward<double>(c, save) : forward<float>(c, save);
 }
@@ -459,11 +460,12 @@ std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
                                       const Optional& gate, const Optional& residual_any,
                                       const Optional& running_mean, const Optional& running_var,
                                       const Optional& seed, const Tensor& z, const Tensor& stats,
-                                      int64_t sample_rows, const std::string& text, int64_t needs) {
+                                      int64_t sample_rows, StringHandle text, int64_t needs) {
   const Tensor x = adjacent_columns(x_any);
   const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
-  const Call c{x,        weight,       bias,        norm_weight, norm_bias,   gate,
-               residual, running_mean, running_var, seed,        sample_rows, recipe(text)};
+  const Call c{x,           weight, bias,        norm_weight,
+               norm_bias,   gate,   residual,    running_mean,
+               running_var, seed,   sample_rows, recipe(take_text(text))};
   check(c);
   check_matrix("dy", dy_any, c.M(), c.N(), x);
   const Tensor dy = adjacent_columns(dy_any);

@@ -36,6 +36,17 @@ inline std::string shape_text(const Tensor& t) {
   return text + ")";
 }
 
+// A `str` argument, ours to delete. By hand: torch 2.11's own conversion leaks the copy it makes.
+inline std::string take_text(StringHandle handle) {
+  const char* text = nullptr;
+  size_t length = 0;
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  const std::string copy(text, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return copy;
+}
+
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:

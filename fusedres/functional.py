@@ -103,13 +103,11 @@ def run(
 
     name = "reference" if inner else backends.choose(backend, spec.text, x.dtype, x.device, N, K)
     if name == "reference":
-        with (
-            torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
-        ):  # its casts are done
+        without = torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
+        with without:  # its casts are done
             y = composite(
                 spec, rows, weight, bias, norm_weight, norm_bias, gate, r, running_mean,
-                running_var, seed,
-                sample_rows, momentum,
+                running_var, seed, sample_rows, momentum,
             )  # fmt: skip
     else:
         operands = (rows, weight, bias, norm_weight, norm_bias, gate, r)
