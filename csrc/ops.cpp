@@ -1,7 +1,7 @@
 // The ops fusedres::residual_forward and fusedres::residual_backward on CPU tensors.
 //
-//   z = prologue(x) @ weight.T        vendor library; this is what backward gets
-//   y = epilogue(z + bias)            cpu/forward.cpp, one pass
+//   z = prologue(x) @ weight.T        vendor library; saved for backward
+//   y = epilogue(z + bias)            cpu/forward.cpp, one pass; but for fp32, z has the bias
 //
 // This file alone knows torch, through its stable ABI: one binary loads on every torch from 2.11
 // on. It checks, allocates, cuts rows into chunks whose number depends on the shape only (so
@@ -154,7 +154,7 @@ struct Side {
     program.input = rows_of(input);
     program.sample_rows = c.sample_rows;
     const auto here = [&](Stage stage) { return r.has(stage) && c.in_prologue(stage) == prologue; };
-    if (!prologue) program.bias = load(bias, c.bias);
+    if (!prologue && !bias_in_product(program.dtype)) program.bias = load(bias, c.bias);
     if (here(Stage::norm)) {
       program.gamma = load(gamma, c.norm_weight);
       program.beta = load(beta, c.norm_bias);
@@ -255,8 +255,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
     operand = side.forward(x);
     keep_statistics(side);
   }
-  const Tensor z = multiply(operand, transposed(c.weight));
-  if (r.epilogue.empty() && !c.bias) return {z, empty({0}, x), stats};
+  const bool early = bias_in_product(dtype_of(x));
+  const Tensor z = multiply(operand, transposed(c.weight), early ? c.bias : std::nullopt);
+  if (r.epilogue.empty() && (early || !c.bias)) return {z, empty({0}, x), stats};
   Side<A> side(c, false, z);
   const Tensor y = side.forward(x);
   keep_statistics(side);

@@ -15,12 +15,13 @@
 #include "cpu/storage.h"
 #include "params.h"
 
-// Fast ways to two ATen ops. They are not part of the stable ABI's promise: absent from some torch,
-// they are null here and the dispatcher does the same work. The last one's header cannot be
+// Fast ways to three ATen ops. They are not part of the stable ABI's promise: absent from some
+// torch, they are null here and the dispatcher does the same work. The last one's header cannot be
 // included next to the stable ABI.
 extern "C" AOTITorchError aoti_torch_cpu__linear_pointwise(
     AtenTensorHandle X, AtenTensorHandle W, AtenTensorHandle* B, const char* attr,
     const double** scalars, int64_t scalars_len, const char** algorithm, AtenTensorHandle* ret0);
+#pragma weak aoti_torch_cpu_addmm_out
 #pragma weak aoti_torch_cpu_mm_out
 #pragma weak aoti_torch_cpu__linear_pointwise
 
@@ -96,23 +97,42 @@ inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.size
 // ---- the matrix product: the vendor's
 // -----------------------------------------------------------------------
 
-// a @ b, a (M, K), b (K, N), any strides, in a's dtype. The bias is the row pass's: here it would
-// cost a pass of its own.
-inline Tensor multiply(const Tensor& a, const Tensor& b) {
+// Whether the product adds the bias. In bf16 and fp16 it must: bias and product may cancel, and a
+// product rounded by itself would leave its rounding. float64 is there to be compared with torch,
+// so it adds in torch's order. In fp32 the row pass adds the bias, which saves a pass over z.
+inline bool bias_in_product(DType dtype) { return dtype != DType::float32; }
+
+// a @ b (+ bias), a (M, K), b (K, N), any strides, in a's dtype.
+inline Tensor multiply(const Tensor& a, const Tensor& b, const Optional& bias = std::nullopt) {
   const ScalarType dtype = a.scalar_type();
   const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
-  if (dtype == ScalarType::Half) {  // torch's own fp16 product is 10 to 80 times slower than fp32
-                                    // on CPUs without it
+  if (dtype == ScalarType::Half) {  // torch's own is 10 to 80 times slower on CPUs without fp16
     const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
-    return torch::stable::to(multiply(wide(a), wide(b)), dtype);
+    const Tensor z = multiply(wide(a), wide(b), bias ? Optional(wide(*bias)) : std::nullopt);
+    return torch::stable::to(z, dtype);
   }
   if (dtype == ScalarType::Float && aoti_torch_cpu__linear_pointwise && a.stride(1) == 1 &&
       cpu::prefer_onednn(M, N, K)) {
     const Tensor weight = transposed(b);
-    AtenTensorHandle z;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), weight.get(), nullptr, "none",
-                                                            nullptr, 0, nullptr, &z));
+    AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, z;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
+        a.get(), weight.get(), bias ? &bias_handle : nullptr, "none", nullptr, 0, nullptr, &z));
     return Tensor(z);
+  }
+  if (bias && aoti_torch_cpu_addmm_out) {
+    Tensor out = empty({M, N}, a);
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0));
+    return out;
+  }
+  if (bias) {
+    const int64_t arguments = 5;
+    StableIValue stack[arguments] = {torch::stable::detail::from(*bias),
+                                     torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                     torch::stable::detail::from(1.0),
+                                     torch::stable::detail::from(1.0)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "", stack, TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
   }
   if (!aoti_torch_cpu_mm_out) return torch::stable::matmul(a, b);
   Tensor out = empty({M, N}, a);

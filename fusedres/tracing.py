@@ -26,11 +26,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def by_value(settings: tuple[Any, ...]) -> list[Any]:
-    """While dynamo traces: the settings without symbols, which it makes of numbers (dynamic=True,
-    or another value than last time). The graph is guarded by their values."""
+    """The settings without the symbols that tracers make of numbers (dynamic=True, or another value
+    than last time). The graph is guarded by their values."""
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-    return [guard_scalar(s) if isinstance(s, (int, float)) else s for s in settings]
+    numbers = (int, float, torch.SymInt, torch.SymFloat)
+    return [guard_scalar(s) if isinstance(s, numbers) else s for s in settings]
 
 
 def constant_when_compiled(cached: Function) -> Function:
@@ -49,6 +50,11 @@ def constant_when_compiled(cached: Function) -> Function:
 
     @wraps(cached)
     def call(*settings: Any) -> Any:
-        return constant(*by_value(settings)) if is_dynamo_compiling() else cached(*settings)
+        if is_dynamo_compiling():
+            return constant(*by_value(settings))
+        try:
+            return cached(*settings)
+        except TypeError:  # a symbol has no hash: make_fx, or export without dynamo
+            return cached(*by_value(settings))
 
     return cast(Function, call)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from fusedres import FusedResidual, ops
+from fusedres import FusedResidual, fused_residual, ops
 from pairs import LAYERS, K, M, assert_same, both, loss_of, make_pair, per_sample, weights
 
 
@@ -208,3 +208,20 @@ def test_export(strict, training):
     if training:
         buffers, expected = dict(module.named_buffers()), dict(plain.named_buffers())
         assert_same([buffers[name] for name in expected], list(expected.values()))
+
+
+def test_export_fixes_the_widths():
+    """Any number of rows, but the features it was exported with: they choose the backend."""
+
+    class Call(torch.nn.Module):
+        def forward(self, x, weight):
+            return fused_residual(x, weight)
+
+    auto = torch.export.Dim.AUTO
+    x, weight = torch.randn(M, K), torch.randn(K, K)
+    shapes = {"x": {0: auto, 1: auto}, "weight": {0: auto, 1: auto}}
+    program = torch.export.export(Call(), (x, weight), dynamic_shapes=shapes, strict=False).module()
+    x = torch.randn(M + 3, K)
+    assert_same(program(x, weight), fused_residual(x, weight, backend="reference"))
+    with pytest.raises((AssertionError, RuntimeError)):
+        program(torch.randn(M, K + 1), torch.randn(K + 1, K + 1))
