@@ -19,7 +19,6 @@
 namespace fusedres {
 
 // ---- exp, expm1, log1p, tanh, normal distribution
-// -------------------------------------------------------
 
 // exp(x) = scale * (1 + q) with q = expm1(r), |r| <= ln(2)/2. Below 2^-126.5 it is 0, above 2^127.5
 // infinite.
@@ -171,7 +170,6 @@ FUSEDRES_HD Logistic<A> logistic(A h) {
 }
 
 // ---- activations: value and derivative side by side; at a kink the derivative is torch's
-// ------------------
 
 struct Relu {
   template <class A>
@@ -378,7 +376,6 @@ struct Softsign {
 };
 
 // ---- Philox
-// ----------------------------------------------------------------------------------------------
 
 enum class Stream : uint32_t { element = 0, sample = 1 };  // dropout, drop-path
 

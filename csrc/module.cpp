@@ -1,5 +1,4 @@
-// The Python module fusedres._C: what no tensor op carries. Loading it registers the ops of
-// ops.cpp.
+// The Python module fusedres._C: what no tensor op carries. Loading it registers ops.cpp's ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
 // Tensors through torch's stable ABI: checks, allocation, rows, small parameter vectors, the matrix
-// product. Included by ops.cpp alone.
+// product. For ops.cpp and side.h alone.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -95,7 +95,6 @@ inline Tensor adjacent_columns(const Tensor& t) {
 inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.size(1)}; }
 
 // ---- the matrix product: the vendor's
-// -----------------------------------------------------------------------
 
 // Whether the product adds the bias. In bf16 and fp16 it must: bias and product may cancel, and a
 // product rounded by itself would leave its rounding. float64 is there to be compared with torch,
@@ -141,7 +140,6 @@ inline Tensor multiply(const Tensor& a, const Tensor& b, const Optional& bias = 
 }
 
 // ---- parameter vectors
-// ----------------------------------------------------------------------------------------
 
 // Calls f(pointer) with t's data as its storage type.
 template <class F>

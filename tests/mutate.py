@@ -105,7 +105,7 @@ TABLE = {
     ("ways", "no residual_scale in backward", "scale = static_cast<A>(r.residual_scale)",
      "scale = 1"),
     ("ways", "a scaled skip of x goes back unscaled", "static_cast<A>(b.skip_scale)", "A(1)"),
-    ("step", "the last block of rows is not added",
+    ("random", "the last block of rows is not added",
      "    store_row(d, b.dinput, p.dtype, m, p.width);\n  }\n  sums.flush();",
      "    store_row(d, b.dinput, p.dtype, m, p.width);\n  }"),
     ("random", "no shortcut to x before the product",

@@ -1,8 +1,8 @@
-// Row by row: replay the forward as far as a stage needs what it saw, then walk back through the
-// stages.
+// Row by row: replay the forward as far as a stage needs what it saw, then walk back.
 //
-//   act:  d *= act'(t)       gate: dgate += d t ; d *= gate      add: dresidual = s d dropout: d *=
-//   mask norm: dgamma += d c ; dbeta += d ; g = gamma d ; d = rstd (g - mean(g) - c mean(g c))
+//   act:  d *= act'(t)       gate: dgate += d t ; d *= gate
+//   add:  dresidual = s d    dropout, drop-path: d *= mask
+//   norm: dgamma += d c ; dbeta += d ; g = gamma d ; d = rstd (g - mean(g) - c mean(g c))
 #include <array>
 #include <vector>
 

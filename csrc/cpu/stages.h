@@ -1,8 +1,7 @@
-// One row at a time, in the accumulate type, in L1: what each stage does to it, forward and
-// backward.
+// One row at a time, in the accumulate type, in L1: what each stage does to it, forward and backward.
 //
-//   layer: c = (t - mean) * rstd        rms: c = t * rstd        batch: c[n] = (t[n] - mean[n]) *
-//   rstd[n] norm:  h = gamma * c + beta
+//   layer: c = (t - mean) * rstd                  rms: c = t * rstd
+//   batch: c[n] = (t[n] - mean[n]) * rstd[n]      norm: h = gamma * c + beta
 #pragma once
 
 #include <algorithm>
@@ -28,7 +27,6 @@
 namespace fusedres::cpu {
 
 // ---- rows
-// ---------------------------------------------------------------------------------------------------
 
 // Calls f(pointer to row m's first element) with the pointer's storage type. A double program holds
 // float64 only.
@@ -82,7 +80,6 @@ inline void add_scaled(const Rows& rows, DType dtype, int64_t m, A scale, A* t, 
 }
 
 // ---- row statistics
-// ----------------------------------------------------------------------------------------
 
 template <class A>
 inline A sum(const A* t, int64_t n) {
@@ -152,7 +149,6 @@ inline void normalize_grad(A* d, const A* c, A rstd, int64_t n, bool center) {
 }
 
 // ---- activation, dropout, drop-path
-// ------------------------------------------------------------------------
 
 // Calls f(Activation{}) for the activation of `act`.
 template <class F>
@@ -263,7 +259,6 @@ inline void drop_sample(A* t, int64_t n, uint64_t seed, uint64_t sample, double 
 }
 
 // ---- one stage on one row
-// -----------------------------------------------------------------------------------
 
 // What a row's backward needs of its forward: the value that `act` and `gate` saw, the norm's c and
 // rstd.
