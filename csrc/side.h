@@ -36,7 +36,7 @@ struct Chunks {
   int64_t rows, count, size;
   Chunks(int64_t M, int64_t width) : rows(M) {
     constexpr int64_t kMost = 64;
-    constexpr int64_t kElements = 16384;  // in a chunk, so that small calls stay on one thread
+    constexpr int64_t kElements = 8192;  // in a chunk, so that small calls stay on one thread
     const int64_t least = std::max<int64_t>(1, kElements / std::max<int64_t>(1, width));
     size = std::max(least, (M + kMost - 1) / kMost);
     count = (M + size - 1) / size;
