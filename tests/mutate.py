@@ -92,8 +92,6 @@ TABLE = {
      "drop_sample(t, n, p.seed, m"),
     ("ways", "kept elements are not scaled up", "p < 1 ? 1 / (1 - p) : 0", "1"),
 ],
-"csrc/cpu/forward.cpp": [
-],
 "csrc/cpu/backward.cpp": [
     ("batch", "batch norm's gradient divides by M - 1", "static_cast<A>(p.M)",
      "static_cast<A>(p.M - 1)"),
@@ -122,7 +120,7 @@ TABLE = {
      "side.rstd.begin(), side.rstd.end()"),
     ("ways", "a wrong stride of the skip", "skip->stride(0)", "c.K()"),
     ("random", "every sum passes for the last stage",
-     "= adds_after && r.epilogue.back() == Stage::add;", "= adds_after;"),
+     "= skip_to_x && before && r.epilogue.back() == Stage::add;", "= skip_to_x && before;"),
     ("gate", "a scalar gate's gradient of one column", "total += next[n]", "total = next[0]"),
 ],
 "csrc/epilogue.h": [
