@@ -215,17 +215,17 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
     side.set_statistics({data, data + C}, {data + C, data + 2 * C});
   };
 
-  // The skip: what `add` sends to the residual, s * d. Where that is x, the product that makes dx
-  // adds to it; behind a prologue, the prologue's pass does, from s * dy itself if `add` comes last.
-  const bool before = !r.prologue.empty();
+  // The skip: `add` sends s * d to the residual. Where the residual is x and `add` comes last, that
+  // is s * dy itself.
   const bool adds_after = r.has(Stage::add) && !c.in_prologue(Stage::add);
   const bool skip_to_x = adds_after && !c.residual && wants(kX);
-  const bool skip_is_dy = skip_to_x && before && r.epilogue.back() == Stage::add;
+  const bool last = adds_after && r.epilogue.back() == Stage::add;
   if (c.residual && wants(kResidual)) grads.of[kResidual] = empty({c.M(), c.residual->size(1)}, x);
   Optional skip;
-  if (skip_to_x) skip = skip_is_dy ? dy : empty({c.M(), c.K()}, x);
-  const Optional dresidual = skip_to_x && !skip_is_dy ? skip : grads.of[kResidual];
+  if (skip_to_x) skip = last ? dy : empty({c.M(), std::min(c.K(), c.N())}, x);
+  const Optional dresidual = skip_to_x && !last ? skip : grads.of[kResidual];
 
+  const bool before = !r.prologue.empty();
   const bool want_operand =
       wants(kX) || (before && (wants(kNormWeight) || wants(kNormBias) || wants(kGate)));
   const bool prologue_residual = before && c.in_prologue(Stage::add);
@@ -257,16 +257,31 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
     grads.of[kWeight] = multiply(transposed(dz), operand);
   }
   if (want_operand || (prologue_residual && wants(kResidual))) {
+    Tensor doperand = multiply(dz, c.weight);
+    const Rows skip_rows =
+        skip ? Rows{skip->data_ptr(), skip->stride(0), std::min(skip->size(1), c.K())} : Rows{};
+    const double scale = last ? r.residual_scale : 1.0;
     if (before) {
-      const Tensor doperand = multiply(dz, c.weight);
-      const Rows skip_rows =
-          skip ? Rows{skip->data_ptr(), skip->stride(0), std::min(skip->size(1), c.K())} : Rows{};
-      const double scale = skip_is_dy ? r.residual_scale : 1.0;
       grads.of[kX] =
           backward_side(c, *prologue, doperand, needs, wants(kX), false, skip_rows, scale,
                         prologue_residual ? grads.of[kResidual] : Optional(), grads);
     } else {
-      grads.of[kX] = skip ? multiply_add(dz, c.weight, *skip) : multiply(dz, c.weight);
+      grads.of[kX] = doperand;
+      if (skip) {  // dx += scale * skip, in place: dx is ours
+        static const std::vector<Stage> none;
+        Backward<A> b;
+        b.program.stages = &none;
+        b.program.recipe = &r;
+        b.program.dtype = dtype_of(x);
+        b.program.M = c.M();
+        b.program.width = c.K();
+        b.dy = b.dinput = rows_of(doperand);
+        b.skip = skip_rows;
+        b.skip_scale = scale;
+        for_each_chunk(Chunks(c.M(), c.K()), [&](int64_t, int64_t begin, int64_t end) {
+          cpu::backward_rows(b, begin, end);
+        });
+      }
     }
   }
   std::vector<Tensor> out;

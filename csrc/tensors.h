@@ -15,16 +15,12 @@
 #include "cpu/storage.h"
 #include "params.h"
 
-// Fast ways to four ATen ops. They are not part of the stable ABI's promise: absent from some
-// torch, they are null here and the dispatcher does the same work. The last two's header cannot be
+// Fast ways to three ATen ops. They are not part of the stable ABI's promise: absent from some
+// torch, they are null here and the dispatcher does the same work. The last one's header cannot be
 // included next to the stable ABI.
 extern "C" AOTITorchError aoti_torch_cpu__linear_pointwise(
     AtenTensorHandle X, AtenTensorHandle W, AtenTensorHandle* B, const char* attr,
     const double** scalars, int64_t scalars_len, const char** algorithm, AtenTensorHandle* ret0);
-extern "C" AOTITorchError aoti_torch_cpu__linear_pointwise_binary(
-    AtenTensorHandle X, AtenTensorHandle other, AtenTensorHandle W, AtenTensorHandle* B,
-    const char* attr, AtenTensorHandle* ret0);
-#pragma weak aoti_torch_cpu__linear_pointwise_binary
 #pragma weak aoti_torch_cpu_addmm_out
 #pragma weak aoti_torch_cpu_mm_out
 #pragma weak aoti_torch_cpu__linear_pointwise
@@ -100,19 +96,6 @@ inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.size
 
 // ---- the matrix product: the vendor's
 
-// sum + a @ b, in `out` if there is a way to write it there.
-inline Tensor addmm(const Tensor& sum, const Tensor& a, const Tensor& b, const Tensor& out) {
-  if (aoti_torch_cpu_addmm_out) {
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(out.get(), sum.get(), a.get(), b.get(), 1.0, 1.0));
-    return out;
-  }
-  using torch::stable::detail::from;
-  StableIValue stack[] = {from(sum), from(a), from(b), from(1.0), from(1.0)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // Whether the product adds the bias. In bf16 and fp16 it must: bias and product may cancel, and a
 // product rounded by itself would leave its rounding. float64 is there to be compared with torch,
 // so it adds in torch's order. In fp32 the row pass adds the bias, which saves a pass over z.
@@ -135,29 +118,25 @@ inline Tensor multiply(const Tensor& a, const Tensor& b, const Optional& bias = 
         a.get(), weight.get(), bias ? &bias_handle : nullptr, "none", nullptr, 0, nullptr, &z));
     return Tensor(z);
   }
-  if (bias) return addmm(*bias, a, b, empty({M, N}, a));
+  if (bias && aoti_torch_cpu_addmm_out) {
+    Tensor out = empty({M, N}, a);
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0));
+    return out;
+  }
+  if (bias) {
+    const int64_t arguments = 5;
+    StableIValue stack[arguments] = {torch::stable::detail::from(*bias),
+                                     torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                     torch::stable::detail::from(1.0),
+                                     torch::stable::detail::from(1.0)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "", stack, TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
   if (!aoti_torch_cpu_mm_out) return torch::stable::matmul(a, b);
   Tensor out = empty({M, N}, a);
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   return out;
-}
-
-// sum + a @ b in sum's dtype, a (M, K), b (K, N), sum (M, N) contiguous. May write it over `sum`.
-inline Tensor multiply_add(const Tensor& a, const Tensor& b, const Tensor& sum) {
-  const ScalarType dtype = a.scalar_type();
-  if (dtype == ScalarType::Half) {
-    const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
-    return torch::stable::to(multiply_add(wide(a), wide(b), wide(sum)), dtype);
-  }
-  if (dtype == ScalarType::Float && aoti_torch_cpu__linear_pointwise_binary && a.stride(1) == 1 &&
-      cpu::prefer_onednn(a.size(0), b.size(1), a.size(1))) {
-    const Tensor weight = transposed(b);
-    AtenTensorHandle z;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise_binary(a.get(), sum.get(), weight.get(),
-                                                                   nullptr, "add", &z));
-    return Tensor(z);
-  }
-  return addmm(sum, a, b, sum);
 }
 
 // ---- parameter vectors

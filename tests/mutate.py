@@ -120,7 +120,7 @@ TABLE = {
      "side.rstd.begin(), side.rstd.end()"),
     ("ways", "a wrong stride of the skip", "skip->stride(0)", "c.K()"),
     ("random", "every sum passes for the last stage",
-     "= skip_to_x && before && r.epilogue.back() == Stage::add;", "= skip_to_x && before;"),
+     "= adds_after && r.epilogue.back() == Stage::add;", "= adds_after;"),
     ("gate", "a scalar gate's gradient of one column", "total += next[n]", "total = next[0]"),
 ],
 "csrc/epilogue.h": [
