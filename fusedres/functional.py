@@ -68,28 +68,21 @@ def run(
     """One layer. Returns y (..., N).
 
     `own_parameters`: all but x and residual are a module's, which made them fit; should they no
-    longer, the op says that something is wrong and check_call what.
+    longer, a fused op says that something is wrong and check_call what. Plain torch ops might
+    broadcast instead, so what they get is always checked.
     """
     autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
     if autocast:
         x, weight, bias, residual = _autocast(x, weight, bias, residual)  # type: ignore[assignment]
     inner = composite_only(x, weight)
-    if own_parameters and not (inner or spec.batch_stats or is_dynamo_compiling()):
+    tensors = (
+        weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
+    )  # fmt: skip
+    unchecked = own_parameters and not (inner or spec.batch_stats or is_dynamo_compiling())
+    if unchecked:
         checks.check_operands(spec, x, weight, residual, pad)
     else:
-        checks.check_call(
-            spec,
-            x,
-            weight,
-            bias,
-            norm_weight,
-            norm_bias,
-            gate,
-            residual,
-            running_mean,
-            running_var,
-            pad,
-        )
+        checks.check_call(spec, x, *tensors, pad)
     N, K = weight.shape
     flat = x.dim() == 2
     rows = x if flat else x.reshape(math.prod(x.shape[:-1]), K)
@@ -103,6 +96,8 @@ def run(
 
     name = "reference" if inner else backends.choose(backend, spec.text, x.dtype, x.device, N, K)
     if name == "reference":
+        if unchecked:
+            checks.check_call(spec, x, *tensors, pad)
         without = torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
         with without:  # its casts are done
             y = composite(
@@ -119,19 +114,7 @@ def run(
             else:
                 y, _, stats = ops.FORWARD[name](*call, False)
         except RuntimeError:
-            checks.check_call(
-                spec,
-                x,
-                weight,
-                bias,
-                norm_weight,
-                norm_bias,
-                gate,
-                residual,
-                running_mean,
-                running_var,
-                pad,
-            )
+            checks.check_call(spec, x, *tensors, pad)
             raise
         if spec.batch_stats and running_mean is not None and running_var is not None:
             update_running_statistics(running_mean, running_var, stats, rows.shape[0], momentum)
