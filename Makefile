@@ -10,10 +10,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench mutate lint clean FORCE
+.PHONY: help demo test bench gpu-check mutate lint clean FORCE
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
 	@echo "Another torch or Python: make test TORCH=torch==2.13.0 PYTHON=python3.12 VENV=.venv312"
 
 demo: $(VENV)/built ## train plain and residual nets on real digits and draw the pictures (3 minutes)
@@ -24,6 +24,9 @@ test: $(VENV)/built ## run all tests, in parallel
 
 bench: $(VENV)/built ## time fused against eager and torch.compile
 	$(PY) -m bench
+
+gpu-check: ## build, test and measure on this GPU, with the Python at hand and no network (9 minutes)
+	$(PYTHON) -m bench.gpu_check $(ARGS)
 
 mutate: $(VENV)/built ## break the kernels on purpose and count how many breaks the tests catch
 	$(PY) tests/mutate.py

@@ -1,5 +1,6 @@
 """fusedres: residual layers, y = act(norm(x @ weight.T + bias)) + x, in one kernel launch."""
 
+from .activations import register_activation
 from .autograd import FusedResidualFunction
 from .convert import convert, revert
 from .explain import explain
@@ -14,5 +15,5 @@ __version__ = "0.1.0"
 __all__ = [
     "ACTIVATIONS", "GATES", "NORMS", "ORDERS", "SHORTCUTS", "STAGES",
     "FusedResidual", "FusedResidualFunction", "FusedResidualMLP", "Residual", "convert", "explain",
-    "fused_residual", "revert",
+    "fused_residual", "register_activation", "revert",
 ]  # fmt: skip

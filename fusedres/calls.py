@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import backends, checks, ops
+from .backends import plan
 from .spec import Spec
 
 _ABSENT = "this device is not here"
@@ -130,17 +131,18 @@ class Context:
         chosen = "reference" if self.composite else self._choose(backend, spec, N, K, reasons)
         chosen = "eager" if eager else chosen
         size, exact = dtype.itemsize, 8 if dtype == torch.float64 else 4
-        kernel, tiles = _kernel(chosen, spec, dtype, M, N, K)
+        kernel, tiles = _kernel(chosen, spec, dtype, M, N, K, self.device)
         saved: dict[str, int] | None = None
         forward = backward = None
         if chosen in ops.FORWARD or chosen == "triton":
-            forward, backward = 1, _backward_launches(chosen, spec, bias)
+            forward, backward = 1, _backward_launches(chosen, spec, bias, residual is not None)
             saved = {
                 "x": M * K * size,
                 "casts of parameters": (K + bias) * N * size if self.weight_dtype != dtype else 0,
                 "residual": M * (residual or 0) * size if spec.adds else 0,
                 "z": M * N * size if spec.saves_z else 0,
                 "batch statistics": 2 * spec.width("norm", K, N) * exact if spec.batch_stats else 0,
+                "row statistics": _row_statistics(chosen, spec, M),
                 "seed": 8 if spec.random else 0,
             }
             saved = {what: n for what, n in saved.items() if n} if self.grad else {}
@@ -191,19 +193,30 @@ def _check(
 
 
 def _kernel(
-    backend: str, spec: Spec, dtype: torch.dtype, M: int, N: int, K: int
+    backend: str, spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, device: torch.device
 ) -> tuple[str, dict[str, Any]]:
     if backend == "triton":
-        from .backends import triton
-
-        return "residual_forward_kernel", dict(triton.plan(spec, dtype, M, N, K)._asdict())
+        chosen = plan.plan(spec, dtype, M, N, K, plan.device_of(device))
+        tiles = {
+            **chosen.tile.options(),
+            "programs": chosen.programs,
+            "shared memory": readable_size(chosen.shared),
+            "waves": round(chosen.waves, 2),
+        }
+        return f"{chosen.kernel} ({chosen.family})", tiles
     if backend == "cpu" and ops._C is not None:
         return "fusedres::residual_forward (C++)", ops._C.plan(M, N, K, dtype == torch.float32)
     return "torch operations, one after another", {}
 
 
-def _backward_launches(backend: str, spec: Spec, bias: bool) -> int:
-    """Triton: the row kernel (or, with nothing to redo, a sum and a scaling), and two products."""
+def _row_statistics(backend: str, spec: Spec, M: int) -> int:
+    """Bytes of mean and rstd of each row, which the Triton backend saves."""
+    return 8 * M if backend == "triton" and spec.norm in ("layer", "rms") else 0
+
+
+def _backward_launches(backend: str, spec: Spec, bias: bool, own_residual: bool) -> int:
     if backend != "triton":
         return 1
-    return 2 + (1 if spec.saves_z else int(bias) + int(spec.adds))
+    from .backends import triton
+
+    return len(triton.backward_launches(spec, bias, own_residual))

@@ -8,19 +8,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import ACTIVATIONS, GATES, NORMS, ORDERS, FusedResidual, FusedResidualMLP
+from . import ACTIVATIONS, GATES, NORMS, ORDERS, FusedResidual, FusedResidualMLP, tune
+from .backends import plan as planner
 from .checks import BACKENDS
 from .explain import explain
 from .mlp import MLP_ORDERS
 from .selftest import selftest
+from .spec import make_spec
 from .system import report, system
 
 ROOT = Path(__file__).resolve().parent.parent  # of the source repository, if this is one
+TUNED_DTYPES = ("bf16", "fp16", "fp32")
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
 }  # fmt: skip
@@ -33,6 +37,8 @@ examples:
   python -m fusedres explain linear-norm-act-add --shape 4096x1024 --dtype bf16
   python -m fusedres explain prenorm --mlp --shape 256x384 --activation gelu
   python -m fusedres bench --quick     a short benchmark (source repository only)
+  python -m fusedres tune              measure tiles on this GPU and keep what beats the planner's
+  python -m fusedres tune --order prenorm --dtype fp16 --shape 256x512 --dry-run
 
 exit codes: 0 good, 1 a check failed or something is not here, 2 wrong arguments
 """
@@ -56,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     for name, what in scripts.items():
         commands.add_parser(name, help=what, add_help=False)
     _add_explain(commands)
+    _add_tune(commands)
     return main
 
 
@@ -80,6 +87,43 @@ def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     one.add_argument("--eval", action="store_true", help="in evaluation; default: training")
     one.add_argument("--backend", choices=BACKENDS, default="auto")
     one.add_argument("--device", help="as if on it: cpu or cuda; default: cuda if there is one")
+
+
+def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    one = commands.add_parser(
+        "tune",
+        help="measure tiles on this GPU and write down those that beat the planner's",
+        epilog="Options with + may be repeated: every combination is measured. A layer's call "
+        "never tunes, it only reads the file.",
+    )
+    for name, known, default in (
+        ("--order", None, "note"), ("--norm", ("none", *NORMS), "layer"),
+        ("--activation", ("none", *ACTIVATIONS), "relu"), ("--dtype", TUNED_DTYPES, "bf16"),
+    ):  # fmt: skip
+        one.add_argument(
+            name, action="append", choices=known, metavar="NAME", help=f"+ default: {default}"
+        )
+    one.add_argument(
+        "--shape", action="append", type=_sizes, metavar="MxK[xN]",
+        help="+ default: M in 256, 4096, 65536 and N = K from 64 to 4096",
+    )  # fmt: skip
+    one.add_argument("--quick", action="store_true", help="shipped tiles only, no variants of them")
+    one.add_argument("--seconds", type=float, default=tune.SECONDS, help="default: %(default)g")
+    one.add_argument("--out", type=Path, metavar="FILE", help="default: this device's in fusedres")
+    one.add_argument("--dry-run", action="store_true", help="list what would be measured; no GPU")
+
+
+def _sizes(text: str) -> tuple[int, int, int]:
+    """(M, K, N) of MxK or MxKxN."""
+    try:
+        sizes = [int(size) for size in text.lower().split("x")]
+        M, K, N = sizes if len(sizes) == 3 else (*sizes, sizes[-1])
+        if min(M, K, N) < 1:
+            raise ValueError
+    except ValueError:
+        told = f"must be MxK or MxKxN, such as 4096x1024, got {text!r}"
+        raise argparse.ArgumentTypeError(told) from None
+    return M, K, N
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -119,6 +163,51 @@ def run_explain(args: argparse.Namespace) -> int:
     return OK
 
 
+def run_tune(args: argparse.Namespace) -> int:
+    try:
+        jobs = _jobs(args)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    device = planner.device_of(torch.device("cuda"))
+    if args.dry_run:
+        for key, calls in jobs.items():
+            rule, *others = map(tune.row_of, tune.contenders(calls, device, args.quick))
+            print(key)
+            for c in calls:
+                print(f"  {c.spec}, x ({c.M}, {c.K}), weight ({c.N}, {c.K}), {c.dtype}")
+            print(f"    {rule} the rule", *(f"    {row}" for row in others), sep="\n")
+        return OK
+    path = args.out or planner.config_file(device.name)
+    reason = tune.why_not([call for calls in jobs.values() for call in calls])
+    try:
+        tune.load(path, device)
+    except (OSError, ValueError) as error:
+        reason = reason or f"cannot write {path}: {error}"
+    if reason:
+        print(f"fusedres tune: {reason}", file=sys.stderr)
+        return FAILED
+    wrong = tune.tune(jobs, device, path, args.quick, args.seconds)
+    print(path if path.exists() else "nothing beats the planner's rule: no file is written")
+    return FAILED if wrong else OK
+
+
+def _jobs(args: argparse.Namespace) -> dict[str, list[tune.Call]]:
+    """What `tune` is to measure, by the planner's keys."""
+    recipes = product(
+        args.order or ("note",), args.norm or ("layer",), args.activation or ("relu",),
+        args.dtype or ("bf16",),
+    )  # fmt: skip
+    jobs: dict[str, list[tune.Call]] = {}
+    for (M, K, N), (order, *names, dtype) in product(args.shape or tune.SHAPES, recipes):
+        norm, activation = (None if name == "none" else name for name in names)
+        spec = make_spec(order, norm, activation, training=norm == "batch")
+        call = tune.Call(spec, DTYPES[dtype], M, N, K)
+        calls = jobs.setdefault(call.key(), [])
+        calls += [] if call in calls else [call]
+    return jobs
+
+
 def run_script(what: str, path: Path, command: Sequence[str], rest: Sequence[str]) -> int:
     """Runs a part of the source repository that no wheel contains."""
     if not path.exists():
@@ -144,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_info(args)
     if args.command == "explain":
         return run_explain(args)
+    if args.command == "tune":
+        return run_tune(args)
     if args.command == "selftest":
         return selftest()
     if args.command == "demo":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,17 @@ except ImportError as error:  # not built here: `python -m fusedres info` says s
     _C, native_missing = None, f"the C++ extension is not built ({error})"
 
 
+def stats_shape(spec: Spec, M: int, N: int, K: int, save: bool, rows: bool) -> tuple[int, ...]:
+    """Of the statistics a forward op returns: (2, C) for batch norm in training; (2 * M,) for
+    norms over rows where the backend saves them (`rows`) and backward needs them; else (0,).
+    """
+    if spec.batch_stats:
+        return 2, spec.width("norm", K, N)
+    return (2 * M if rows and save and spec.norm in ("layer", "rms") else 0,)
+
+
 def forward_fake(
+    saves_rows: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -55,13 +66,15 @@ def forward_fake(
     recipe: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes, dtypes and strides of (y, z, stats): what every backend must return."""
+    """Shapes, dtypes and strides of (y, z, stats): what every backend must return. `saves_rows`:
+    whether the backend saves the statistics of row norms.
+    """
     spec = Spec.parse(recipe)
     M, N, K = x.shape[0], weight.shape[0], weight.shape[1]
     y = x.new_empty((M, N))
     z = x.new_empty((M, N) if save and spec.saves_z else (0,))
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    stats = x.new_empty((2, spec.width("norm", K, N)) if spec.batch_stats else (0,), dtype=exact)
+    stats = x.new_empty(stats_shape(spec, M, N, K, save, saves_rows), dtype=exact)
     return y, z, stats
 
 
@@ -90,10 +103,10 @@ def backward_fake(
     return [t.new_empty(t.shape) for i, t in enumerate(inputs) if needs >> i & 1 and t is not None]
 
 
-def register(backend: str, prefix: str) -> None:
+def register(backend: str, prefix: str, saves_rows: bool) -> None:
     """Makes ops with these fakes the ones that `backend` runs."""
     for name, fake, table in (
-        ("forward", forward_fake, FORWARD),
+        ("forward", partial(forward_fake, saves_rows), FORWARD),
         ("backward", backward_fake, BACKWARD),
     ):
         torch.library.register_fake(f"fusedres::{prefix}residual_{name}", fake)
@@ -114,8 +127,8 @@ def register_python(
         qualified = f"fusedres::{prefix}residual_{name}"
         torch.library.define(qualified, schema)
         torch.library.impl(qualified, ("CPU", "CUDA"), function)
-    register(backend, prefix)
+    register(backend, prefix, True)
 
 
 if native_missing is None:
-    register("cpu", "")
+    register("cpu", "", False)

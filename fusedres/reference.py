@@ -184,7 +184,8 @@ class Residual(nn.Module):
         order: stages joined by "-", or an alias (``fusedres.ORDERS``).
         norm: None, "layer", "rms" or "batch"; its parameters live in ``self.norm``. Batch
             statistics run over all rows, that is over every dimension of x but the last.
-        activation: None or a name in ``fusedres.ACTIVATIONS``.
+        activation: None, a name in ``fusedres.ACTIVATIONS``, or one of your own, see
+            ``fusedres.register_activation``.
         bias: whether ``self.linear`` has a bias.
         eps, momentum: of the norm. ``momentum=None`` keeps a cumulative average, as nn.BatchNorm1d
             does.

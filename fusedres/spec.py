@@ -33,16 +33,21 @@ ACTIVATIONS = (
     "softplus", "hardswish", "hardsigmoid", "sigmoid", "tanh", "sin", "softsign",
 )  # fmt: skip
 
+REGISTERED: dict[str, Any] = {}  # a user's own activations, see activations.py
+
 GATES = ("scalar", "channel")
 
 SHORTCUTS = ("identity", "linear", "pad")
 
 
 def one_of(what: str, value: object, known: tuple[str, ...] | dict[str, str]) -> str:
-    """`value` if it is one of `known`, else a ValueError that lists them."""
-    if isinstance(value, str) and value in known:
+    """`value` if it is one of `known`, or an activation that a user registered; else a ValueError
+    that lists them.
+    """
+    own = REGISTERED if what == "activation" else {}
+    if isinstance(value, str) and (value in known or value in own):
         return value
-    raise ValueError(f"fusedres: unknown {what} {value!r}; known: {', '.join(known)}")
+    raise ValueError(f"fusedres: unknown {what} {value!r}; known: {', '.join((*known, *own))}")
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,9 @@ def test_explain(capsys):
         (("explain", "note", "--shape", "8x8", "--backend", "cuda"), 1, "cannot run"),
         (("explain", "note", "--shape", "8x8", "--surprise"), 2, "--surprise"),
         (("info", "--surprise"), 2, "--surprise"),
-        (("tune",), 2, "invalid choice"),
+        (("tune", "--surprise"), 2, "--surprise"),
+        (("tune", "--shape", "8"), 2, "MxK"),
+        (("tune", "--order", "foo"), 2, "unknown stage 'foo'"),
         ((), 2, "COMMAND"),
     ],
 )
@@ -138,6 +140,8 @@ def test_help_teaches(capsys):
     assert code == 0 and "examples:" in out and "exit codes" in out
     code, out, _ = run(capsys, "explain", "--help")
     assert code == 0 and "bert-output" in out and "gelu_tanh" in out
+    code, out, _ = run(capsys, "tune", "--help")
+    assert code == 0 and "--dry-run" in out and "default: bf16" in out and "never tunes" in out
 
 
 def test_scripts_of_the_repository(capsys, monkeypatch, tmp_path):

@@ -1,11 +1,15 @@
-"""Every shipped tile compiled without a GPU: no spills, little shared memory, wgmma on Hopper."""
+"""Every shipped tile compiled without a GPU: no spills, little shared memory, wgmma on Hopper.
 
-import itertools
+A driver that only knows a target stands in for the GPU: the backend launches on meta tensors, and
+what it would launch is compiled for that target instead.
+"""
+
 import os
 import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,13 +20,11 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
+from fusedres.backends import plan as planner  # noqa: E402
 from fusedres.backends import triton as backend  # noqa: E402
-from fusedres.kernels.backward import residual_backward_kernel  # noqa: E402
-from fusedres.kernels.epilogue import ACTIVATIONS, NORMS  # noqa: E402
-from fusedres.kernels.forward import residual_forward_kernel  # noqa: E402
-from fusedres.spec import make_spec  # noqa: E402
+from fusedres.spec import ACTIVATIONS, make_spec  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,36 +33,38 @@ pytestmark = [
     ),
 ]
 
-SHARED_LIMIT = {
-    80: 163 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-}  # bytes a block, by compute capability
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, by architecture
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-EPILOGUES = ("silu", "relu", "gelu", None)  # silu takes the most registers
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+EVERYTHING = {"gate": "channel", "dropout": 0.1, "drop_path": 0.1}
+
+# family -> order without and with everything on, norm
+RECIPES = {
+    "tile": ("linear-act-add", "linear-act-gate-dropout-droppath-add", None),
+    "rows": ("linear-norm-act-add", "linear-norm-act-gate-dropout-droppath-add", "layer"),
+    "wide": ("linear-norm-act-add", "linear-act-gate-dropout-droppath-add-norm", "layer"),
+    "prologue": ("norm-act-linear-add", "norm-act-gate-dropout-droppath-linear-add", "layer"),
+    "algebraic": ("norm-linear-act-add", "norm-linear-act-gate-dropout-droppath-add", "layer"),
+    "columns": ("linear-norm-act-add", "linear-act-gate-dropout-droppath-add-norm", "batch"),
+    "batch": ("linear-norm-act-add", "linear-act-gate-dropout-droppath-add-norm", "batch"),
+    "prebatch": ("norm-act-linear-add", "norm-act-gate-dropout-droppath-linear-add", "batch"),
+}
 
 
-def compiled(kernel, sm, pointers, constants, num_warps=8, num_stages=3):
-    """The kernel for `pointers` (name -> element type), everything a multiple of 16."""
+class Target:
+    """A driver for a GPU that is not here."""
 
-    def type_of(name):
-        if name in constants:
-            return "constexpr"
-        if name in pointers:
-            return f"*{pointers[name]}"
-        return "fp32" if name in ("eps", "residual_scale") else "i32"
+    def __init__(self, sm):
+        self.sm = sm
 
-    signature = {name: type_of(name) for name in kernel.arg_names}
-    aligned = [i for i, (name, t) in enumerate(signature.items()) if t[0] in "*i" and name != "M"]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    def get_current_target(self):
+        return GPUTarget("cuda", self.sm, 32)
+
+    def get_current_device(self):
+        return self.sm
+
+    def get_current_stream(self, device):
+        return 0
 
 
 def properties(binary):
@@ -70,54 +74,94 @@ def properties(binary):
         file.flush()
         command = [CUOBJDUMP, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    ptx = binary.asm["ptx"]
+    ptx, ttir = binary.asm["ptx"], binary.asm["ttir"]
+    offsets = re.findall(
+        r"tt\.addptr [^:]*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+x(\w+)>", ttir
+    )
     return {
+        "kernel": binary.metadata.name,
         "stack": sum(int(count) for count in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "shared": binary.metadata.shared,
+        "cooperative": binary.metadata.launch_cooperative_grid,
         "wgmma": ptx.count("wgmma.mma_async"),
         "register_a": len(re.findall(r"wgmma\.mma_async[^;]*?\}\s*,\s*\{", ptx)),
         "async_copies": ptx.count("cp.async.c"),
+        "offsets": sorted(set(offsets)),
     }
 
 
-def forward(sm, dtype, precision, norm, activation, tile):
-    names = ("x_ptr", "weight_ptr", "bias_ptr", "residual_ptr", "z_ptr", "y_ptr")
-    pointers = dict.fromkeys(names, TYPES[dtype])
-    pointers |= {"norm_weight_ptr": "fp32", "norm_bias_ptr": "fp32"}
-    constants = {
-        "NORM": NORMS[norm][0], "ACT": ACTIVATIONS[activation][0], "PRECISION": precision,
-        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K,
-        "stride_xk": 1, "stride_wk": 1, "stride_rn": 1,
-    }  # fmt: skip
-    if norm is None:
-        constants |= {"norm_weight_ptr": None, "norm_bias_ptr": None}
-    return compiled(
-        residual_forward_kernel, sm, pointers, constants, tile.num_warps, tile.num_stages
-    )
+def compiled(sm, launch, *args):
+    """The properties of every kernel that `launch(*args)` launches, compiled instead of run."""
+    triton.runtime.driver.set_active(Target(sm))
+    found, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **constants):
+        found.append(properties(run(self, *args, grid=grid, warmup=True, **constants)))
+
+    JITFunction.run = compile_only
+    try:
+        launch(*args)
+    finally:
+        JITFunction.run = run
+    return found
 
 
-def backward(sm, dtype, norm, activation, block_n):
-    names = ("dy_ptr", "z_ptr", "dz_ptr", "dresidual_ptr", "dbias_ptr")
-    vectors = ("norm_weight_ptr", "norm_bias_ptr", "dnorm_weight_ptr", "dnorm_bias_ptr")
-    pointers = dict.fromkeys(names, TYPES[dtype])
-    pointers |= dict.fromkeys((*vectors, "partial_ptr"), "fp32") | {"arrived_ptr": "i32"}
-    norm_function, norm_grad = NORMS[norm]
-    constants = {
-        "NORM": norm_function, "NORM_GRAD": norm_grad, "ACT_GRAD": ACTIVATIONS[activation][1],
-        "BLOCK_M": backend.BACKWARD_TILE // block_n, "BLOCK_N": block_n, "stride_dyn": 1,
-    }  # fmt: skip
-    if norm is None:
-        constants |= dict.fromkeys(vectors)
-    return compiled(residual_backward_kernel, sm, pointers, constants, backend.BACKWARD_WARPS)
+def operands(spec, dtype, M, N, K):
+    """Meta tensors for a call."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    C, width = spec.width("norm", K, N), spec.width("add", K, N)
+    vector = empty(C, dtype=F32)
+    norm = (vector, vector) if spec.norm else (None, None)
+    running = (vector, vector) if spec.norm == "batch" and not spec.batch_stats else (None, None)
+    gates = {None: None, "scalar": 1, "channel": spec.width("gate", K, N)}
+    gate = gates[spec.gate] and empty(gates[spec.gate], dtype=F32)
+    residual = empty(M, width) if spec.adds and width != K else None
+    seed = empty(1, dtype=torch.int64) if spec.random else None
+    return (empty(M, K), empty(N, K), empty(N), *norm, gate, residual, *running, seed)
 
 
-def forward_properties(job):
-    return job, properties(forward(*job))
+def forward(dtype, precision, family, tile, random, activation):
+    """Launches the family's kernel with this tile."""
+    planner.choose_tile = lambda *_: tile
+    planner.plan.cache_clear()
+    torch.backends.cuda.matmul.fp32_precision = precision
+    plain, everything, norm = RECIPES[family]
+    settings = {"norm": norm, "activation": activation, "training": True}
+    settings |= {"order": everything, **EVERYTHING} if random else {"order": plain}
+    spec = make_spec(**settings)
+    M = tile.BLOCK_M if family == "columns" else 65536
+    N = {"rows": tile.BLOCK_N, "wide": 1024}.get(family, 512)
+    assert planner.plan(spec, dtype, M, N, 512).family == family
+    backend.residual_forward(*operands(spec, dtype, M, N, 512), 1, str(spec), True)
 
 
-def backward_properties(job):
-    return job, properties(backward(*job))
+def backward(dtype, norm, random, width):
+    """Launches the backward kernels of both sides, and the products between them."""
+    plain = RECIPES["prebatch" if norm == "batch" else "prologue"]
+    settings = {"order": plain[1] if random else "norm-linear-act-add", "norm": norm}
+    settings |= {"activation": "silu", "training": True} | (EVERYTHING if random else {})
+    spec, M = make_spec(**settings), 4096
+    tensors = operands(spec, dtype, M, width, width)
+    dy = torch.empty(M, width, dtype=dtype, device="meta")
+    z = dy if spec.saves_z else dy.new_empty(0)
+    shape = (2, width) if norm == "batch" else (2 * M,)
+    stats = torch.empty(shape, dtype=F32, device="meta")
+    needs = sum(1 << i for i, t in enumerate(tensors[:7]) if t is not None)
+    backend.residual_backward(dy, *tensors, z, stats, 1, str(spec), needs)
+
+
+def forward_job(job):
+    sm, *rest = job
+    return job, compiled(sm, forward, *rest)
+
+
+def backward_job(job):
+    sm, *rest = job
+    return job, compiled(sm, backward, *rest)
 
 
 @pytest.fixture(scope="module")
@@ -126,58 +170,102 @@ def pool():
         yield executor
 
 
-def shipped(norm, dtype):
-    """Every forward tile that plan() can choose."""
-    sizes = itertools.product((1, 10**6), backend.TILES)
-    return sorted({backend.plan(make_spec(norm=norm), dtype, M, N, 64) for M, N in sizes})
+@cache
+def shipped(sm):
+    """(family, random, bytes, tile) of every tile shipped for an architecture."""
+    found = []
+    for name, by_bits in planner.config("any", f"sm_{sm}")["tiles"].items():
+        family, _, random = name.partition(" ")
+        for bits, rows in by_bits.items():
+            for row in rows:
+                found.append((family, bool(random), int(bits) // 8, planner.Tile(*row)))
+    return found
 
 
 def forward_jobs(sm):
-    """Every tile, norm and precision on Hopper, with silu and another epilogue; less elsewhere."""
-    bf16, fp32 = TYPES
-    cases = [
-        (dtype, precision, norm, tile)
-        for dtype, precision in ((bf16, "ieee"), (fp32, "ieee"), (fp32, "tf32"))
-        for norm in (("layer", "rms", None) if sm == 90 else ("layer", None))
-        for tile in shipped(norm, dtype)
-    ]
-    for i, (dtype, precision, norm, tile) in enumerate(cases):
-        for activation in {"silu", EPILOGUES[i % 4]} if sm == 90 else {EPILOGUES[i % 4]}:
-            yield sm, dtype, precision, norm, activation, tile
+    """Every tile, on Hopper in every precision, elsewhere in the one that tensor cores use."""
+    for i, (family, random, size, tile) in enumerate(shipped(sm)):
+        if family == "products":
+            continue
+        activation = ("silu", "silu", "gelu", "relu")[i % 4]  # silu takes the most registers
+        yield sm, BF16 if size == 2 else F32, "tf32", family, tile, random, activation
+        if size == 4 and sm == 90:
+            yield sm, F32, "ieee", family, tile, random, activation
+
+
+def wrong(sm, found, tensor_cores):
+    """What is wrong with a compiled kernel, None if nothing."""
+    checks = {
+        "spills": found["stack"] > 0,
+        "takes too much shared memory": found["shared"] > SHARED_LIMIT[sm],
+        "has offsets of 32 bits": found["offsets"] != ["i64"],
+        "takes A from registers, which is miscompiled": found["register_a"] > 0,
+        "is (not) cooperative": found["cooperative"] != ("batch" in found["kernel"]),
+        "does not use wgmma": sm == 90 and tensor_cores and not found["wgmma"],
+    }
+    return ", ".join(what for what, is_so in checks.items() if is_so)
 
 
 @pytest.mark.parametrize("sm", SHARED_LIMIT)
-def test_forward(sm, pool):
-    for job, found in pool.map(forward_properties, forward_jobs(sm), chunksize=4):
-        _, dtype, precision, _, _, tile = job
-        assert found["stack"] == 0, f"{job} spills: {found}"
-        assert found["shared"] <= min(SHARED_LIMIT[sm], backend.SHARED_MEMORY), f"{job}: {found}"
-        assert found["async_copies"] > 0, f"{job} loads without a pipeline: {found}"
-        assert found["register_a"] == 0, f"{job}: wgmma with A in registers is miscompiled"
-        if sm == 90 and tile.BLOCK_M >= 64 and (dtype != torch.float32 or precision == "tf32"):
-            assert found["wgmma"] > 0, f"{job} does not use wgmma: {found}"
+def test_every_shipped_tile(sm, pool):
+    count, told = 0, []
+    for job, found in pool.map(forward_job, forward_jobs(sm), chunksize=4):
+        _, dtype, precision, family, tile, _, _ = job
+        (found,) = found  # one launch
+        count += 1
+        left = tile.BLOCK_N if family in ("prologue", "prebatch") else tile.BLOCK_M
+        what = wrong(sm, found, left >= 64 and (dtype != F32 or precision == "tf32"))
+        if not found["async_copies"]:
+            what += ", loads without a pipeline"
+        if found["shared"] > 1.1 * tile.shared(dtype.itemsize) + 4096:
+            what += ", takes more shared memory than the planner says"
+        if what:
+            told.append(f"{job} {what}: {found}")
+    assert not told, "\n".join(told)
+    assert count >= 80
 
 
 @pytest.mark.parametrize("sm", SHARED_LIMIT)
 def test_backward(sm, pool):
-    jobs = [
-        (sm, dtype, norm, EPILOGUES[i % 4], block_n)
-        for dtype in TYPES
-        for norm in (("layer", "rms", None) if sm == 90 else ("layer",))
-        for i, block_n in enumerate(backend.TILES)
-        if norm or block_n <= backend.WIDEST_TILE
-    ]
-    for job, found in pool.map(backward_properties, jobs, chunksize=4):
-        assert found["stack"] == 0, f"{job} spills: {found}"
-        assert found["shared"] <= 48 << 10, f"{job}: {found}"
+    told, jobs = [], [
+        (sm, dtype, norm, random, width)
+        for dtype in ((BF16, F32) if sm == 90 else (BF16,))
+        for norm in ("layer", "rms", "batch")
+        for random in (False, True)
+        for width in ((16, 64, 256, 1024, 4096, 16384) if norm == "layer" else (128, 2048))
+        if sm == 90 or (norm == "layer" and width in (64, 1024))
+    ]  # fmt: skip
+    for job, kernels in pool.map(backward_job, jobs, chunksize=2):
+        names = [found["kernel"] for found in kernels]
+        assert 2 <= len(names) <= 3 and "residual_products_kernel" in names
+        for found in kernels:
+            products = found["kernel"] == "residual_products_kernel"
+            what = wrong(sm, found, products and job[1] == BF16 and job[-1] >= 256)
+            if products and not found["async_copies"]:
+                what += ", loads without a pipeline"
+            if what:
+                told.append(f"{job} {what}: {found}")
+    assert not told, "\n".join(told)
+
+
+def activation_job(name):
+    tile = planner.Tile(128, 128, 64, 8, 3)
+    return name, compiled(90, forward, BF16, "ieee", "rows", tile, False, name)
+
+
+def test_every_activation(pool):
+    """The sine is a library function that reduces its argument in 32 bytes of stack."""
+    for name, (found,) in pool.map(activation_job, ACTIVATIONS, chunksize=2):
+        assert found["stack"] == (32 if name == "sin" else 0), f"{name}: {found}"
 
 
 # The measures themselves must be able to tell.
 
 
 def test_a_spill_is_seen():
-    tile = backend.Tile(64, 512, 64, 8, 3)
-    assert properties(forward(90, torch.bfloat16, "ieee", "layer", "silu", tile))["stack"] > 0
+    tile = planner.Tile(128, 256, 64, 8, 3)
+    (found,) = compiled(90, forward, BF16, "ieee", "tile", tile, True, "silu")
+    assert found["stack"] > 0
 
 
 @triton.jit
@@ -189,7 +277,11 @@ def register_operand_kernel(x_ptr, weight_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, tl.dot(tl.where(x < 0, 0.0, x).to(tl.bfloat16), tl.load(weight_ptr + at)))
 
 
-def test_an_operand_in_registers_is_seen():
-    pointers = {"x_ptr": "bf16", "weight_ptr": "bf16", "y_ptr": "fp32"}
-    found = properties(compiled(register_operand_kernel, 90, pointers, {"BLOCK": 64}, num_warps=4))
-    assert found["wgmma"] > 0 and found["register_a"] > 0
+def test_an_operand_in_registers_and_a_short_offset_are_seen():
+    x, y = (torch.empty(64, 64, dtype=dtype, device="meta") for dtype in (BF16, F32))
+
+    def launch():
+        register_operand_kernel[(1,)](x, x, y, BLOCK=64, num_warps=4)
+
+    (found,) = compiled(90, launch)
+    assert found["wgmma"] > 0 and found["register_a"] > 0 and found["offsets"] == ["i32"]

@@ -10,7 +10,7 @@ import torch
 
 from .. import ops
 from ..checks import BACKENDS
-from ..spec import Spec, one_of
+from ..spec import REGISTERED, Spec, one_of
 from ..tracing import constant_when_compiled
 
 _log = logging.getLogger("fusedres")
@@ -23,6 +23,8 @@ def why_not(
     if backend == "reference":
         return None
     if backend == "cpu":
+        if device.type == "cpu" and spec.activation in REGISTERED:
+            return f"the C++ kernels know only the built-in activations, not {spec.activation!r}"
         return f"x is on {device}" if device.type != "cpu" else ops.native_missing
     if backend == "triton":
         from . import triton
@@ -63,6 +65,7 @@ def choose(
         from . import triton
 
         triton.register()
+        triton.prepare(device)
     if environment_flag("FUSEDRES_LOG"):
         _log.warning("'%s' %s %s N=%d K=%d -> %s", spec, dtype, device, N, K, backend)
     return backend

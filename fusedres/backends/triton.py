@@ -1,107 +1,122 @@
-"""The Triton backend: orders linear[-norm][-act][-add], norms over rows; 1 launch forward, 3 back.
+"""The Triton backend: every order, one launch forward, at most three backward.
 
 Importing this module imports Triton; without Triton it still imports, and `why_not` says so.
 """
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..spec import Spec
+from .. import activations, ops
+from ..spec import ACTIVATIONS, Spec
+from . import plan as planner
+from .plan import Plan, ceil_div
 
 try:
     import triton
 
-    from ..kernels.backward import residual_backward_kernel
-    from ..kernels.epilogue import ACTIVATIONS, NORMS
-    from ..kernels.forward import residual_forward_kernel
+    from ..kernels import backward, epilogue, forward, products
+    from ..kernels.stages import Operands
 except ImportError:
     triton = None
 
 INPUTS = ("x", "weight", "bias", "norm_weight", "norm_bias", "gate", "residual")  # bit i of `needs`
-STAGES = ("linear", "norm", "act", "add")
-ELEMENT_SIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
-
-# The largest tiles that do not spill registers, see tests/test_triton_aot.py.
-# BLOCK_N: (BLOCK_M of 16-bit types, BLOCK_M of fp32, bytes of BLOCK_K, num_warps)
-TILES = {
-    16: (128, 128, 128, 4),
-    32: (128, 128, 128, 4),
-    64: (128, 128, 128, 8),
-    128: (128, 128, 128, 8),
-    256: (64, 32, 128, 8),
-    512: (32, 16, 128, 8),
-    1024: (16, 8, 64, 8),
-}
-NUM_STAGES = 3
-SHARED_MEMORY = 160 * 1024  # bytes a block that every tile fits in
-SMALL_BLOCK_M = 16
-WAVE = 128  # fewer programs than this leave a large GPU idle, so BLOCK_M becomes SMALL_BLOCK_M
-WIDEST_ROW = max(TILES)
-WIDEST_TILE = 128  # columns of a tile where nothing needs whole rows
-
-BACKWARD_TILE = 4096  # elements of a tile of the backward kernel
-BACKWARD_WARPS = 8
-BACKWARD_PROGRAMS = 256  # at most, a column tile; a constant, so that sums do not depend on the GPU
-COLUMN_TILES = 4096  # arrival counters in a workspace
-
-
-class Tile(NamedTuple):
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
-
-
-def plan(spec: Spec, dtype: torch.dtype, M: int, N: int, K: int) -> Tile:
-    """The forward kernel's tile for x (M, K) and weight (N, K); with a norm N <= BLOCK_N."""
-    block_n = max(min(TILES), triton.next_power_of_2(N))
-    if spec.norm is None:
-        block_n = min(block_n, WIDEST_TILE)
-    block_m_16, block_m_32, bytes_k, warps = TILES[block_n]
-    size = ELEMENT_SIZE[dtype]
-    block_m = block_m_32 if size == 4 else block_m_16
-    if triton.cdiv(M, block_m) * triton.cdiv(N, block_n) < WAVE:
-        block_m = min(block_m, SMALL_BLOCK_M)
-    return Tile(block_m, block_n, bytes_k // size, warps, NUM_STAGES)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RANDOM = {"dropout", "droppath"}
+GROUP = 16  # of kernels/moments.py
 
 
 def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str | None:
     """None if these kernels can run a layer of N outputs and K inputs, else the reason."""
     if triton is None:
         return "Triton is not installed"
-    for stage in spec.stages:
-        if stage not in STAGES:
-            return f"stage {stage!r} is not in the Triton kernels yet"
-    if spec.stages != tuple(stage for stage in STAGES if stage in spec.stages):
-        return f"the Triton kernels run stages in the order {'-'.join(STAGES)}"
-    if spec.norm not in NORMS:
-        return f"norm {spec.norm!r} is not in the Triton kernels yet"
-    if dtype not in ELEMENT_SIZE:
+    if dtype not in DTYPES:
         return f"the Triton kernels do not take {dtype}"
-    if spec.norm is not None and N > WIDEST_ROW:
-        return f"rows of {N} features do not fit in one program (limit {WIDEST_ROW})"
-    if spec.norm is None and N > COLUMN_TILES * WIDEST_TILE:
-        return f"{N} outputs are too many for one launch (limit {COLUMN_TILES * WIDEST_TILE})"
+    if max(N, K) > planner.MOST_COLUMNS:
+        return f"{max(N, K)} features are too many for one launch (limit {planner.MOST_COLUMNS})"
+    if spec.activation is not None and spec.activation not in ACTIVATIONS:
+        reason = activations.why_not_triton(spec.activation)
+        if reason is not None:
+            return reason
     return _why_not_on(device)
 
 
+def interpreting() -> bool:
+    return triton.knobs.runtime.interpret
+
+
 def _why_not_on(device: torch.device) -> str | None:
-    if triton.knobs.runtime.interpret:
+    if interpreting():
         return None if device.type in ("cpu", "cuda") else f"device is {device}"
     if device.type != "cuda":
         return f"device is {device} and TRITON_INTERPRET is not set"
-    gpu: Any = torch.cuda.get_device_properties(device)
-    shared, needed = gpu.shared_memory_per_block_optin >> 10, SHARED_MEMORY >> 10
-    if shared < needed:
-        return f"{device} has {shared} KiB of shared memory a block, the tiles need {needed}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        told = ".".join(map(str, capability))
+        return f"{device} has compute capability {told}, the kernels need 8.0"
     return None
+
+
+def activation_functions(name: str | None) -> tuple[Any, Any]:
+    """Value and derivative of an activation as jitted functions."""
+    if name is None or name in ACTIVATIONS:
+        return epilogue.ACTIVATIONS[name]
+    return activations.triton_functions(name)
+
+
+class Side(NamedTuple):
+    """The stages on one side of `linear`, cut at the norm if it is here."""
+
+    before: tuple[str, ...]  # without a norm here: none
+    norm: bool
+    after: tuple[str, ...]
+
+    @classmethod
+    def of(cls, stages: tuple[str, ...]) -> Side:
+        if "norm" not in stages:
+            return cls((), False, stages)
+        at = stages.index("norm")
+        return cls(stages[:at], True, stages[at + 1 :])
+
+
+class Inputs(NamedTuple):
+    """A call's tensors and what goes with them, as the ops get them."""
+
+    x: Tensor  # (M, K)
+    weight: Tensor  # (N, K)
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    gate: Tensor | None
+    residual: Tensor | None  # (M, R); None: x
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    seed: Tensor | None
+    sample_rows: int
+
+    def operands(self, spec: Spec, stats: Tensor | None) -> Operands:
+        """What the stages read; `stats` (2, C) are this batch's mean and biased variance."""
+        shortcut = (self.x if self.residual is None else self.residual) if spec.adds else None
+        mean, var = self.running_mean, self.running_var
+        if spec.batch_stats and stats is not None:
+            mean, var = stats.unbind()
+        p, q = spec.dropout, spec.drop_path
+        return Operands(
+            self.norm_weight, self.norm_bias, mean, var, self.gate, shortcut, self.seed,
+            R=0 if shortcut is None else shortcut.shape[1],
+            stride_gate=0 if spec.gate == "scalar" else 1,
+            stride_rm=0 if shortcut is None else shortcut.stride(0),
+            stride_rn=0 if shortcut is None else shortcut.stride(1),
+            sample_rows=self.sample_rows, dropout=int(p * 2**32), droppath=int(q * 2**32),
+            dropout_scale=1 / (1 - p) if p < 1 else 0.0,
+            droppath_scale=1 / (1 - q) if q < 1 else 0.0,
+            residual_scale=spec.residual_scale, eps=spec.eps,
+        )  # fmt: skip
 
 
 def residual_forward(
@@ -119,30 +134,72 @@ def residual_forward(
     recipe: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (M, N), z (M, N) if backward needs it else (0,), and no statistics: z has them.
+    """y (M, N); z (M, N) if backward needs it, else (0,); the norm's statistics, fp32.
 
-    x (M, K) and residual (M, R), R <= N, of any strides; weight (N, K); vectors (N,). Without
-    `residual` x is what goes into the shortcut.
+    x (M, K) and residual (M, R) of any strides; weight (N, K); vectors (C,). Without `residual` x
+    is what goes into the shortcut. Statistics: (2, C), mean and biased variance, of batch norm in
+    training; (2 * M,), mean and 1 / sqrt(variance + eps) of each row, if backward needs them;
+    else (0,).
     """
     spec = Spec.parse(recipe)
+    inputs = Inputs(
+        x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed,
+        sample_rows,
+    )  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
     y = x.new_empty((M, N))
-    saves = save and spec.saves_z
-    z = x.new_empty((M, N) if saves else (0,))
+    z = x.new_empty((M, N) if save and spec.saves_z else (0,))
+    stats = x.new_empty(ops.stats_shape(spec, M, N, K, save, True), dtype=torch.float32)
     if y.numel():
-        shortcut = (x if residual is None else residual) if spec.adds else None
-        R, strides = (0, (0, 0)) if shortcut is None else (shortcut.shape[1], shortcut.stride())
-        tile = plan(spec, x.dtype, M, N, K)
-        grid = (triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)
-        with torch.cuda.device_of(x):
-            residual_forward_kernel[grid](
-                x, weight, bias, norm_weight, norm_bias, shortcut, z if saves else None, y,
-                M, N, K, R, spec.eps, spec.residual_scale,
-                *x.stride(), *weight.stride(), *strides,
-                NORM=NORMS[spec.norm][0], ACT=ACTIVATIONS[spec.activation][0],
-                PRECISION=_precision(), **tile._asdict(),
+        chosen = planner.plan(spec, x.dtype, M, N, K, planner.device_of(x.device))
+        _launch_forward(spec, chosen, inputs, y, z if z.numel() else None, stats)
+    return y, z, stats
+
+
+def _launch_forward(
+    spec: Spec, chosen: Plan, inputs: Inputs, y: Tensor, z: Tensor | None, stats: Tensor
+) -> None:
+    x, weight = inputs.x, inputs.weight
+    (M, K), N = x.shape, weight.shape[0]
+    tile, family = chosen.tile, chosen.family
+    strides = (*x.stride(), *weight.stride())
+    side = Side.of(spec.prologue if "norm" in spec.prologue else spec.epilogue)
+    before = () if chosen.over == "given" else side.before
+    epilogue = spec.epilogue
+    if family in ("rows", "wide", "columns", "batch"):
+        epilogue = ("norm", *side.after)
+    head = (x, weight, inputs.bias, inputs.operands(spec, stats))
+    constants = {
+        "PROLOGUE": spec.prologue, "BEFORE": before, "EPILOGUE": epilogue,
+        "ACT": activation_functions(spec.activation)[0], "PRECISION": _precision(),
+        **tile.options(),
+    }  # fmt: skip
+    kernel = getattr(forward, chosen.kernel)
+    with torch.cuda.device_of(x):
+        if family in planner.COOPERATIVE:
+            width, step = (N, tile.BLOCK_N) if family == "batch" else (K, tile.BLOCK_K)
+            partial = x.new_empty((3, chosen.walkers, width), dtype=torch.float32)
+            arrived = _counters(x, 2 + ceil_div(width, step))
+            parked = y if z is None and family == "batch" else z
+            _launch_cooperative(
+                kernel, chosen.programs, *head, parked, y, stats, partial, arrived,
+                M, N, K, chosen.walkers, *strides, **constants,
             )  # fmt: skip
-    return y, z, x.new_empty(0, dtype=torch.float32)
+            return
+        constants["CENTRED"] = spec.norm != "rms"
+        grid = (chosen.programs,)
+        if family == "wide":
+            partial = x.new_empty((3, ceil_div(N, tile.BLOCK_N), M), dtype=torch.float32)
+            arrived = _counters(x, ceil_div(M, tile.BLOCK_M))
+            kernel[grid](
+                *head, y if z is None else z, y, stats if stats.numel() else None, partial, arrived,
+                M, N, K, *strides, **constants,
+            )  # fmt: skip
+        else:
+            kernel[grid](
+                *head, z, y, stats if stats.numel() else None, M, N, K, *strides,
+                OVER=chosen.over, **constants,
+            )  # fmt: skip
 
 
 def residual_backward(
@@ -165,80 +222,234 @@ def residual_backward(
 ) -> list[Tensor]:
     """The gradients of those of INPUTS whose bit is set in `needs`, shaped and typed like them.
 
-    dy (M, N) of any strides, z as `residual_forward` saved it. One launch makes dz, the shortcut's
-    gradient and the column sums; dx and dweight are matrix products.
+    dy (M, N) of any strides, z and stats as `residual_forward` saved them. At most three launches:
+    what is row by row after the product, both products, what is row by row before it.
     """
     spec = Spec.parse(recipe)
-    inputs: Any = (x, weight, bias, norm_weight, norm_bias, gate, residual)
+    inputs = Inputs(
+        x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed,
+        sample_rows,
+    )  # fmt: skip
     wanted = [i for i in range(len(INPUTS)) if needs >> i & 1]
-    grads = {INPUTS[i]: inputs[i].new_empty(inputs[i].shape) for i in wanted}
-    if not dy.numel():
+    tensors: Any = inputs
+    grads = {INPUTS[i]: tensors[i].new_empty(tensors[i].shape) for i in wanted}
+    if not dy.numel() or (not x.numel() and spec.prologue):
         return [grad.zero_() for grad in grads.values()]
-
-    dshortcut = grads.get("x" if residual is None else "residual") if spec.adds else None
-    if spec.saves_z:
-        dz: Any = dy.new_empty(dy.shape) if "x" in grads or "weight" in grads else None
-        _launch_backward(spec, dy, z, norm_weight, norm_bias, dz, dshortcut, grads)
-    else:  # only a sum follows z
-        dz = dy
-        if "bias" in grads:
-            torch.sum(dy, 0, out=grads["bias"])
-        if dshortcut is not None:
-            torch.mul(dy[:, : dshortcut.shape[1]], spec.residual_scale, out=dshortcut)
-    if "x" in grads:
-        beta = 1 if grads["x"] is dshortcut else 0
-        torch.addmm(grads["x"], dz, weight, beta=beta, out=grads["x"])
-    if "weight" in grads:
-        torch.mm(dz.t(), x, out=grads["weight"])
+    with torch.cuda.device_of(dy):
+        _Backward(spec, inputs, dy, z, stats, grads).run()
     return list(grads.values())
 
 
-def _launch_backward(
-    spec: Spec,
-    dy: Tensor,
-    z: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dz: Tensor | None,
-    dshortcut: Tensor | None,
-    grads: dict[str, Tensor],
-) -> None:
-    """Fills dz, dshortcut and what `grads` has of the vectors' gradients."""
-    M, N = dy.shape
-    block_n = plan(spec, dy.dtype, M, N, 0).BLOCK_N
-    block_m = BACKWARD_TILE // block_n
-    R = 0 if dshortcut is None else dshortcut.shape[1]
-    programs = min(triton.cdiv(M, block_m), BACKWARD_PROGRAMS)
-    sums = [grads.get(name) for name in ("bias", "norm_weight", "norm_bias")]
-    partial = arrived = None
-    if any(t is not None for t in sums):
-        partial = dy.new_empty((3, programs, N), dtype=torch.float32)
-        arrived = _workspace(dy)
-    norm, norm_grad = NORMS[spec.norm]
-    with torch.cuda.device_of(dy):
-        residual_backward_kernel[programs, triton.cdiv(N, block_n)](
-            dy, z, norm_weight, norm_bias, dz, dshortcut, *sums, partial, arrived,
-            M, N, R, spec.eps, spec.residual_scale, *dy.stride(),
-            NORM=norm, NORM_GRAD=norm_grad, ACT_GRAD=ACTIVATIONS[spec.activation][1],
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=BACKWARD_WARPS,
+def backward_launches(spec: Spec, bias: bool, own_residual: bool) -> tuple[str, ...]:
+    """What `residual_backward` launches with every gradient asked for; `own_residual`: a residual
+    that is not x.
+    """
+    row_kernels = []
+    for side in (spec.epilogue, spec.prologue):
+        batch = "norm" in side and spec.batch_stats
+        row_kernels.append(f"residual_backward_{'batch_' if batch else ''}kernel")
+    after, before = row_kernels
+    adds = "add" in spec.epilogue
+    runs = any(stage != "add" for stage in spec.epilogue) or bias or (adds and own_residual)
+    if not spec.prologue:
+        return (*([after] if runs or adds else []), "addmm", "mm")
+    runs = runs or (adds and spec.epilogue[-1] != "add")
+    return (*([after] if runs else []), "residual_products_kernel", before)
+
+
+class _Backward:
+    """One backward pass: which launches are needed, for the gradients in `grads`, and the launches.
+
+    after: the row-major kernel after `linear`, which makes dz from dy and z; before: the one before
+    it, which makes dx from the product's gradient dt and x.
+    """
+
+    def __init__(
+        self, spec: Spec, inputs: Inputs, dy: Tensor, z: Tensor, stats: Tensor,
+        grads: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        self.spec, self.inputs, self.grads = spec, inputs, grads
+        self.dy, self.z, self.stats = dy, z, stats
+        self.device = planner.device_of(dy.device)
+        self.operands = inputs.operands(spec, stats)
+        self.shortcut = grads.get("x" if inputs.residual is None else "residual")
+
+    def asked(self, stages: tuple[str, ...]) -> dict[str, Tensor]:
+        """The gradients asked for of what `stages` read, but for x."""
+        names = {"norm": ("norm_weight", "norm_bias"), "gate": ("gate",)}
+        if self.inputs.residual is not None:
+            names["add"] = ("residual",)
+        found = (name for stage in stages for name in names.get(stage, ()))
+        return {name: self.grads[name] for name in found if name in self.grads}
+
+    def run(self) -> None:
+        spec, inputs, grads, dy = self.spec, self.inputs, self.grads, self.dy
+        x, weight = inputs.x, inputs.weight
+        before = spec.prologue != () and ("x" in grads or bool(self.asked(spec.prologue)))
+        needs_dt = before or "x" in grads
+        needs_dz = needs_dt or "weight" in grads
+        # dx = ... + skip: from dy itself where nothing follows the add, else through dx's memory
+        adds_to_x = spec.adds and inputs.residual is None and "x" in grads
+        late = adds_to_x and "add" in spec.epilogue
+        direct = late and before and spec.epilogue[-1] == "add"
+        dskip = grads["x"] if late and not direct else grads.get("residual")
+        if "add" not in spec.epilogue:
+            dskip = None
+        own = self.asked(spec.epilogue) | {n: grads[n] for n in ("bias",) if n in grads}
+
+        dz = dy
+        changes = any(stage != "add" for stage in spec.epilogue)
+        if dskip is not None or own or (changes and needs_dz):
+            new = dy.new_empty(dy.shape) if changes and needs_dz else None
+            self.rows("epilogue", dy, self.z if self.z.numel() else None, new, dskip, own)
+            dz = dy if new is None else new
+        if not spec.prologue:
+            if "x" in grads:
+                torch.addmm(grads["x"], dz, weight, beta=int(late), out=grads["x"])
+            if "weight" in grads:
+                torch.mm(dz.t(), x, out=grads["weight"])
+            return
+        dt = x.new_empty(x.shape) if before else None
+        if dt is not None and "weight" not in grads:
+            torch.mm(dz, weight, out=dt)
+        elif "weight" in grads:
+            self.products(dz, dt)
+        if dt is not None:
+            skip = (dy, spec.residual_scale) if direct else (grads["x"], 1.0) if late else None
+            early = grads.get("residual") if "add" in spec.prologue else None
+            adds = adds_to_x and "add" in spec.prologue
+            self.rows(
+                "prologue", dt, x, grads.get("x"), early, self.asked(spec.prologue), skip, adds
+            )
+
+    def rows(
+        self,
+        where: str,
+        dy: Tensor,
+        z: Tensor | None,
+        dz: Tensor | None,
+        dshortcut: Tensor | None,
+        sums: dict[str, Tensor],
+        skip: tuple[Tensor, float] | None = None,
+        add: bool = False,
+    ) -> None:
+        """One launch of a row-major kernel: dz from dy and z, dshortcut, and sums over the rows."""
+        spec, (M, C) = self.spec, dy.shape
+        side = Side.of(getattr(spec, where))
+        batch = side.norm and spec.batch_stats
+        rows = side.norm and spec.norm != "batch"
+        over = "columns" if batch else "rows" if rows else None
+        chosen = planner.plan_backward(M, C, over, self.device)
+        gate = total = sums.get("gate")
+        if spec.gate == "scalar" and gate is not None:
+            gate = dy.new_empty(C, dtype=torch.float32)
+        else:
+            total = None
+        outs = (gate, sums.get("bias"), sums.get("norm_weight"), sums.get("norm_bias"))
+        partial = arrived = None
+        if batch or chosen.wide or any(t is not None for t in outs):
+            partial = dy.new_empty((len(outs), chosen.walkers, C), dtype=torch.float32)
+            arrived = _counters(dy, 2 + chosen.tiles * (GROUP + 1) + 1)
+        other, scale = (None, 0.0) if skip is None else skip
+        act, act_grad = activation_functions(spec.activation)
+        strides = [*dy.stride()]
+        for t in (z, other):
+            strides += (0, 0) if t is None else t.stride()
+        constants = {
+            "BEFORE": side.before, "AFTER": side.after, "ADD": add, "ACT": act,
+            "ACT_GRAD": act_grad, "BLOCK_M": chosen.BLOCK_M, "BLOCK_N": chosen.BLOCK_N,
+            "num_warps": chosen.num_warps,
+        }  # fmt: skip
+        sizes = (M, C, chosen.walkers, scale, *strides)
+        results = (dz, dshortcut, outs, total, partial, arrived)
+        if batch:
+            totals = dy.new_empty((2, C), dtype=torch.float32)
+            kernel = backward.residual_backward_batch_kernel
+            _launch_cooperative(
+                kernel, chosen.tiles * chosen.walkers, dy, z, self.operands, totals, other,
+                *results, *sizes, **constants,
+            )  # fmt: skip
+            return
+        norm = spec.norm if rows else "given" if side.norm else None
+        kernel, programs = backward.residual_backward_kernel, chosen.tiles * chosen.walkers
+        if chosen.wide:
+            kernel, programs = backward.residual_backward_wide_kernel, chosen.walkers
+        kernel[(programs,)](
+            dy, z, self.operands, self.stats if rows else None, other, *results, *sizes,
+            NORM=norm, **constants,
+        )  # fmt: skip
+
+    def products(self, dz: Tensor, dt: Tensor | None) -> None:
+        """dt = dz @ weight, if asked for, and dweight = dz.T @ prologue(x): one launch."""
+        spec, x, weight = self.spec, self.inputs.x, self.inputs.weight
+        (M, K), N = x.shape, weight.shape[0]
+        chosen = planner.plan_products(
+            x.dtype, M, N, K, dt is not None, bool(RANDOM & set(spec.prologue)), self.device
+        )
+        partial = arrived = None
+        if chosen.splits > 1:
+            partial = x.new_empty((chosen.splits, N, K), dtype=torch.float32)
+            arrived = _counters(x, ceil_div(N, chosen.BLOCK) * ceil_div(K, chosen.BLOCK))
+        rows = "norm" in spec.prologue and spec.norm != "batch"
+        products.residual_products_kernel[(chosen.programs,)](
+            dz, x, weight, self.operands, self.stats if rows else None, dt, self.grads["weight"],
+            partial, arrived, M, N, K, chosen.splits, chosen.rows,
+            *dz.stride(), *x.stride(), *weight.stride(),
+            PROLOGUE=spec.prologue, ACT=activation_functions(spec.activation)[0],
+            PRECISION=_precision(), BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R,
+            **chosen.options,
         )  # fmt: skip
 
 
-def _workspace(t: Tensor) -> Tensor:
-    """Arrival counters, one for each column tile. A launch leaves them at 0: they are cleared once.
+def _launch_cooperative(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """One launch whose programs are all resident and may wait for each other.
 
-    Each stream has its own. A CUDA graph being captured gets its own too, cleared within the graph.
+    The interpreter runs one program after another, so there the phases are launches of their own.
     """
-    if not t.is_cuda:
-        return _counters(t.device, 0)
-    stream = torch.cuda.current_stream(t.device).cuda_stream
-    fresh = torch.cuda.is_current_stream_capturing()
-    return (_counters.__wrapped__ if fresh else _counters)(t.device, stream)
+    if interpreting():
+        kernel[(programs,)](*args, PHASE=1, **constants)
+        kernel[(programs,)](*args, PHASE=2, **constants)
+    else:
+        kernel[(programs,)](*args, PHASE=0, launch_cooperative_grid=True, **constants)
 
 
-@cache
-def _counters(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(COLUMN_TILES, dtype=torch.int32, device=device)
+SLOT = 1 << 16  # counters for one stream
+SLOTS = 16
+_arenas: dict[torch.device, Tensor] = {}
+_slots: dict[tuple[torch.device, int], int] = {}
+_lock = threading.Lock()
+
+
+def prepare(device: torch.device) -> None:
+    """Allocates the arrival counters of a device, of which each stream gets a slot.
+
+    Called when the backend is chosen, outside of any CUDA graph's memory pool: what is made within
+    one dies with it.
+    """
+    if device not in _arenas and not (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    ):
+        _arenas[device] = torch.zeros(SLOTS * SLOT, dtype=torch.int32, device=device)
+
+
+def _counters(t: Tensor, count: int) -> Tensor:
+    """At least `count` arrival counters. A launch leaves them at 0: they are cleared once.
+
+    Each stream has its own. A CUDA graph being captured gets fresh ones, cleared within the graph,
+    and so does whoever needs more than there are.
+    """
+    capturing = t.is_cuda and torch.cuda.is_current_stream_capturing()
+    if count <= SLOT and not capturing:
+        prepare(t.device)
+        stream = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+        slot = _slots.get((t.device, stream))
+        if slot is None:
+            with _lock:
+                taken = sum(device == t.device for device, _ in _slots)
+                slot = _slots.setdefault((t.device, stream), taken)
+        if slot < SLOTS:
+            return _arenas[t.device][slot * SLOT :]
+    return torch.zeros(count, dtype=torch.int32, device=t.device)
 
 
 def _precision() -> str:

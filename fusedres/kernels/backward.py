@@ -1,93 +1,265 @@
-"""The row-major part of the backward pass: all of it but the two matrix products."""
+"""The row-major kernels of the backward pass: everything but the matrix products.
+
+One pair of kernels serves both sides of the product. After `linear`: dy and z give dz. Before it:
+the product's gradient and x give dx. They call the one they start from `dy`, the other `z`, and C
+is the width, N or K.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .forward import load_tile, load_vector
+from .moments import grow_sums, meet, store_sums, wait_for_all
+from .stages import load_tile, load_vector, normalise, run_stages, walk_back
 
 
 @triton.jit
-def last_to_arrive(counter_ptr, count):
-    """True in the last of `count` programs. It sees what all have stored and resets the counter."""
-    tl.debug_barrier()  # the stores of all threads come before the atomic, which is one thread's
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == count - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
+def gradient_to_norm(
+    dy, z, p, m, n, M, C, mean, rstd,
+    BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr,
+    ACT: tl.constexpr, ACT_GRAD: tl.constexpr,
+):  # fmt: skip
+    """dh, the gradient of the norm's result, and what came up on the way to it.
+
+    Without a norm all stages are AFTER. Returns dh, c, rstd, BEFORE's inputs, dgate, dshortcut.
+    """
+    before = run_stages(z, p, m, n, M, C, None, None, BEFORE, ACT)
+    c = before[len(BEFORE)]
+    h = c
+    if NORM is not None:
+        c, rstd = normalise(c, p, n, C, mean, rstd)
+        h = load_vector(p.norm_weight, n, C, 1.0) * c + load_vector(p.norm_bias, n, C, 0.0)
+    else:
+        rstd = 1.0
+    after = run_stages(h, p, m, n, M, C, None, None, AFTER, ACT)
+    none = tl.zeros_like(dy)
+    dh, dgate, dshortcut = walk_back(dy, none, none, after, p, m, n, C, AFTER, ACT_GRAD)
+    return dh, c, rstd, before, dgate, dshortcut
 
 
 @triton.jit
-def store_sum(out_ptr, partial_ptr, n, N, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out[n] = sum of the `count` rows of partial (count, N), always in the same order."""
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, count, BLOCK_M):
-        p = first + tl.arange(0, BLOCK_M)
-        inside = (p < count)[:, None] & (n < N)[None, :]
-        # Past L1, which may hold an older copy of a line.
-        at = partial_ptr + p[:, None] * N + n[None, :]
-        total += tl.load(at, inside, 0.0, cache_modifier=".cg")
-    tl.store(out_ptr + n, tl.sum(total, 0), n < N)
+def store_gradients(
+    dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
+    stride_skip_m, stride_skip_n, ADD: tl.constexpr,
+):  # fmt: skip
+    """dz + skip * (the tile of skip_ptr) + dshortcut if ADD ; dshortcut (M, R) if asked for."""
+    inside = (m < M)[:, None] & (n < C)[None, :]
+    if dshortcut_ptr is not None:
+        at = dshortcut_ptr + m[:, None] * R + n[None, :]
+        tl.store(at, dshortcut, (m < M)[:, None] & (n < R)[None, :])
+    if dz_ptr is not None:
+        if ADD:
+            dz += dshortcut
+        if skip_ptr is not None:
+            other = load_tile(skip_ptr, m, n, M, C, stride_skip_m, stride_skip_n)
+            dz += skip * other.to(tl.float32)
+        tl.store(dz_ptr + m[:, None] * C + n[None, :], dz, inside)
 
 
 @triton.jit(do_not_specialize=["M"])
 def residual_backward_kernel(
-    dy_ptr, z_ptr, norm_weight_ptr, norm_bias_ptr,
-    dz_ptr, dresidual_ptr, dbias_ptr, dnorm_weight_ptr, dnorm_bias_ptr, partial_ptr, arrived_ptr,
-    M, N, R, eps, residual_scale, stride_dym, stride_dyn,
-    NORM: tl.constexpr, NORM_GRAD: tl.constexpr, ACT_GRAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, z_ptr, p, stats_ptr, skip_ptr,
+    dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
+    M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
+    BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, ADD: tl.constexpr,
+    ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """c, rstd = NORM(z) ; dh = dy * ACT_GRAD(norm_weight * c + norm_bias)
-    dz = NORM_GRAD(norm_weight * dh, c, rstd) ; dresidual = residual_scale * dy[:, :R]
-    dbias = sum_m dz ; dnorm_weight = sum_m dh * c ; dnorm_bias = sum_m dh
+    """dh = AFTER'(dy) ; g = norm_weight * dh ; dt = rstd * (g - mean_n g - c * mean_n (g * c))
+    dz = BEFORE'(dt) + skip * (the tensor of skip_ptr) ; dshortcut = residual_scale * (its gradient)
 
-    dy (M, N) ; z, dz (M, N) contiguous ; dresidual (M, R) contiguous ; vectors (N). Each result may
-    be None. Grid (programs, column tiles): a program walks over row blocks, its column sums stay in
-    registers and then meet in partial (3, programs, N), which the last program to arrive adds up.
+    NORM "layer" and "rms" take means over n (rms only the second one), "given" takes none, with
+    None all stages are AFTER. dy (M, C) ; z (M, C) or None where no stage asks for it ; stats
+    (2, M): mean, rstd of rows ; dz (M, C) and dshortcut (M, R) contiguous ; ADD: dshortcut counts
+    as part of dz. sums, each (C) or None: dgate, sum_m dz, dnorm_weight = sum_m dh * c,
+    dnorm_bias = sum_m dh ; dgate_total = sum_n dgate. Each of `walkers` programs of a column tile
+    takes every walkers-th row block; a norm over rows needs C <= BLOCK_N.
     """
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    gamma = load_vector(norm_weight_ptr, n, N, 1.0)
-    beta = load_vector(norm_bias_ptr, n, N, 0.0)
+    tiles = tl.cdiv(C, BLOCK_N)
+    tile = tl.program_id(0) % tiles
+    walker = tl.program_id(0) // tiles
+    n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sum_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_dhc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-    for block in range(program, tl.cdiv(M, BLOCK_M), programs):
+    for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
         m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        dy = load_tile(dy_ptr, m, n, M, N, stride_dym, stride_dyn).to(tl.float32)
-        z = load_tile(z_ptr, m, n, M, N, N, 1).to(tl.float32)
-        c, rstd = NORM(z, (n < N)[None, :], N, eps)
-        dh = dy * ACT_GRAD(gamma * c + beta)
-        dz = NORM_GRAD(gamma * dh, c, rstd, N)
-
-        inside = (m < M)[:, None] & (n < N)[None, :]
-        if dz_ptr is not None:
-            tl.store(dz_ptr + m[:, None] * N + n[None, :], dz, inside)
-        if dresidual_ptr is not None:
-            shortcut = (m < M)[:, None] & (n < R)[None, :]
-            tl.store(dresidual_ptr + m[:, None] * R + n[None, :], residual_scale * dy, shortcut)
+        inside = (m < M)[:, None] & (n < C)[None, :]
+        dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
+        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if z_ptr is not None:
+            z = load_tile(z_ptr, m, n, M, C, stride_zm, stride_zn).to(tl.float32)
+        if NORM == "layer" or NORM == "rms":
+            mean = tl.load(stats_ptr + m, m < M, 0.0)[:, None]
+            rstd = tl.load(stats_ptr + tl.cast(M, tl.int64) + m, m < M, 0.0)[:, None]
+            dh, c, rstd, before, dgate, dshortcut = gradient_to_norm(
+                dy, z, p, m, n, M, C, mean, rstd, BEFORE, NORM, AFTER, ACT, ACT_GRAD
+            )
+            g = tl.where(inside, load_vector(p.norm_weight, n, C, 1.0) * dh, 0.0)
+            d = g - c * (tl.sum(tl.where(inside, g * c, 0.0), 1) / C)[:, None]
+            if NORM == "layer":
+                d -= (tl.sum(g, 1) / C)[:, None]
+            d *= rstd
+        else:
+            dh, c, rstd, before, dgate, dshortcut = gradient_to_norm(
+                dy, z, p, m, n, M, C, None, None, BEFORE, NORM, AFTER, ACT, ACT_GRAD
+            )
+            d = dh
+            if NORM == "given":
+                d = rstd * load_vector(p.norm_weight, n, C, 1.0) * dh
+        dz, dgate, dshortcut = walk_back(d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD)
+        store_gradients(
+            dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
+            stride_skip_m, stride_skip_n, ADD,
+        )  # fmt: skip
         # Rows past M are masked because with eps = 0 their c is NaN.
+        sum_gate += tl.where(inside, dgate, 0.0)
         sum_dz += tl.where(inside, dz, 0.0)
         sum_dhc += tl.where(inside, dh * c, 0.0)
         sum_dh += tl.where(inside, dh, 0.0)
 
     if partial_ptr is not None:
-        row = partial_ptr + program * N + n
-        plane = programs * N
-        if dbias_ptr is not None:
-            tl.store(row, tl.sum(sum_dz, 0), n < N)
-        if dnorm_weight_ptr is not None:
-            tl.store(row + plane, tl.sum(sum_dhc, 0), n < N)
-        if dnorm_bias_ptr is not None:
-            tl.store(row + 2 * plane, tl.sum(sum_dh, 0), n < N)
-        if last_to_arrive(arrived_ptr + tl.program_id(1), programs):
-            if dbias_ptr is not None:
-                store_sum(dbias_ptr, partial_ptr, n, N, programs, BLOCK_M, BLOCK_N)
-            if dnorm_weight_ptr is not None:
-                store_sum(dnorm_weight_ptr, partial_ptr + plane, n, N, programs, BLOCK_M, BLOCK_N)
-            if dnorm_bias_ptr is not None:
-                store_sum(dnorm_bias_ptr, partial_ptr + 2 * plane, n, N, programs, BLOCK_M, BLOCK_N)
+        sums = (sum_gate, sum_dz, sum_dhc, sum_dh)
+        store_sums(sums, sums_ptr, partial_ptr, walker, walkers, n, C)
+        meet(
+            sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr, tile, tiles, walker, walkers, n, C,
+            4, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def residual_backward_wide_kernel(
+    dy_ptr, z_ptr, p, stats_ptr, skip_ptr,
+    dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
+    M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
+    BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, ADD: tl.constexpr,
+    ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As `residual_backward_kernel` for a norm over rows of any width: BLOCK_N columns at a time.
+
+    Each of `walkers` programs takes every walkers-th row block: once over its columns for the means
+    of g and g * c, once more for the gradients. Its sums over rows grow in its own lines of partial
+    (4, walkers, C), which must not be None.
+    """
+    walker = tl.program_id(0)
+    tiles = tl.cdiv(C, BLOCK_N)
+    for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+        m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        mean = tl.load(stats_ptr + m, m < M, 0.0)[:, None]
+        rstd = tl.load(stats_ptr + tl.cast(M, tl.int64) + m, m < M, 0.0)[:, None]
+        sum_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        sum_gc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for tile in range(0, tiles):
+            n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+            inside = (m < M)[:, None] & (n < C)[None, :]
+            dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
+            z = load_tile(z_ptr, m, n, M, C, stride_zm, stride_zn).to(tl.float32)
+            dh, c, _, _, _, _ = gradient_to_norm(
+                dy, z, p, m, n, M, C, mean, rstd, BEFORE, NORM, AFTER, ACT, ACT_GRAD
+            )
+            g = tl.where(inside, load_vector(p.norm_weight, n, C, 1.0) * dh, 0.0)
+            sum_g += g
+            sum_gc += tl.where(inside, g * c, 0.0)
+        mean_g = (tl.sum(sum_g, 1) / C)[:, None]
+        mean_gc = (tl.sum(sum_gc, 1) / C)[:, None]
+        if NORM == "rms":
+            mean_g = tl.zeros_like(mean_g)
+        for tile in range(0, tiles):
+            n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+            inside = (m < M)[:, None] & (n < C)[None, :]
+            dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
+            z = load_tile(z_ptr, m, n, M, C, stride_zm, stride_zn).to(tl.float32)
+            dh, c, _, before, dgate, dshortcut = gradient_to_norm(
+                dy, z, p, m, n, M, C, mean, rstd, BEFORE, NORM, AFTER, ACT, ACT_GRAD
+            )
+            d = rstd * (load_vector(p.norm_weight, n, C, 1.0) * dh - mean_g - c * mean_gc)
+            dz, dgate, dshortcut = walk_back(
+                d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD
+            )
+            store_gradients(
+                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
+                stride_skip_m, stride_skip_n, ADD,
+            )  # fmt: skip
+            sums = (
+                tl.where(inside, dgate, 0.0), tl.where(inside, dz, 0.0),
+                tl.where(inside, dh * c, 0.0), tl.where(inside, dh, 0.0),
+            )  # fmt: skip
+            grow_sums(sums, sums_ptr, partial_ptr, block == walker, walker, walkers, n, C)
+    for tile in range(0, tiles):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        meet(
+            sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr, tile, tiles, walker, walkers, n, C,
+            4, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def residual_backward_batch_kernel(
+    dy_ptr, z_ptr, p, totals_ptr, skip_ptr,
+    dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
+    M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, ADD: tl.constexpr, PHASE: tl.constexpr,
+    ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As `residual_backward_kernel`, with batch norm over all M rows: means over m, not n.
+
+    Phase 1 sums up over m: totals (2, C) fp32 = sum_m dh, sum_m dh * c. Phase 2, after all programs
+    have met: the rest. p has the statistics as mean and var. partial (4, walkers, C) ; arrived
+    (2 + tiles * (GROUP + 1) + 1). Cooperative launch; walkers * column tiles programs.
+    """
+    tiles = tl.cdiv(C, BLOCK_N)
+    tile = tl.program_id(0) % tiles
+    walker = tl.program_id(0) // tiles
+    n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if PHASE != 2:
+        sum_dhc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        sum_dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+            m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+            inside = (m < M)[:, None] & (n < C)[None, :]
+            dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
+            z = load_tile(z_ptr, m, n, M, C, stride_zm, stride_zn).to(tl.float32)
+            dh, c, _, _, _, _ = gradient_to_norm(
+                dy, z, p, m, n, M, C, None, None, BEFORE, "batch", AFTER, ACT, ACT_GRAD
+            )
+            sum_dhc += tl.where(inside, dh * c, 0.0)
+            sum_dh += tl.where(inside, dh, 0.0)
+        # Once as fp32 for phase 2, once in the parameters' type.
+        outs = (totals_ptr, totals_ptr + C, sums_ptr[2], sums_ptr[3])
+        store_sums((sum_dh, sum_dhc, sum_dhc, sum_dh), outs, partial_ptr, walker, walkers, n, C)
+        meet(
+            outs, None, partial_ptr, arrived_ptr + 2, tile, tiles, walker, walkers, n, C,
+            4, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if PHASE == 0:
+        wait_for_all(arrived_ptr, tl.num_programs(0))
+    if PHASE != 1:
+        mean_dh = tl.load(totals_ptr + n, n < C, 0.0, cache_modifier=".cg")[None, :] / M
+        mean_dhc = tl.load(totals_ptr + C + n, n < C, 0.0, cache_modifier=".cg")[None, :] / M
+        sum_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        sum_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+            m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+            inside = (m < M)[:, None] & (n < C)[None, :]
+            dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
+            z = load_tile(z_ptr, m, n, M, C, stride_zm, stride_zn).to(tl.float32)
+            dh, c, rstd, before, dgate, dshortcut = gradient_to_norm(
+                dy, z, p, m, n, M, C, None, None, BEFORE, "batch", AFTER, ACT, ACT_GRAD
+            )
+            d = rstd * load_vector(p.norm_weight, n, C, 1.0) * (dh - mean_dh - c * mean_dhc)
+            dz, dgate, dshortcut = walk_back(
+                d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD
+            )
+            store_gradients(
+                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
+                stride_skip_m, stride_skip_n, ADD,
+            )  # fmt: skip
+            sum_gate += tl.where(inside, dgate, 0.0)
+            sum_dz += tl.where(inside, dz, 0.0)
+        store_sums((sum_gate, sum_dz), sums_ptr, partial_ptr, walker, walkers, n, C)
+        meet(
+            sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr + 2, tile, tiles, walker, walkers,
+            n, C, 2, BLOCK_M, BLOCK_N,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What acts on a tile in registers: row norms and activations, each beside its derivative, in fp32.
+"""Activations on a tile in registers, each beside its derivative, in fp32.
 
 A kernel takes these functions as constexpr arguments and does not know which exist. They are plain
 arithmetic, so the interpreter runs them too. NaN compares false and comes out of every activation.
@@ -8,50 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# Norms: z [BLOCK_M, BLOCK_N] holds whole rows of N features, `live` masks the columns that exist.
-# norm(z, live, N, eps) gives c = (z - mean) * rstd, 0 in dead columns, and rstd [BLOCK_M];
-# norm_grad(g, c, rstd, N) gives dz from g = gamma * dh, which is 0 in dead columns.
-
-
-@triton.jit
-def no_norm(z, live, N, eps):
-    return z, 1.0
-
-
-@triton.jit
-def no_norm_grad(g, c, rstd, N):
-    return g
-
-
-@triton.jit
-def layer_norm(z, live, N, eps):
-    mean = tl.sum(tl.where(live, z, 0.0), 1) / N
-    centred = tl.where(live, z - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / N
-    rstd = 1.0 / tl.sqrt_rn(variance + eps)
-    return centred * rstd[:, None], rstd
-
-
-@triton.jit
-def layer_norm_grad(g, c, rstd, N):
-    mean_g = tl.sum(g, 1) / N
-    mean_gc = tl.sum(g * c, 1) / N
-    return rstd[:, None] * (g - mean_g[:, None] - c * mean_gc[:, None])
-
-
-@triton.jit
-def rms_norm(z, live, N, eps):
-    z = tl.where(live, z, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(z * z, 1) / N + eps)
-    return z * rstd[:, None], rstd
-
-
-@triton.jit
-def rms_norm_grad(g, c, rstd, N):
-    mean_gc = tl.sum(g * c, 1) / N
-    return rstd[:, None] * (g - c * mean_gc[:, None])
-
 
 # Building blocks.
 
@@ -287,12 +243,6 @@ def softsign_grad(h):
     r = 1.0 / (1.0 + tl.abs(h))
     return r * r
 
-
-NORMS = {
-    None: (no_norm, no_norm_grad),
-    "layer": (layer_norm, layer_norm_grad),
-    "rms": (rms_norm, rms_norm_grad),
-}
 
 ACTIVATIONS = {
     None: (identity, identity_grad),

@@ -1,0 +1,283 @@
+"""The planner of the Triton backend: from a recipe and sizes to a kernel family, a tile, a grid.
+
+    family       what it is                                            statistics of the norm
+    "tile"       a tile a program, no norm or given statistics         given
+    "rows"       whole rows of z in one program, N <= 256              rows
+    "wide"       the last tile of a row block finishes it              rows, merged
+    "columns"    whole columns of z in one program, M <= 512           columns
+    "batch"      programs meet between statistics and finish           columns, merged
+    "prologue"   stages before `linear` act on the tile of x           given, or rows of x
+    "algebraic"  norm straight before `linear`, 16-bit types           rows of x, algebraic
+    "prebatch"   batch norm before `linear`: programs meet             columns of x, merged
+
+Tiles come from kernels/configs/*.json: generic.json, then what an architecture's or a device's file
+says otherwise; `python -m fusedres tune` writes the last. A size that nobody tuned gets the largest
+tile whose grid fills the device.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..spec import Spec
+
+CONFIGS = Path(__file__).parent.parent / "kernels" / "configs"
+WIDEST_ROW = 256  # whole rows of z in one program: beyond, every row block reads all of the weight
+TALLEST_COLUMN = 512  # rows of a batch that one program takes
+MOST_COLUMNS = 1 << 20
+BACKWARD_TILE = 2048  # elements of a tile of the backward kernels
+BACKWARD_ROW = 2048  # the widest norm over rows whose backward takes a row at once
+BACKWARD_WARPS = 8
+BACKWARD_WIDTH = 128  # columns of one where nothing needs whole rows
+BACKWARD_PROGRAMS = 512  # a constant, so that sums do not depend on the GPU
+MOST_WALKERS = 256
+MOST_SPLITS = 32  # parts of the rows in the product dz.T @ x
+
+FAMILIES = {  # family -> (kernel, what it takes statistics over)
+    "tile": ("residual_forward_kernel", "given"),
+    "rows": ("residual_forward_kernel", "rows"),
+    "wide": ("residual_forward_wide_kernel", ""),
+    "columns": ("residual_forward_kernel", "columns"),
+    "batch": ("residual_forward_batch_kernel", ""),
+    "prologue": ("residual_forward_kernel", "given"),
+    "algebraic": ("residual_forward_kernel", "rows of x, algebraic"),
+    "prebatch": ("residual_forward_prebatch_kernel", ""),
+}
+COOPERATIVE = ("batch", "prebatch")
+
+
+class Device(NamedTuple):
+    """What the planner knows of a GPU."""
+
+    name: str
+    processors: int  # streaming multiprocessors
+    shared: int  # bytes of shared memory that a block may have
+    architecture: str = "sm_90"
+
+
+UNKNOWN = Device("any", 132, 227 << 10)  # an H100 or H200
+
+
+class Tile(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None  # registers a thread; None: ptxas chooses, and may spill one to fit
+
+    def options(self) -> dict[str, int]:
+        """As a kernel's keyword arguments."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def shared(self, size: int) -> int:
+        """Bytes of shared memory of its pipeline for elements of `size` bytes, at most."""
+        return self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K * size
+
+    def grid(self, M: int, N: int) -> int:
+        return ceil_div(M, self.BLOCK_M) * ceil_div(N, self.BLOCK_N)
+
+
+class Plan(NamedTuple):
+    """One forward launch."""
+
+    family: str
+    kernel: str
+    over: str
+    tile: Tile
+    programs: int
+    walkers: int  # programs that share a column tile, where programs meet
+    shared: int  # bytes
+    waves: float  # programs for each multiprocessor
+
+    @property
+    def cooperative(self) -> bool:
+        return self.family in COOPERATIVE
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two >= n and >= `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """What there is to know of `device`; for one that is not here, UNKNOWN."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return UNKNOWN
+    found: Any = torch.cuda.get_device_properties(device)
+    architecture = f"sm_{found.major}{found.minor}"
+    shared = found.shared_memory_per_block_optin
+    return Device(found.name, found.multi_processor_count, shared, architecture)
+
+
+def config_file(name: str) -> Path:
+    return CONFIGS / f"{name.replace(' ', '-').replace('/', '-')}.json"
+
+
+@cache
+def config(name: str, architecture: str) -> dict[str, Any]:
+    """The tables "tiles" and "tuned" for a device: its own file's lines before its architecture's,
+    those before generic.json's.
+    """
+    found: dict[str, Any] = {"tiles": {}, "tuned": {}}
+    for path in (config_file("generic"), config_file(architecture), config_file(name)):
+        if path.exists():
+            read = json.loads(path.read_text())
+            for table, lines in found.items():
+                for key, value in read.get(table, {}).items():
+                    merged = isinstance(value, dict) and key in lines
+                    lines[key] = {**lines[key], **value} if merged else value
+    return found
+
+
+def family_of(spec: Spec, size: int, M: int, N: int) -> str:
+    """The first row of the table above that fits elements of `size` bytes."""
+    rows = spec.norm in ("layer", "rms")
+    if "norm" in spec.epilogue and rows:
+        return "rows" if N <= WIDEST_ROW else "wide"
+    if "norm" in spec.epilogue and spec.batch_stats:
+        return "columns" if M <= TALLEST_COLUMN else "batch"
+    if "norm" in spec.prologue and spec.batch_stats:
+        return "prebatch"
+    if spec.prologue == ("norm",) and rows and size == 2:
+        return "algebraic"
+    return "prologue" if spec.prologue else "tile"
+
+
+def key_of(spec: Spec, size: int, M: int, N: int, K: int) -> str:
+    """What tuned tiles are filed under: family, bits, and sizes rounded up to a power of two."""
+    sizes = "x".join(str(power_of_two(n)) for n in (M, N, K))
+    return f"{family_of(spec, size, M, N)} {8 * size} {sizes}"
+
+
+def tiles_of(family: str, random: bool, size: int, device: Device) -> list[Tile]:
+    """The tiles of a family for elements of `size` bytes, largest first; `random`: for recipes with
+    dropout or drop-path. Stages are dropped to fit the device's shared memory.
+    """
+    tiles = config(device.name, device.architecture)["tiles"]
+    by_bits = tiles.get(f"{family} random") if random else None
+    found = []
+    for row in (by_bits or tiles[family])[str(8 * size)]:
+        tile = Tile(*row)
+        while tile.shared(size) > device.shared and tile.num_stages > 1:
+            tile = tile._replace(num_stages=tile.num_stages - 1)
+        found.append(tile)
+    return found
+
+
+def can_compute(family: str, tile: Tile, M: int, N: int) -> bool:
+    """Rows and columns must be whole where a family says so."""
+    if family == "rows":
+        return power_of_two(N) == tile.BLOCK_N
+    return family != "columns" or tile.BLOCK_M >= M
+
+
+def candidates(family: str, random: bool, size: int, M: int, N: int, device: Device) -> list[Tile]:
+    """Those that can compute (M, N)."""
+    return [t for t in tiles_of(family, random, size, device) if can_compute(family, t, M, N)]
+
+
+def choose_tile(family: str, random: bool, size: int, M: int, N: int, device: Device) -> Tile:
+    """The first tile that fills the device and is no larger than the matrix, else the one that
+    gives the most programs.
+    """
+    tiles = candidates(family, random, size, M, N, device)
+    fitting = [t for t in tiles if power_of_two(N) >= t.BLOCK_N and power_of_two(M) >= t.BLOCK_M]
+    fitting = fitting or tiles[-1:]
+    full = (t for t in fitting if t.grid(M, N) >= device.processors)
+    return next(full, max(fitting, key=lambda t: (t.grid(M, N), t.BLOCK_M * t.BLOCK_N)))
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, device: Device = UNKNOWN,
+    tile: Tile | None = None,
+) -> Plan:  # fmt: skip
+    """The forward launch for x (M, K) and weight (N, K), with `tile` or the one that the tables
+    say.
+    """
+    size = dtype.itemsize
+    family = family_of(spec, size, M, N)
+    kernel, over = FAMILIES[family]
+    if over == "given" and "norm" in spec.prologue and spec.norm in ("layer", "rms"):
+        over = "rows of x"
+    if tile is None:
+        tuned = config(device.name, device.architecture)["tuned"].get(key_of(spec, size, M, N, K))
+        tile = Tile(*tuned) if tuned else choose_tile(family, spec.random, size, M, N, device)
+    programs, walkers = tile.grid(M, N), 1
+    if family in COOPERATIVE:
+        columns = ceil_div(N, tile.BLOCK_N) if family == "batch" else ceil_div(K, tile.BLOCK_K)
+        walkers = min(max(1, device.processors // max(1, columns)), ceil_div(M, tile.BLOCK_M))
+        most = walkers * columns if family == "batch" else max(walkers * columns, programs)
+        programs = min(device.processors, most)
+    shared = tile.shared(size)
+    return Plan(family, kernel, over, tile, programs, walkers, shared, programs / device.processors)
+
+
+class BackwardPlan(NamedTuple):
+    """One launch of a row-major backward kernel on (M, C)."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    tiles: int
+    walkers: int
+    wide: bool  # a norm over rows that go through in several tiles
+
+
+def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) -> BackwardPlan:
+    """`over`: "rows" for a norm over whole rows, "columns" for one over this batch, else None."""
+    width = power_of_two(C)
+    wide = over == "rows" and C > BACKWARD_ROW
+    if wide:
+        width = 512
+    elif over == "columns":
+        width = min(width, 64)
+        while ceil_div(C, width) > device.processors:
+            width *= 2
+    elif over is None:
+        width = min(width, BACKWARD_WIDTH)
+    height = max(1, BACKWARD_TILE // width)
+    tiles, blocks = ceil_div(C, width), ceil_div(M, height)
+    programs = device.processors if over == "columns" else BACKWARD_PROGRAMS
+    walkers = max(1, min(blocks, programs // (1 if wide else tiles), MOST_WALKERS))
+    return BackwardPlan(height, width, BACKWARD_WARPS, tiles, walkers, wide)
+
+
+class ProductsPlan(NamedTuple):
+    """One launch of both products of the backward pass."""
+
+    BLOCK: int
+    BLOCK_R: int
+    options: dict[str, int]  # num_warps, num_stages, ...
+    splits: int  # of dweight's sum over the rows
+    rows: int  # of each
+    programs: int
+
+
+def plan_products(
+    dtype: torch.dtype, M: int, N: int, K: int, dx: bool, random: bool, device: Device = UNKNOWN
+) -> ProductsPlan:
+    """dweight (N, K) and, if `dx`, dx (M, K); `random`: masks before `linear`."""
+    tiles = tiles_of("products", random, dtype.itemsize, device)
+    fitting = [t for t in tiles if power_of_two(min(N, K)) >= t.BLOCK_M] or tiles[-1:]
+    full = (t for t in fitting if t.grid(M, K) >= device.processors)
+    tile = next(full, fitting[-1])
+    block, step = tile.BLOCK_M, tile.BLOCK_K
+    of_weight = tile.grid(N, K)
+    wanted = min(ceil_div(2 * device.processors, of_weight), MOST_SPLITS, ceil_div(M, 4 * step))
+    rows = ceil_div(ceil_div(M, max(1, wanted)), step) * step
+    splits = max(1, ceil_div(M, rows)) if rows else 1
+    programs = of_weight * splits + dx * tile.grid(M, K)
+    options = {k: v for k, v in tile.options().items() if not k.startswith("BLOCK")}
+    return ProductsPlan(block, step, options, splits, rows, programs)

@@ -1,0 +1,100 @@
+"""Both matrix products of backward in one launch, for layers with stages before `linear`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .forward import store_tile
+from .moments import last_to_arrive
+from .stages import load_tile, run_stages
+
+
+@triton.jit
+def dweight_tile(
+    dz_ptr, x_ptr, p, stats_ptr, dweight_ptr, partial_ptr, arrived_ptr, tile, split,
+    M, N, K, splits, rows, stride_dzm, stride_dzn, stride_xm, stride_xk,
+    PROLOGUE: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One part of the rows of one tile of dweight = dz.T @ PROLOGUE(x).
+
+    PROLOGUE(x) is the right operand, which tensor cores read from shared memory.
+    """
+    tiles_k = tl.cdiv(K, BLOCK)
+    n = (tile // tiles_k).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k = (tile % tiles_k).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dweight = tl.zeros((BLOCK, BLOCK), tl.float32)
+    begin = split.to(tl.int64) * rows
+    end = tl.minimum(begin + rows, M)
+    for first in range(begin, end, BLOCK_R):
+        m = first + tl.arange(0, BLOCK_R).to(tl.int64)
+        dz = load_tile(dz_ptr, m, n, end, N, stride_dzm, stride_dzn)
+        x = load_tile(x_ptr, m, k, end, K, stride_xm, stride_xk).to(tl.float32)
+        if stats_ptr is not None:
+            mean = tl.load(stats_ptr + m, m < end, 0.0)[:, None]
+            rstd = tl.load(stats_ptr + tl.cast(M, tl.int64) + m, m < end, 0.0)[:, None]
+            t = run_stages(x, p, m, k, M, K, mean, rstd, PROLOGUE, ACT)
+        else:
+            t = run_stages(x, p, m, k, M, K, None, None, PROLOGUE, ACT)
+        t = t[len(PROLOGUE)].to(dz.dtype)
+        dweight = tl.dot(dz.T, t, dweight, input_precision=PRECISION)
+    if partial_ptr is None:
+        store_tile(dweight_ptr, dweight, n, k, N, K)
+    else:
+        plane = tl.cast(N, tl.int64) * K
+        store_tile(partial_ptr + split * plane, dweight, n, k, N, K)
+        if last_to_arrive(arrived_ptr + tile, splits):
+            inside = (n < N)[:, None] & (k < K)[None, :]
+            at = partial_ptr + n[:, None] * K + k[None, :]
+            total = tl.zeros((BLOCK, BLOCK), tl.float32)
+            for other in range(0, splits):
+                total += tl.load(at + other * plane, inside, 0.0, cache_modifier=".cg")
+            store_tile(dweight_ptr, total, n, k, N, K)
+
+
+@triton.jit
+def dt_tile(
+    dz_ptr, weight_ptr, dt_ptr, tile, M, N, K, stride_dzm, stride_dzn, stride_wn, stride_wk,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One tile of dt = dz @ weight."""
+    tiles_k = tl.cdiv(K, BLOCK)
+    m = (tile // tiles_k).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k = (tile % tiles_k).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dt = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for first in range(0, N, BLOCK_R):
+        n = first + tl.arange(0, BLOCK_R).to(tl.int64)
+        dz = load_tile(dz_ptr, m, n, M, N, stride_dzm, stride_dzn)
+        weight = load_tile(weight_ptr, n, k, N, K, stride_wn, stride_wk)
+        dt = tl.dot(dz, weight, dt, input_precision=PRECISION)
+    store_tile(dt_ptr, dt, m, k, M, K)
+
+
+@triton.jit(do_not_specialize=["M"])
+def residual_products_kernel(
+    dz_ptr, x_ptr, weight_ptr, p, stats_ptr, dt_ptr, dweight_ptr, partial_ptr, arrived_ptr,
+    M, N, K, splits, rows, stride_dzm, stride_dzn, stride_xm, stride_xk, stride_wn, stride_wk,
+    PROLOGUE: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dt = dz @ weight ; dweight = dz.T @ PROLOGUE(x)
+
+    dz (M, N) ; x (M, K) ; weight, dweight (N, K) ; dt (M, K) or None. stats (2, M): mean and rstd
+    where PROLOGUE has a norm over rows, else None. A program owns a tile of BLOCK x BLOCK;
+    dweight's M rows are cut into `splits` parts of `rows` rows, which meet in partial
+    (splits, N, K), fp32, and are added in order by the last to arrive. arrived (dweight's tiles).
+    """
+    tiles = tl.cdiv(N, BLOCK) * tl.cdiv(K, BLOCK)
+    program = tl.program_id(0)
+    if program < tiles * splits:
+        dweight_tile(
+            dz_ptr, x_ptr, p, stats_ptr, dweight_ptr, partial_ptr, arrived_ptr,
+            program % tiles, program // tiles, M, N, K, splits, rows,
+            stride_dzm, stride_dzn, stride_xm, stride_xk, PROLOGUE, ACT, PRECISION, BLOCK, BLOCK_R,
+        )  # fmt: skip
+    elif dt_ptr is not None:
+        dt_tile(
+            dz_ptr, weight_ptr, dt_ptr, program - tiles * splits, M, N, K,
+            stride_dzm, stride_dzn, stride_wn, stride_wk, PRECISION, BLOCK, BLOCK_R,
+        )  # fmt: skip

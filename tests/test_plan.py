@@ -1,0 +1,413 @@
+"""The planner as plain Python: families, tiles that can compute what they must, grids, files."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from fusedres.backends import plan as planner
+from fusedres.backends.plan import Device, Tile
+from fusedres.spec import ORDERS, make_spec
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = (F32, F16, BF16)
+NORMS = ((None, False), ("layer", False), ("rms", False), ("batch", False), ("batch", True))
+ROWS = (1, 17, 100, 513, 10**6)
+WIDE = (1000, 1024, 4096, 10**5, 2**20)
+MANY = 2**31 - 1
+DEVICES = (
+    Device("any", 132, 227 << 10, "sm_90"),
+    Device("any", 108, 163 << 10, "sm_80"),
+    Device("any", 84, 99 << 10, "sm_89"),
+    Device("any", 148, 227 << 10, "sm_100"),
+)
+FAMILIES = {  # order, norm, dtype and M, N that lead there
+    "tile": ("note", None, F16, 4096, 512),
+    "rows": ("note", "layer", F16, 4096, 128),
+    "wide": ("note", "layer", F16, 4096, 512),
+    "columns": ("note", "batch", F16, 512, 512),
+    "batch": ("note", "batch", F16, 4096, 512),
+    "prologue": ("preact", "layer", F16, 4096, 512),
+    "algebraic": ("prenorm", "layer", F16, 4096, 512),
+    "prebatch": ("preact", "batch", F16, 4096, 512),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """No plan made with another test's files."""
+    planner.config.cache_clear()
+    planner.plan.cache_clear()
+    yield
+    planner.config.cache_clear()
+    planner.plan.cache_clear()
+
+
+@pytest.fixture
+def configs(monkeypatch, tmp_path):
+    """Writes files of tiles into a folder of their own, beside a copy of generic.json."""
+    generic = (planner.CONFIGS / "generic.json").read_text()
+    monkeypatch.setattr(planner, "CONFIGS", tmp_path)
+    (tmp_path / "generic.json").write_text(generic)
+
+    def write(name, **tables):
+        planner.config_file(name).write_text(json.dumps(tables))
+        planner.config.cache_clear()
+        planner.plan.cache_clear()
+
+    return write
+
+
+def spec_of(order, norm, training=True, **settings):
+    return make_spec(order, norm, "gelu", training=training, **settings)
+
+
+def uncached(*args, **kwargs):
+    return planner.plan.__wrapped__(*args, **kwargs)
+
+
+def of_family(family, M=None, N=None, K=384, device=planner.UNKNOWN, **settings):
+    order, norm, dtype, rows, columns = FAMILIES[family]
+    rows, columns = rows if M is None else M, columns if N is None else N
+    chosen = uncached(spec_of(order, norm, **settings), dtype, rows, columns, K, device)
+    assert chosen.family == family
+    return chosen
+
+
+def specs():
+    """Every order and norm, plain and with masks; alike ones once."""
+    found = {}
+    for order, (norm, training), dropout in itertools.product(
+        (*ORDERS, "act-linear-norm-add", "add-norm-act-linear", "linear"), NORMS, (0.0, 0.1)
+    ):
+        spec = spec_of(order, norm, training or dropout > 0, dropout=dropout)
+        found[spec] = None
+    return list(found)
+
+
+# Families
+
+
+@pytest.mark.parametrize(
+    "order, norm, training, dtype, M, N, family, over",
+    [
+        ("note", None, True, F32, 64, 64, "tile", "given"),
+        ("linear", "layer", True, BF16, 64, 4096, "tile", "given"),
+        ("note", "batch", False, F16, 64, 64, "tile", "given"),
+        ("note", "layer", True, F32, 64, 256, "rows", "rows"),
+        ("note", "rms", True, F16, 64, 1, "rows", "rows"),
+        ("postnorm", "layer", True, BF16, 10**6, 256, "rows", "rows"),
+        ("act-linear-norm-add", "layer", True, F32, 64, 256, "rows", "rows"),
+        ("note", "layer", True, F32, 64, 257, "wide", ""),
+        ("bert-output", "rms", True, BF16, 1, 10**5, "wide", ""),
+        ("note", "batch", True, F32, 512, 300, "columns", "columns"),
+        ("branch-norm", "batch", True, BF16, 1, 4096, "columns", "columns"),
+        ("note", "batch", True, F32, 513, 300, "batch", ""),
+        ("postnorm", "batch", True, F16, 10**6, 16, "batch", ""),
+        ("preact", "layer", True, F32, 64, 64, "prologue", "rows of x"),
+        ("preact", "rms", True, BF16, 64, 4096, "prologue", "rows of x"),
+        ("preact", "batch", False, F16, 64, 64, "prologue", "given"),
+        ("preact", None, True, F16, 64, 64, "prologue", "given"),
+        ("act-linear-add", None, True, F16, 64, 64, "prologue", "given"),
+        ("prenorm", "batch", False, BF16, 64, 64, "prologue", "given"),
+        ("prenorm", "layer", True, F32, 64, 64, "prologue", "rows of x"),
+        ("prenorm", "layer", True, BF16, 64, 64, "algebraic", "rows of x, algebraic"),
+        ("prenorm", "rms", True, F16, 64, 4096, "algebraic", "rows of x, algebraic"),
+        ("prenorm", "batch", True, BF16, 64, 64, "prebatch", ""),
+        ("preact", "batch", True, F32, 10**6, 64, "prebatch", ""),
+    ],
+)
+def test_family(order, norm, training, dtype, M, N, family, over):
+    chosen = planner.plan(spec_of(order, norm, training), dtype, M, N, 64)
+    assert (chosen.family, chosen.over) == (family, over)
+    assert chosen.kernel == planner.FAMILIES[family][0]
+    assert chosen.cooperative == (family in ("batch", "prebatch"))
+    assert planner.key_of(spec_of(order, norm, training), dtype.itemsize, M, N, 64).split()[:2] == [
+        family,
+        str(8 * dtype.itemsize),
+    ]
+
+
+# What every plan must be
+
+
+def must_hold(chosen, M, N, K, dtype, device):
+    """A plan that cannot compute its layer, or does not fit the device, fails here."""
+    tile, blocks = chosen.tile, math.ceil(M / chosen.tile.BLOCK_M)
+    columns = math.ceil(N / tile.BLOCK_N)
+    assert N <= tile.BLOCK_N or chosen.family != "rows"
+    assert M <= tile.BLOCK_M or chosen.family != "columns"
+    assert 0 < chosen.programs < 2**31
+    assert chosen.shared == tile.shared(dtype.itemsize) <= device.shared
+    assert chosen.waves == chosen.programs / device.processors
+    assert tile.num_stages >= 1 and tile.num_warps in (4, 8)
+    if not chosen.cooperative:
+        assert chosen.programs == blocks * columns and chosen.walkers == 1
+        return
+    met = columns if chosen.family == "batch" else math.ceil(K / tile.BLOCK_K)
+    assert 1 <= chosen.walkers <= max(1, blocks)
+    assert chosen.programs <= device.processors
+    # Nobody is left without work, so all that wait for each other have some.
+    work = chosen.walkers * met if chosen.family == "batch" else blocks * columns
+    assert chosen.programs <= max(work, chosen.walkers * met)
+    assert chosen.walkers == 1 or chosen.walkers * met <= device.processors
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.architecture)
+def test_every_plan_can_compute_its_layer(device):
+    """Every order, norm, dtype and device at some widths."""
+    for spec, dtype, M, N in itertools.product(
+        specs(), (F32, BF16), ROWS, (1, 16, 17, 255, 256, 257, 339, 1000, 4096)
+    ):
+        must_hold(uncached(spec, dtype, M, N, 339, device), M, N, 339, dtype, device)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_width(family):
+    """Every N to 300 and some wide ones, also as K."""
+    order, norm, _, _, _ = FAMILIES[family]
+    reached = set()
+    for dropout in (0.0, 0.1):
+        spec = spec_of(order, norm, dropout=dropout)
+        for dtype, M, N in itertools.product(DTYPES, ROWS, (*range(1, 301), *WIDE)):
+            chosen = uncached(spec, dtype, M, N, N)
+            must_hold(chosen, M, N, N, dtype, planner.UNKNOWN)
+            reached.add(chosen.family)
+    assert family in reached
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.architecture)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_memory_of_every_tile(family, device):
+    """Also of tiles that no size here is given; stages are dropped only where they must be."""
+    sizes = (2,) if family == "algebraic" else (2, 4)
+    for random, size in itertools.product((False, True), sizes):
+        tables = planner.config("any", device.architecture)["tiles"]
+        by_bits = (random and tables.get(f"{family} random")) or tables[family]
+        tiles = planner.tiles_of(family, random, size, device)
+        for row, tile in zip(by_bits[str(8 * size)], tiles, strict=True):
+            shipped = Tile(*row)
+            assert tile == shipped._replace(num_stages=tile.num_stages)
+            assert tile.shared(size) <= device.shared
+            more = tile._replace(num_stages=tile.num_stages + 1)
+            assert tile == shipped or more.shared(size) > device.shared
+
+
+@pytest.mark.parametrize("N", (1, 2, 16, 17, 33, 64, 300, 4096))
+def test_many_elements(N):
+    """More than 2^31 elements, and as many rows as 32 bits count, to 2^40 elements."""
+    for spec, dtype, M in itertools.product(specs(), DTYPES, (MANY // N + 2, MANY)):
+        if M * N <= 2**40:
+            must_hold(uncached(spec, dtype, M, N, N), M, N, N, dtype, planner.UNKNOWN)
+
+
+def test_wide_and_many():
+    for spec, dtype in itertools.product(specs(), DTYPES):
+        chosen = uncached(spec, dtype, 2**20, 2**18, 64)
+        must_hold(chosen, 2**20, 2**18, 64, dtype, planner.UNKNOWN)
+
+
+# What makes a plan a good one
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_larger_device_gets_more_programs(family):
+    devices = [Device("any", count, 227 << 10) for count in (8, 24, 132, 264, 1000)]
+    some = set()
+    for M in (200, 512) if family == "columns" else (600, 4096, 65536):
+        programs = [of_family(family, M, device=device).programs for device in devices]
+        assert programs == sorted(programs)
+        some |= {*programs}
+    assert len(some) > (1 if family == "columns" else 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_few_rows_get_smaller_tiles(family):
+    few, many = (16, 512) if family == "columns" else (600, 65536)
+    small, large = (of_family(family, M).tile for M in (few, many))
+    assert small.BLOCK_M < large.BLOCK_M
+    assert small.BLOCK_M * small.BLOCK_N < large.BLOCK_M * large.BLOCK_N
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_device_is_filled_where_there_is_enough_work(family):
+    N = {"rows": 128, "columns": 10**5}.get(family, 4096)
+    chosen = of_family(family, None if family == "columns" else 65536, N, 4096)
+    assert chosen.waves >= 0.96 if chosen.cooperative else chosen.waves >= 1
+
+
+def test_masks_get_tiles_of_their_own():
+    plain, masked = (of_family("tile", 65536, 4096, dropout=p).tile for p in (0.0, 0.1))
+    assert plain.BLOCK_M * plain.BLOCK_N > masked.BLOCK_M * masked.BLOCK_N
+    # A family without a list for them uses its plain one.
+    assert of_family("columns", dropout=0.1).tile == of_family("columns").tile
+
+
+def test_hopper_has_tiles_of_its_own():
+    hopper, other = (of_family("wide", 65536, 4096, device=d).tile for d in DEVICES[:2])
+    assert hopper[:2] == (128, 256) and other[:2] == (128, 128)
+
+
+def test_a_tile_asked_for_is_taken():
+    spec, tile = spec_of("note", "batch"), Tile(64, 32, 64, 4, 2, 128)
+    chosen = planner.plan(spec, F16, 4096, 512, 512, planner.UNKNOWN, tile)
+    assert chosen.tile == tile and chosen.shared == 2 * (64 + 32) * 64 * 2
+    assert chosen.walkers == 132 // 16 and chosen.programs == 8 * 16
+    assert (
+        tile.options()["maxnreg"] == 128 and "maxnreg" not in tile._replace(maxnreg=None).options()
+    )
+    assert planner.plan(spec, F16, 4096, 512, 512).tile != tile
+
+
+# Backward
+
+
+@pytest.mark.parametrize("processors", (8, 84, 132))
+@pytest.mark.parametrize("over", (None, "rows", "columns"))
+def test_backward(over, processors):
+    device = Device("any", processors, 227 << 10)
+    for M, C in itertools.product((0, *ROWS, MANY), (*range(1, 301), 2048, 2049, *WIDE)):
+        chosen = planner.plan_backward(M, C, over, device)
+        blocks, programs = math.ceil(M / chosen.BLOCK_M), chosen.walkers * chosen.tiles
+        for size in (chosen.BLOCK_M, chosen.BLOCK_N):
+            assert size & (size - 1) == 0
+        assert chosen.tiles == math.ceil(C / chosen.BLOCK_N)
+        assert 1 <= chosen.walkers <= max(1, blocks)
+        # Arrival counters are in groups of 16 of at most 16 groups.
+        assert chosen.walkers <= planner.MOST_WALKERS == 16**2
+        assert chosen.wide == (over == "rows" and chosen.tiles > 1)
+        if over == "columns":
+            assert programs <= processors  # they wait for each other
+            assert M < 10**6 or C < 10**4 or 2 * programs > processors
+        else:
+            launched = chosen.walkers if chosen.wide else programs
+            assert launched <= max(planner.BACKWARD_PROGRAMS, chosen.tiles * (not chosen.wide))
+            assert chosen == planner.plan_backward(M, C, over)  # on any device the same sums
+            assert M < 10**6 or launched >= 256  # enough to fill a device
+
+
+@pytest.mark.parametrize("random", (False, True))
+def test_products(random):
+    splits = set()
+    for dtype, M, N, K, device in itertools.product(
+        DTYPES, (0, *ROWS, MANY // 64), (1, 17, 64, 339, 4096), (1, 16, 300, 4096), DEVICES
+    ):
+        chosen = planner.plan_products(dtype, M, N, K, True, random, device)
+        tile = Tile(chosen.BLOCK, chosen.BLOCK, chosen.BLOCK_R, **chosen.options)
+        of_weight, of_x = tile.grid(N, K), tile.grid(M, K)
+        assert chosen.splits * chosen.rows >= M  # all rows are summed up ...
+        assert (chosen.splits - 1) * chosen.rows < max(M, 1)  # ... no part is empty
+        assert chosen.rows % chosen.BLOCK_R == 0
+        assert 1 <= chosen.splits <= planner.MOST_SPLITS
+        assert chosen.programs == of_weight * chosen.splits + of_x < 2**31
+        without = planner.plan_products(dtype, M, N, K, False, random, device)
+        assert without.programs == of_weight * without.splits
+        assert chosen.options.keys() >= {"num_warps", "num_stages"}
+        assert not any(name.startswith("BLOCK") for name in chosen.options)
+        assert tile.shared(dtype.itemsize) <= device.shared
+        splits.add(chosen.splits)
+    assert {1, planner.MOST_SPLITS} <= splits
+
+
+# Files
+
+
+def rows_in(path):
+    """(family, bits, rows) of a file."""
+    for family, by_bits in json.loads(path.read_text())["tiles"].items():
+        for bits, rows in by_bits.items():
+            yield family, bits, rows
+
+
+def test_generic_has_every_family():
+    tiles = json.loads((planner.CONFIGS / "generic.json").read_text())["tiles"]
+    for family in (*FAMILIES, "products"):
+        assert tiles[family].keys() == ({"16"} if family == "algebraic" else {"16", "32"})
+    assert {name.removesuffix(" random") for name in tiles} == {*FAMILIES, "products"}
+    assert {*FAMILIES} == {*planner.FAMILIES}
+
+
+@pytest.mark.parametrize("path", sorted(planner.CONFIGS.glob("*.json")), ids=lambda path: path.name)
+def test_shipped_files(path):
+    read = json.loads(path.read_text())
+    assert read.keys() <= {"device", "note", "date", "torch", "triton", "tiles", "tuned"}
+    assert planner.config_file(read["device"]) == path or path.stem == "generic"
+    for family, bits, rows in rows_in(path):
+        tiles = [Tile(*row) for row in rows]
+        assert len({*tiles}) == len(tiles) > 0, (family, bits)
+        for tile in tiles:
+            assert all(n >= 16 and n & (n - 1) == 0 for n in tile[:3]), (family, bits, tile)
+            assert tile.num_warps in (4, 8) and tile.num_stages in (2, 3, 4)
+            assert tile.maxnreg is None or tile.maxnreg * 32 * tile.num_warps <= 65536
+        sizes = [(t.BLOCK_M * t.BLOCK_N, t.BLOCK_M) for t in tiles]
+        if family.startswith("rows"):  # largest first for each width
+            sizes = [(tile.BLOCK_N, tile.BLOCK_M) for tile in tiles]
+            assert {tile.BLOCK_N for tile in tiles} == {16, 32, 64, 128, 256}
+        areas = [first for first, _ in sizes]
+        assert areas == sorted(areas, reverse=True), (family, bits)
+        if family.startswith("rows"):
+            assert sizes == sorted(sizes, reverse=True)
+        if family.startswith("columns"):
+            assert tiles[0].BLOCK_M == planner.TALLEST_COLUMN
+
+
+def test_a_device_goes_before_its_architecture_and_that_before_generic(configs):
+    """Table by table, and within a table bits by bits."""
+    spec, device = spec_of("note", None), Device("NVIDIA H9/x 80GB", 4, 227 << 10, "sm_99")
+    assert planner.config_file(device.name).name == "NVIDIA-H9-x-80GB.json"
+
+    def tile(dtype, N=4096):
+        return list(planner.plan(spec, dtype, 4096, N, 64, device).tile[:5])
+
+    generic = {dtype: tile(dtype) for dtype in (F16, F32)}
+    configs("sm_99", tiles={"tile": {"16": [[64, 128, 32, 4, 2]], "32": [[32, 32, 32, 4, 2]]}})
+    assert (tile(F16), tile(F32)) == ([64, 128, 32, 4, 2], [32, 32, 32, 4, 2])
+    configs(device.name, tiles={"tile": {"16": [[16, 64, 16, 4, 2]]}})
+    assert (tile(F16), tile(F32)) == ([16, 64, 16, 4, 2], [32, 32, 32, 4, 2])
+    wide = spec_of("note", "layer")
+    other = planner.plan(wide, F16, 4096, 4096, 64, device)
+    assert other.tile == planner.plan(wide, F16, 4096, 4096, 64, planner.UNKNOWN._replace(
+        processors=4, architecture="sm_1")).tile  # fmt: skip
+    elsewhere = planner.plan(spec, F16, 4096, 4096, 64, device._replace(architecture="sm_1"))
+    assert list(elsewhere.tile[:5]) == [16, 64, 16, 4, 2]
+    nobody = Device("other", 4, 227 << 10, "sm_1")
+    for dtype, was in generic.items():
+        assert list(planner.plan(spec, dtype, 4096, 4096, 64, nobody).tile[:5]) == was
+
+
+def test_tuned_rows_merge_like_tiles(configs):
+    device = Device("mine", 132, 227 << 10, "sm_99")
+    a, b = "tile 16 64x64x64", "tile 16 128x64x64"
+    configs("sm_99", tuned={a: [16, 16, 16, 4, 2], b: [16, 16, 32, 4, 2]})
+    configs("mine", tuned={a: [32, 32, 32, 4, 2, 96]})
+    spec = spec_of("note", None)
+    assert planner.plan(spec, F16, 64, 64, 64, device).tile == (32, 32, 32, 4, 2, 96)
+    assert planner.plan(spec, F16, 128, 64, 64, device).tile == (16, 16, 32, 4, 2, None)
+
+
+def test_a_tuned_row_is_for_its_key_only(configs):
+    device = Device("mine", 132, 227 << 10)
+    tile = Tile(64, 256, 32, 4, 2)
+    configs("mine", tuned={"rows 16 4096x256x512": [*tile[:5]]})
+    note, batch = spec_of("note", "layer"), spec_of("note", "batch")
+
+    def taken(spec=note, dtype=F16, M=4096, N=256, K=512, device=device):
+        return planner.plan(spec, dtype, M, N, K, device).tile == tile
+
+    assert taken() and taken(dtype=BF16) and taken(spec_of("resnet-v1", "rms"))
+    assert taken(M=2049) and taken(N=129) and taken(K=257)
+    for other in (
+        {"dtype": F32}, {"M": 4097}, {"M": 2048}, {"N": 128}, {"N": 257}, {"K": 256}, {"K": 513},
+        {"spec": batch}, {"device": planner.UNKNOWN},
+    ):  # fmt: skip
+        assert not taken(**other), other
+
+
+def test_no_gpu_is_a_device_that_nobody_knows(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    planner.device_of.cache_clear()
+    for device in ("cpu", "cuda", "meta"):
+        assert planner.device_of(torch.device(device)) == planner.UNKNOWN
+    planner.device_of.cache_clear()
