@@ -51,7 +51,6 @@ def stats_shape(spec: Spec, M: int, N: int, K: int, save: bool, rows: bool) -> t
 
 
 def forward_fake(
-    saves_rows: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -65,9 +64,11 @@ def forward_fake(
     sample_rows: int,
     recipe: str,
     save: bool,
+    saves_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes, dtypes and strides of (y, z, stats): what every backend must return. `saves_rows`:
-    whether the backend saves the statistics of row norms.
+    """Shapes, dtypes and strides of (y, z, stats): what every backend must return.
+
+    `saves_rows`: whether the backend saves the statistics of norms over rows.
     """
     spec = Spec.parse(recipe)
     M, N, K = x.shape[0], weight.shape[0], weight.shape[1]
@@ -106,7 +107,7 @@ def backward_fake(
 def register(backend: str, prefix: str, saves_rows: bool) -> None:
     """Makes ops with these fakes the ones that `backend` runs."""
     for name, fake, table in (
-        ("forward", partial(forward_fake, saves_rows), FORWARD),
+        ("forward", partial(forward_fake, saves_rows=saves_rows), FORWARD),
         ("backward", backward_fake, BACKWARD),
     ):
         torch.library.register_fake(f"fusedres::{prefix}residual_{name}", fake)

@@ -106,21 +106,28 @@ def test_meta_tensors_and_other_devices():
 
 def test_triton_plan():
     pytest.importorskip("triton")
-    from fusedres.backends import triton
+    from fusedres.backends import plan
 
     x = torch.empty(4096, 512, device="meta", dtype=torch.bfloat16)
     layer = FusedResidual(512, device="meta", dtype=torch.bfloat16)
     told = explain(layer, x, device="cuda")
     call = told.calls[0]
-    assert told.backend == "triton" and call.kernel == "residual_forward_kernel"
-    assert call.tiles == triton.plan(layer.spec, torch.bfloat16, 4096, 512, 512)._asdict()
+    assert told.backend == "triton" and call.kernel == "residual_forward_wide_kernel (wide)"
+    chosen = plan.plan(
+        layer.spec, torch.bfloat16, 4096, 512, 512, plan.device_of(torch.device("cuda"))
+    )
+    assert chosen.tile.options().items() <= call.tiles.items()
+    assert call.tiles["programs"] == chosen.programs and call.tiles["waves"] > 0.5
     assert (call.forward_launches, call.backward_launches) == (1, 3)
-    assert "BLOCK_M=" in str(told) and "x is on cuda" in call.why_not["cpu"]
+    assert call.saved == {"x": 4096 * 1024, "z": 4096 * 1024, "row statistics": 4096 * 8}
+    for part in ("BLOCK_M=", "waves=", "shared memory=", "forward 1, backward at most 3"):
+        assert part in str(told)
+    assert "x is on cuda" in call.why_not["cpu"]
     if not torch.cuda.is_available():
         assert any("no GPU is here" in note for note in told.notes)
-    gated = FusedResidual(512, gate="scalar", device="meta", dtype=torch.bfloat16)
-    refused = explain(gated, x, device="cuda")
-    assert refused.backend == "reference" and "gate" in refused.calls[0].why_not["triton"]
+    double = FusedResidual(512, gate="scalar", device="meta", dtype=torch.float64)
+    refused = explain(double, x.double(), device="cuda")
+    assert refused.backend == "reference" and "float64" in refused.calls[0].why_not["triton"]
 
 
 def test_what_is_not_fused():

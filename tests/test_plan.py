@@ -203,6 +203,12 @@ def test_many_elements(N):
             must_hold(uncached(spec, dtype, M, N, N), M, N, N, dtype, planner.UNKNOWN)
 
 
+def test_no_columns():
+    """K = 0: nothing to take statistics of."""
+    for spec, dtype, M in itertools.product(specs(), DTYPES, ROWS):
+        must_hold(uncached(spec, dtype, M, 64, 0), M, 64, 0, dtype, planner.UNKNOWN)
+
+
 def test_wide_and_many():
     for spec, dtype in itertools.product(specs(), DTYPES):
         chosen = uncached(spec, dtype, 2**20, 2**18, 64)
@@ -277,7 +283,8 @@ def test_backward(over, processors):
         assert 1 <= chosen.walkers <= max(1, blocks)
         # Arrival counters are in groups of 16 of at most 16 groups.
         assert chosen.walkers <= planner.MOST_WALKERS == 16**2
-        assert chosen.wide == (over == "rows" and chosen.tiles > 1)
+        assert chosen.wide == (over == "rows" and C > planner.BACKWARD_ROW)
+        assert chosen.wide or over != "rows" or chosen.tiles == 1
         if over == "columns":
             assert programs <= processors  # they wait for each other
             assert M < 10**6 or C < 10**4 or 2 * programs > processors
@@ -292,7 +299,7 @@ def test_backward(over, processors):
 def test_products(random):
     splits = set()
     for dtype, M, N, K, device in itertools.product(
-        DTYPES, (0, *ROWS, MANY // 64), (1, 17, 64, 339, 4096), (1, 16, 300, 4096), DEVICES
+        DTYPES, (0, *ROWS, 8224, MANY // 64), (1, 17, 64, 339, 4096), (1, 16, 300, 4096), DEVICES
     ):
         chosen = planner.plan_products(dtype, M, N, K, True, random, device)
         tile = Tile(chosen.BLOCK, chosen.BLOCK, chosen.BLOCK_R, **chosen.options)

@@ -183,12 +183,15 @@ def shipped(sm):
 
 
 def forward_jobs(sm):
-    """Every tile, on Hopper in every precision, elsewhere in the one that tensor cores use."""
+    """Every tile, in fp32 by the tensor cores' TF32 and, on Hopper, in true fp32 too; with masks on
+    Hopper only in the latter, whose sums take more registers.
+    """
     for i, (family, random, size, tile) in enumerate(shipped(sm)):
         if family == "products":
             continue
         activation = ("silu", "silu", "gelu", "relu")[i % 4]  # silu takes the most registers
-        yield sm, BF16 if size == 2 else F32, "tf32", family, tile, random, activation
+        if size == 2 or sm != 90 or not random:
+            yield sm, BF16 if size == 2 else F32, "tf32", family, tile, random, activation
         if size == 4 and sm == 90:
             yield sm, F32, "ieee", family, tile, random, activation
 
@@ -231,9 +234,9 @@ def test_backward(sm, pool):
         (sm, dtype, norm, random, width)
         for dtype in ((BF16, F32) if sm == 90 else (BF16,))
         for norm in ("layer", "rms", "batch")
-        for random in (False, True)
-        for width in ((16, 64, 256, 1024, 4096, 16384) if norm == "layer" else (128, 2048))
-        if sm == 90 or (norm == "layer" and width in (64, 1024))
+        for random in ((False, True) if dtype == BF16 and norm == "layer" else (True,))
+        for width in ((16, 256, 2048, 4096) if norm == "layer" else (128, 1024))
+        if sm == 90 or (norm == "layer" and width in (256, 4096))
     ]  # fmt: skip
     for job, kernels in pool.map(backward_job, jobs, chunksize=2):
         names = [found["kernel"] for found in kernels]
@@ -249,7 +252,7 @@ def test_backward(sm, pool):
 
 
 def activation_job(name):
-    tile = planner.Tile(128, 128, 64, 8, 3)
+    tile = planner.Tile(64, 64, 64, 4, 3)
     return name, compiled(90, forward, BF16, "ieee", "rows", tile, False, name)
 
 

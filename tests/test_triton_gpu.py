@@ -252,7 +252,7 @@ def test_graph_replays_are_bitwise_the_ordinary_calls(name, monkeypatch):
     """New data each time. No arrival counters exist when the capture begins."""
     leaves, dy, run = step_of(make_family(name, monkeypatch))
     compile_kernels(run)
-    backend._COUNTERS.clear()
+    backend._slots.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()

@@ -121,8 +121,12 @@ def ours(case, asked=None):
     return fused(case, "triton", asked)
 
 
-def check(case):
-    assert_as_accurate(ours(case), eager(case), exact(case), f"'{case.spec}', {case.x.dtype}")
+def check(case, asked=None):
+    spec, asked = case.spec, case.asked if asked is None else asked
+    if spec.batch_stats and spec.epilogue[:1] == ("norm",):  # the bias' gradient is 0, and noise
+        asked = tuple(name for name in asked if name != "bias")
+    results = (run(case, asked=asked) for run in (ours, eager, exact))
+    assert_as_accurate(*results, f"'{spec}', {case.x.dtype}")
 
 
 def bitwise(a, b):

@@ -157,7 +157,8 @@ def family_of(spec: Spec, size: int, M: int, N: int) -> str:
 def key_of(spec: Spec, size: int, M: int, N: int, K: int) -> str:
     """What tuned tiles are filed under: family, bits, and sizes rounded up to a power of two."""
     sizes = "x".join(str(power_of_two(n)) for n in (M, N, K))
-    return f"{family_of(spec, size, M, N)} {8 * size} {sizes}"
+    random = " random" if spec.random else ""
+    return f"{family_of(spec, size, M, N)}{random} {8 * size} {sizes}"
 
 
 def tiles_of(family: str, random: bool, size: int, device: Device) -> list[Tile]:
@@ -213,7 +214,9 @@ def plan(
         over = "rows of x"
     if tile is None:
         tuned = config(device.name, device.architecture)["tuned"].get(key_of(spec, size, M, N, K))
-        tile = Tile(*tuned) if tuned else choose_tile(family, spec.random, size, M, N, device)
+        tile = Tile(*tuned) if tuned else None
+        if tile is None or not can_compute(family, tile, M, N):
+            tile = choose_tile(family, spec.random, size, M, N, device)
     programs, walkers = tile.grid(M, N), 1
     if family in COOPERATIVE:
         columns = ceil_div(N, tile.BLOCK_N) if family == "batch" else ceil_div(K, tile.BLOCK_K)
