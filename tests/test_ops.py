@@ -149,7 +149,8 @@ import test_ops, torch
 from fusedres import backends, ops
 assert backends.choose("triton", "linear-norm-act-add norm=layer activation=relu",
                        torch.float32, torch.device("cpu"), 6, 6) == "triton"
-for name in ("note", "linear and add", "no bias, no affine", "batch", "preact batch", "prenorm rms"):
+NAMES = ("note", "linear and add", "no bias, no affine", "batch", "preact batch", "prenorm rms")
+for name in NAMES:
     case = test_ops.make(name)
     forward, backward = ops.FORWARD["triton"], ops.BACKWARD["triton"]
     arguments = test_ops.forward_arguments(case)

@@ -63,13 +63,22 @@ class Device(NamedTuple):
 UNKNOWN = Device("any", 132, 227 << 10)  # an H100 or H200
 
 
+def registers(num_warps: int) -> int:
+    """For each thread if one program has a multiprocessor's. Said to ptxas, or it may spill a
+    register for room for another program.
+    """
+    return min(255, 65536 // (32 * num_warps))
+
+
 class Tile(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  # registers a thread; None: ptxas chooses, and may spill one to fit
+    maxnreg: int | None = (
+        None  # registers a thread; None: ptxas decides, and may spill to save some
+    )
 
     def options(self) -> dict[str, int]:
         """As a kernel's keyword arguments."""

@@ -358,7 +358,7 @@ class _Backward:
         constants = {
             "BEFORE": side.before, "AFTER": side.after, "ADD": add, "ACT": act,
             "ACT_GRAD": act_grad, "BLOCK_M": chosen.BLOCK_M, "BLOCK_N": chosen.BLOCK_N,
-            "num_warps": chosen.num_warps,
+            "num_warps": chosen.num_warps, "maxnreg": planner.registers(chosen.num_warps),
         }  # fmt: skip
         sizes = (M, C, chosen.walkers, scale, *strides)
         results = (dz, dshortcut, outs, total, partial, arrived)
