@@ -198,7 +198,7 @@ def _kernel(
     if backend == "triton":
         chosen = plan.plan(spec, dtype, M, N, K, plan.device_of(device))
         tiles = {
-            **chosen.tile.options(),
+            **chosen.tile.options(dtype.itemsize),
             "programs": chosen.programs,
             "shared memory": readable_size(chosen.shared),
             "waves": round(chosen.waves, 2),

@@ -97,7 +97,7 @@ def test_a_process_that_takes_too_long_is_ended(
     """With its children; by SIGKILL if it does not listen."""
     monkeypatch.setattr(gpu_steps, "GRACE", 1.0)
     ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN); " if stubborn else ""
-    child = f"{ignore}print(os.getpid(), flush=True); time.sleep(60)"
+    child = f"{ignore}print(os.getpid(), flush=True); time.sleep(600)"
     code = f"import os, signal, subprocess, sys, time; {ignore}child = {child!r}; "
     code += "subprocess.Popen([sys.executable, '-c', 'import os, signal, time; ' + child]); "
     code += child
@@ -185,7 +185,7 @@ import time
 
 def test_passes(): pass
 
-def test_hangs(): time.sleep(60)
+def test_hangs(): time.sleep(600)
 """
 
 
@@ -197,7 +197,7 @@ def test_a_test_that_hangs_is_named(
     file = tmp_path / "test_slow.py"
     file.write_text(HANGS)
     check = gpu_steps.Check(tmp_path, ["gpu-tests"], 100.0)
-    check.pytest("gpu-tests", {"slow": [str(file), "-c", os.devnull]}, 10.0, must_end)
+    check.pytest("gpu-tests", {"slow": [str(file), "-c", os.devnull]}, 25.0, must_end)
     (found,) = check.found
     assert found["ok"] is ok and found["counts"] == {"PASSED": 1}
     assert "1 passed, out of time" in found["told"] and "::test_hangs" in found["told"]

@@ -161,12 +161,6 @@ def test_the_rule_of_a_key_is_that_of_its_largest_size():
     assert tune.contenders(calls, DEVICE)[0] == rules[1]
 
 
-def test_a_limit_of_registers_goes_with_its_warps():
-    spec = make_spec("preact", activation="gelu")
-    limited = [t for t in candidates(spec=spec, M=65536) if t[:3] == (128, 128, 64)]
-    assert {t.num_warps: t.maxnreg for t in limited} == {4: None, 8: 255}
-
-
 def test_dry_run(run, monkeypatch):
     monkeypatch.setattr(planner, "device_of", lambda device: planner.UNKNOWN)
     monkeypatch.setattr(tune, "prepare", None)  # nothing may be measured
@@ -218,15 +212,6 @@ def test_the_fastest_is_chosen_and_the_planner_takes_it(run, gpu):
     assert "30.00 us  [128, 128, 64, 4, 4]  chosen" in out
     assert str(planner.config_file(DEVICE.name)) in out
     assert faster not in (planned(M=257), planned(N=1024), planned(dtype=torch.float32))
-
-
-def test_a_limit_of_registers_is_written(run, gpu):
-    spec = make_spec("preact", activation="gelu")
-    limited = Tile(128, 128, 64, 8, 4, 255)
-    gpu.cost[limited] = 10.0
-    assert run(*SHAPE, "--order", "preact", "--activation", "gelu")[0] == 0
-    assert written()["tuned"] == {"prologue 16 256x512x512": [*limited]}
-    assert planned(spec) == limited
 
 
 @pytest.mark.parametrize("cost, chosen", [(99.0, False), (98.1, False), (97.9, True)])

@@ -64,9 +64,7 @@ UNKNOWN = Device("any", 132, 227 << 10)  # an H100 or H200
 
 
 def registers(num_warps: int) -> int:
-    """For each thread if one program has a multiprocessor's. Said to ptxas, or it may spill a
-    register for room for another program.
-    """
+    """For each thread, if one program has all of a multiprocessor's."""
     return min(255, 65536 // (32 * num_warps))
 
 
@@ -76,13 +74,18 @@ class Tile(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = (
-        None  # registers a thread; None: ptxas decides, and may spill to save some
-    )
+    maxnreg: int | None = None  # registers a thread, if not by the rule of `options`
 
-    def options(self) -> dict[str, int]:
-        """As a kernel's keyword arguments."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+    def options(self, size: int) -> dict[str, int]:
+        """As a kernel's keyword arguments, for elements of `size` bytes.
+
+        16-bit kernels are told that they may take every register, or ptxas spills one for room for
+        another program. fp32 kernels are not: ptxas would take them all for copies of their
+        operands, and spill.
+        """
+        most = registers(self.num_warps) if size == 2 else None
+        found = {**self._asdict(), "maxnreg": self.maxnreg or most}
+        return {name: value for name, value in found.items() if value is not None}
 
     def shared(self, size: int) -> int:
         """Bytes of shared memory of its pipeline for elements of `size` bytes, at most."""
@@ -291,5 +294,5 @@ def plan_products(
     rows = ceil_div(ceil_div(M, max(1, wanted)), step) * step
     splits = max(1, ceil_div(M, rows)) if rows else 1
     programs = of_weight * splits + dx * tile.grid(M, K)
-    options = {k: v for k, v in tile.options().items() if not k.startswith("BLOCK")}
+    options = {k: v for k, v in tile.options(dtype.itemsize).items() if not k.startswith("BLOCK")}
     return ProductsPlan(block, step, options, splits, rows, programs)

@@ -172,7 +172,7 @@ def _launch_forward(
     constants = {
         "PROLOGUE": spec.prologue, "BEFORE": before, "EPILOGUE": epilogue,
         "ACT": activation_functions(spec.activation)[0], "PRECISION": _precision(),
-        **tile.options(),
+        **tile.options(x.dtype.itemsize),
     }  # fmt: skip
     kernel = getattr(forward, chosen.kernel)
     with torch.cuda.device_of(x):
