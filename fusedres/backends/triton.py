@@ -429,7 +429,9 @@ def prepare(device: torch.device) -> None:
     if device not in _arenas and not (
         device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     ):
-        _arenas[device] = torch.zeros(SLOTS * SLOT, dtype=torch.int32, device=device)
+        arena = torch.zeros(SLOTS * SLOT, dtype=torch.int32, device=device)
+        if type(arena) is Tensor:  # a tracer makes fakes, and launches nothing
+            _arenas[device] = arena
 
 
 def _counters(t: Tensor, count: int) -> Tensor:
