@@ -71,11 +71,13 @@ def row_of(tile: Tile) -> list[int]:
 
 def contenders(calls: list[Call], device: Device, quick: bool = False) -> list[Tile]:
     """The rule's tile, then what calls of one key are measured with; `quick`: no variants."""
-    family, bits, _ = calls[0].key().split()
+    first = calls[0]
+    size = first.dtype.itemsize
+    family, bits = planner.family_of(first.spec, size, first.M, first.N), str(8 * size)
     found = [max(calls, key=lambda call: call.M * call.N).rule(device)]
     for path, name in product(sorted(planner.CONFIGS.glob("*.json")), (family, f"{family} random")):
         for row in json.loads(path.read_text()).get("tiles", {}).get(name, {}).get(bits, ()):
-            found += _variants(Tile(*row), int(bits) // 8, device, quick)
+            found += _variants(Tile(*row), size, device, quick)
     able = (t for t in found if all(planner.can_compute(family, t, c.M, c.N) for c in calls))
     return list(dict.fromkeys(able))
 

@@ -21,6 +21,7 @@ try:
     import triton
 
     from ..kernels import backward, epilogue, forward, products
+    from ..kernels.moments import GROUP
     from ..kernels.stages import Operands
 except ImportError:
     triton = None
@@ -28,7 +29,6 @@ except ImportError:
 INPUTS = ("x", "weight", "bias", "norm_weight", "norm_bias", "gate", "residual")  # bit i of `needs`
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANDOM = {"dropout", "droppath"}
-GROUP = 16  # of kernels/moments.py
 
 
 def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str | None:
@@ -272,7 +272,6 @@ class _Backward:
         self.dy, self.z, self.stats = dy, z, stats
         self.device = planner.device_of(dy.device)
         self.operands = inputs.operands(spec, stats)
-        self.shortcut = grads.get("x" if inputs.residual is None else "residual")
 
     def asked(self, stages: tuple[str, ...]) -> dict[str, Tensor]:
         """The gradients asked for of what `stages` read, but for x."""
@@ -349,7 +348,7 @@ class _Backward:
         partial = arrived = None
         if batch or chosen.wide or any(t is not None for t in outs):
             partial = dy.new_empty((len(outs), chosen.walkers, C), dtype=torch.float32)
-            arrived = _counters(dy, 2 + chosen.tiles * (GROUP + 1) + 1)
+            arrived = _counters(dy, 2 + chosen.tiles * (GROUP.value + 1) + 1)
         other, scale = (None, 0.0) if skip is None else skip
         act, act_grad = activation_functions(spec.activation)
         strides = [*dy.stride()]
