@@ -135,7 +135,9 @@ class Context:
         saved: dict[str, int] | None = None
         forward = backward = None
         if chosen in ops.FORWARD or chosen == "triton":
-            forward, backward = 1, _backward_launches(chosen, spec, bias, residual is not None)
+            own, sizes = residual is not None, (dtype, M, N, K)
+            forward = 1
+            backward = _backward_launches(chosen, spec, bias, own, *sizes, self.device)
             saved = {
                 "x": M * K * size,
                 "casts of parameters": (K + bias) * N * size if self.weight_dtype != dtype else 0,
@@ -214,9 +216,13 @@ def _row_statistics(backend: str, spec: Spec, M: int) -> int:
     return 8 * M if backend == "triton" and spec.norm in ("layer", "rms") else 0
 
 
-def _backward_launches(backend: str, spec: Spec, bias: bool, own_residual: bool) -> int:
+def _backward_launches(
+    backend: str, spec: Spec, bias: bool, own_residual: bool, dtype: torch.dtype,
+    M: int, N: int, K: int, device: torch.device,
+) -> int:  # fmt: skip
     if backend != "triton":
         return 1
     from .backends import triton
 
-    return len(triton.backward_launches(spec, bias, own_residual))
+    sizes = (dtype, M, N, K, plan.device_of(device))
+    return len(triton.backward_launches(spec, bias, own_residual, *sizes))

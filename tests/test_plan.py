@@ -318,6 +318,32 @@ def test_products(random):
     assert {1, planner.MOST_SPLITS} <= splits
 
 
+@pytest.mark.parametrize("random", (False, True))
+def test_dz_and_dx_in_one_launch(random):
+    for dtype, M, N, K, device in itertools.product(
+        DTYPES, (0, *ROWS, MANY), (1, 16, 17, 64, 256, 257, 512, 513), (1, 339, 4096), DEVICES
+    ):
+        chosen = planner.plan_whole(dtype, M, N, K, random, device)
+        if chosen is None:
+            continue
+        tile, blocks = chosen.tile, math.ceil(M / chosen.tile.BLOCK_M)
+        assert tile.BLOCK_N == planner.power_of_two(N) <= 512
+        assert 1 <= chosen.walkers <= max(1, min(blocks, planner.MOST_WALKERS))
+        assert blocks <= device.processors or K <= planner.REREADS * tile.BLOCK_M
+    hopper = Device("any", 132, 227 << 10, "sm_90")
+    ampere = hopper._replace(architecture="sm_80")
+
+    def whole(*args):
+        return planner.plan_whole(*args, False) is not None
+
+    one_wave = 132 * 16
+    assert whole(F16, one_wave, 512, 512) and not whole(F16, one_wave + 1, 512, 512)
+    assert whole(F16, 65536, 128, 128) and not whole(F16, 65536, 256, 256)
+    assert not whole(F16, 256, 513, 64)
+    assert planner.plan_whole(F16, 256, 64, 64, False, ampere) is None
+    assert planner.plan_whole(F32, 256, 64, 64, False, ampere) is not None
+
+
 # Files
 
 
@@ -330,9 +356,9 @@ def rows_in(path):
 
 def test_generic_has_every_family():
     tiles = json.loads((planner.CONFIGS / "generic.json").read_text())["tiles"]
-    for family in (*FAMILIES, "products"):
+    for family in (*FAMILIES, "products", "whole"):
         assert tiles[family].keys() == ({"16"} if family == "algebraic" else {"16", "32"})
-    assert {name.removesuffix(" random") for name in tiles} == {*FAMILIES, "products"}
+    assert {name.removesuffix(" random") for name in tiles} == {*FAMILIES, "products", "whole"}
     assert {*FAMILIES} == {*planner.FAMILIES}
 
 
@@ -343,15 +369,24 @@ def test_shipped_files(path):
     assert planner.config_file(read["device"]) == path or path.stem == "generic"
     for family, bits, rows in rows_in(path):
         tiles = [Tile(*row) for row in rows]
-        assert len({*tiles}) == len(tiles) > 0, (family, bits)
+        whole = family.startswith("whole")
+        assert len({*tiles}) == len(tiles) > 0 or whole, (family, bits)
         for tile in tiles:
-            assert all(n >= 16 and n & (n - 1) == 0 for n in tile[:3]), (family, bits, tile)
+            assert all(n >= (8 if whole else 16) and n & (n - 1) == 0 for n in tile[:3]), (
+                family,
+                bits,
+                tile,
+            )
             assert tile.num_warps in (4, 8, 16) and tile.num_stages in (2, 3, 4)
             assert tile.maxnreg is None or tile.maxnreg * 32 * tile.num_warps <= 65536
         sizes = [(t.BLOCK_M * t.BLOCK_N, t.BLOCK_M) for t in tiles]
         if family.startswith("rows"):  # largest first for each width
             sizes = [(tile.BLOCK_N, tile.BLOCK_M) for tile in tiles]
             assert {tile.BLOCK_N for tile in tiles} == {16, 32, 64, 128, 256}
+        if whole:  # one for each width, the widest first
+            widths = [tile.BLOCK_N for tile in tiles]
+            assert widths == sorted({*widths}, reverse=True)
+            continue
         areas = [first for first, _ in sizes]
         assert areas == sorted(areas, reverse=True), (family, bits)
         if family.startswith("rows"):

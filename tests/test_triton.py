@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedres.kernels import epilogue
+from fusedres.backends import plan as planner
+from fusedres.backends import triton as backend
+from fusedres.kernels import by_tanh, epilogue
 from fusedres.reference import ACTIVATION_FUNCTIONS
 from fusedres.spec import ACTIVATIONS, ORDERS
 from oracle import assert_close, eager, exact
@@ -220,6 +222,91 @@ def test_normal_cdf_error_bound():
     h = torch.cat([torch.linspace(-14, 14, 400001), logarithmic(-20, 10)])
     error = (apply(epilogue.normal_cdf, h).double() - torch.special.ndtr(h.double())).abs()
     assert error.max() < (8e-8 if INTERPRET else 1.5e-7)
+
+
+@pytest.mark.parametrize("sigma", [1e-3, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("name", by_tanh.ACTIVATIONS)
+def test_bf16_has_room_for_the_error_of_the_tanh_instruction(name, sigma):
+    """NUMERICS 1 for value and derivative, with errors of the size that the PTX manual allows.
+
+    Harder than in a layer: h is a bf16 number, so that eager only rounds once.
+    """
+    random = torch.Generator().manual_seed(0)
+    h = (sigma * torch.randn(1 << 16, generator=random)).bfloat16()
+    sign = 2.0 * torch.randint(0, 2, h.shape, generator=random) - 1
+    t = h.float()
+    u = {"silu": t / 2, "gelu_tanh": 0.7978845608028654 * (t + 0.044715 * t**3), "tanh": t}[name]
+    tanh = torch.tanh(u) * (1 + sign * 2**-11)
+    value = tanh if name == "tanh" else t * (0.5 + 0.5 * tanh)
+    ours = [value, 1 - tanh * tanh] if name == "tanh" else [value]
+    plain, true = value_and_derivative(name, h), value_and_derivative(name, h.double())
+    for mine, eagers, t in zip(ours, plain, true, strict=False):
+        error, allowed = ((v.bfloat16().double() - t).abs() for v in (mine, eagers))
+        assert error.square().mean().sqrt() <= 1.1 * allowed.square().mean().sqrt()
+        assert error.max() <= 2 * allowed.max()
+
+
+@pytest.mark.parametrize("name", by_tanh.ACTIVATIONS)
+def test_activation_by_the_tanh_instruction(name):
+    """By the portable tanh in the interpreter, by the instruction on a GPU."""
+    h = torch.cat([torch.linspace(-12, 12, 20011), logarithmic(-6, 4)])
+    true = value_and_derivative(name, h.double())
+    for function, t in zip(by_tanh.ACTIVATIONS[name], true, strict=True):
+        error = (apply(function, h).double() - t).abs() / h.abs().clamp(min=1.0)
+        assert error.max() <= (4 * EPS if INTERPRET else 2**-10)
+    edges = torch.tensor([float("nan"), float("inf"), 1e15, -1e15])
+    value = value_and_derivative(name, edges.double())[0].float()
+    torch.testing.assert_close(apply(by_tanh.ACTIVATIONS[name][0], edges), value, equal_nan=True)
+
+
+def test_bf16_takes_the_tanh_instruction_and_other_types_do_not():
+    for name in (None, *ACTIVATIONS):
+        exact = epilogue.ACTIVATIONS[name]
+        assert (
+            backend.activation_functions(name, F32)
+            == backend.activation_functions(name, F16)
+            == exact
+        )
+        assert (backend.activation_functions(name, BF16) != exact) == (
+            name in ("silu", "gelu_tanh", "tanh")
+        )
+
+
+# dz and dx in one launch.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"N": 130},
+        {"order": "resnet-v1"},
+        {"order": "postnorm"},
+        {"order": "linear-act"},
+        {"order": "linear-add", "norm": None},
+        {"norm": "rms", "residual": 80},
+        {"norm": "batch", "training": False},
+        {"N": 130, "pad": True},
+        {"N": 130, "pad": True, "order": "linear-norm-add-act"},
+        {"gate": "channel", "dropout": 0.25, "drop_path": 0.125, "residual_scale": 0.5},
+    ],
+    ids=str,
+)
+def test_dz_and_dx_in_one_launch_or_two(settings, whole, dtype, monkeypatch):
+    """Both ways are as accurate as eager; programs take several row blocks each."""
+    force(monkeypatch, 40, **({"MOST_WALKERS": 3} if whole else {"WIDEST_PRODUCT": 0}))
+    case = make(150, 80, **{"activation": "gelu", "dtype": dtype, **settings})
+    N = settings.get("N", 80)
+    planned = backend.plan_whole(case.spec, dtype, 150, N, 80, planner.device_of(case.x.device))
+    assert (planned is not None) == whole
+    check(case)
+
+
+@pytest.mark.parametrize("N", [1, 16, 17, 256, 257, 512])
+def test_dz_and_dx_of_rows_of_any_width(N):
+    case = make(21, 70, N, activation="gelu", dtype=F16, residual=N)
+    assert_close(ours(case), eager(case), exact(case), terms=10 * (70 + N))
 
 
 # Shapes and layouts.
@@ -440,8 +527,6 @@ def test_what_is_saved():
 
 
 def test_products_of_fp32_are_tf32_only_where_torch_says_so():
-    from fusedres.backends import triton as backend
-
     assert backend._precision() == "ieee"
     torch.set_float32_matmul_precision("high")
     try:

@@ -88,6 +88,7 @@ def properties(binary):
         "wgmma": ptx.count("wgmma.mma_async"),
         "register_a": len(re.findall(r"wgmma\.mma_async[^;]*?\}\s*,\s*\{", ptx)),
         "async_copies": ptx.count("cp.async.c"),
+        "tanh": ptx.count("tanh.approx.f32"),
         "offsets": sorted(set(offsets)),
     }
 
@@ -157,6 +158,22 @@ def backward(sm, dtype, norm, random, width):
     backend.residual_backward(dy, *tensors, z, stats, 1, str(spec), needs)
 
 
+def whole(sm, dtype, tile, random, activation, order):
+    """Launches the backward kernel that makes dz and dx, with this tile."""
+    planner.plan_whole = lambda *_: planner.WholePlan(tile, 256)
+    settings = {"order": order, "norm": "layer", "activation": activation}
+    spec, M, N, K = make_spec(**settings, **(EVERYTHING if random else {})), 4096, tile.BLOCK_N, 512
+    tensors = operands(spec, dtype, M, N, K)
+    dy = torch.empty(M, N, dtype=dtype, device="meta")
+    stats = torch.empty(2 * M, dtype=F32, device="meta")
+    needs = sum(1 << i for i, t in enumerate(tensors[:7]) if t is not None)
+    backend.residual_backward(dy, *tensors, dy, stats, 1, str(spec), needs)
+
+
+def whole_job(job):
+    return job, compiled(job[0], whole, *job)
+
+
 def forward_job(job):
     sm, *rest = job
     return job, compiled(sm, forward, *rest)
@@ -190,7 +207,7 @@ def forward_jobs(sm):
     Hopper only in the latter, whose sums take more registers.
     """
     for i, (family, random, size, tile) in enumerate(shipped(sm)):
-        if family == "products":
+        if family in ("products", "whole"):
             continue
         activation = ("silu", "gelu")[i % 2]  # these take the most registers
         if size == 2 or sm != 90 or not random:
@@ -254,6 +271,24 @@ def test_backward(sm, pool):
     assert not told, "\n".join(told)
 
 
+@pytest.mark.parametrize("sm", SHARED_LIMIT)
+def test_backward_of_whole_rows(sm, pool):
+    told, jobs = [], []
+    for i, (family, random, size, tile) in enumerate(shipped(sm)):
+        orders = ("note", "linear-norm-gate-act-add" if tile.BLOCK_N > 256 else "postnorm")
+        orders = (RECIPES["tile"][1],) if random else orders if sm == 90 else orders[-1:]
+        job = sm, BF16 if size == 2 else F32, tile, random, ("silu", "gelu")[i % 2]
+        jobs += [(*job, order) for order in orders if family == "whole"]
+    for job, (found,) in pool.map(whole_job, jobs, chunksize=2):
+        assert found["kernel"] == "residual_backward_product_kernel"
+        what = wrong(sm, found, job[1] == BF16)
+        if not found["async_copies"] and sm == 90:
+            what += ", loads without a pipeline"
+        if what:
+            told.append(f"{job} {what}: {found}")
+    assert len(jobs) >= 10 and not told, "\n".join(told)
+
+
 def activation_job(name):
     tile = planner.Tile(64, 64, 64, 4, 3)
     return name, compiled(90, forward, BF16, "ieee", "rows", tile, False, name)
@@ -263,6 +298,7 @@ def test_every_activation(pool):
     """The sine is a library function that reduces its argument in 32 bytes of stack."""
     for name, (found,) in pool.map(activation_job, ACTIVATIONS, chunksize=2):
         assert found["stack"] == (32 if name == "sin" else 0), f"{name}: {found}"
+        assert (found["tanh"] > 0) == (name in ("silu", "gelu_tanh", "tanh")), f"{name}: {found}"
 
 
 # The measures themselves must be able to tell.

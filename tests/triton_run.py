@@ -55,7 +55,13 @@ def force(monkeypatch, processors=None, **constants):
     if processors is not None:
         device = planner.Device("any", processors, 160 << 10)
         monkeypatch.setattr(planner, "device_of", lambda _: device)
+    forget()
+
+
+def forget():
+    """What the planner has cached."""
     planner.plan.cache_clear()
+    planner.plan_whole.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +73,11 @@ def _clean(monkeypatch):
     """
     if INTERPRET:
         force(monkeypatch, 2)
-    planner.plan.cache_clear()
+    forget()
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    planner.plan.cache_clear()
+    forget()
 
 
 def make(*args, **settings):
@@ -167,6 +173,7 @@ class Launches(TorchDispatchMode):
         ("forward", "residual_forward_batch_kernel"),
         ("forward", "residual_forward_prebatch_kernel"),
         ("backward", "residual_backward_kernel"),
+        ("backward", "residual_backward_product_kernel"),
         ("backward", "residual_backward_wide_kernel"),
         ("backward", "residual_backward_batch_kernel"),
         ("products", "residual_products_kernel"),

@@ -36,6 +36,8 @@ BACKWARD_WARPS = 8
 BACKWARD_WIDTH = 128  # columns of one where nothing needs whole rows
 BACKWARD_PROGRAMS = 512  # a constant, so that sums do not depend on the GPU
 MOST_WALKERS = 256
+WIDEST_PRODUCT = 512  # features of z for dz and dx in one launch
+REREADS = 5.6  # of the weight in L2 while memory moves what `plan_whole` says
 MOST_SPLITS = 32  # parts of the rows in the product dz.T @ x
 
 FAMILIES = {  # family -> (kernel, what it takes statistics over)
@@ -249,6 +251,11 @@ class BackwardPlan(NamedTuple):
     walkers: int
     wide: bool  # a norm over rows that go through in several tiles
 
+    def options(self) -> dict[str, int]:
+        """As a kernel's keyword arguments."""
+        sizes = {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N, "num_warps": self.num_warps}
+        return sizes | {"maxnreg": registers(self.num_warps)}
+
 
 def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) -> BackwardPlan:
     """`over`: "rows" for a norm over whole rows, "columns" for one over this batch, else None."""
@@ -267,6 +274,34 @@ def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) ->
     programs = device.processors if over == "columns" else BACKWARD_PROGRAMS
     walkers = max(1, min(blocks, programs // (1 if wide else tiles), MOST_WALKERS))
     return BackwardPlan(height, width, BACKWARD_WARPS, tiles, walkers, wide)
+
+
+class WholePlan(NamedTuple):
+    """One launch of the backward kernel that makes dz and dx of whole rows."""
+
+    tile: Tile
+    walkers: int
+
+
+@lru_cache(maxsize=4096)
+def plan_whole(
+    dtype: torch.dtype, M: int, N: int, K: int, random: bool, device: Device = UNKNOWN
+) -> WholePlan | None:
+    """dz (M, N) and dx (M, K) in one launch; `random`: masks after `linear`. None where two
+    launches are better: each row block reads all of the weight.
+
+    By arithmetic: a launch saved pays for that where one wave of programs is enough. Beyond, the
+    4 M N elements that go to and from memory must hide it; L2 gives about 2.4 times what memory
+    does, so K / BLOCK_M + 4 <= 2.4 * 4.
+    """
+    tiles = tiles_of("whole", random, dtype.itemsize, device)
+    tile = next((t for t in tiles if power_of_two(N) == t.BLOCK_N), None)
+    if tile is None or N > WIDEST_PRODUCT:
+        return None
+    blocks = ceil_div(M, tile.BLOCK_M)
+    if blocks > device.processors and K > REREADS * tile.BLOCK_M:
+        return None
+    return WholePlan(tile, max(1, min(blocks, MOST_WALKERS)))
 
 
 class ProductsPlan(NamedTuple):

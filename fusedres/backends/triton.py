@@ -15,12 +15,12 @@ from torch import Tensor
 from .. import activations, ops
 from ..spec import ACTIVATIONS, Spec
 from . import plan as planner
-from .plan import Plan, ceil_div
+from .plan import Plan, WholePlan, ceil_div
 
 try:
     import triton
 
-    from ..kernels import backward, epilogue, forward, products
+    from ..kernels import backward, by_tanh, epilogue, forward, products
     from ..kernels.moments import GROUP
     from ..kernels.stages import Operands
 except ImportError:
@@ -62,8 +62,10 @@ def _why_not_on(device: torch.device) -> str | None:
     return None
 
 
-def activation_functions(name: str | None) -> tuple[Any, Any]:
-    """Value and derivative of an activation as jitted functions."""
+def activation_functions(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Value and derivative of an activation as jitted functions, for tensors of `dtype`."""
+    if dtype == torch.bfloat16 and name in by_tanh.ACTIVATIONS:
+        return by_tanh.ACTIVATIONS[name]
     if name is None or name in ACTIVATIONS:
         return epilogue.ACTIVATIONS[name]
     return activations.triton_functions(name)
@@ -171,7 +173,7 @@ def _launch_forward(
     head = (x, weight, inputs.bias, inputs.operands(spec, stats))
     constants = {
         "PROLOGUE": spec.prologue, "BEFORE": before, "EPILOGUE": epilogue,
-        "ACT": activation_functions(spec.activation)[0], "PRECISION": _precision(),
+        "ACT": activation_functions(spec.activation, x.dtype)[0], "PRECISION": _precision(),
         **tile.options(x.dtype.itemsize),
     }  # fmt: skip
     kernel = getattr(forward, chosen.kernel)
@@ -240,7 +242,22 @@ def residual_backward(
     return list(grads.values())
 
 
-def backward_launches(spec: Spec, bias: bool, own_residual: bool) -> tuple[str, ...]:
+def plan_whole(
+    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, device: planner.Device
+) -> WholePlan | None:
+    """How one launch makes dz and dx of a layer, if it does."""
+    if spec.prologue or spec.batch_stats or (dtype == torch.float32 and _precision() == "tf32"):
+        return None  # TF32 takes the weight through registers, which then spill
+    if N > 256 and Side.of(spec.epilogue).before:
+        return None  # what stands before a norm takes more registers than a wide row leaves
+    random = bool(RANDOM & set(spec.epilogue))
+    return planner.plan_whole(dtype, M, N, K, random, device)
+
+
+def backward_launches(
+    spec: Spec, bias: bool, own_residual: bool, dtype: torch.dtype, M: int, N: int, K: int,
+    device: planner.Device = planner.UNKNOWN,
+) -> tuple[str, ...]:  # fmt: skip
     """What `residual_backward` launches with every gradient asked for; `own_residual`: a residual
     that is not x.
     """
@@ -251,6 +268,8 @@ def backward_launches(spec: Spec, bias: bool, own_residual: bool) -> tuple[str, 
     after, before = row_kernels
     adds = "add" in spec.epilogue
     runs = any(stage != "add" for stage in spec.epilogue) or bias or (adds and own_residual)
+    if not spec.prologue and (runs or adds) and plan_whole(spec, dtype, M, N, K, device):
+        return ("residual_backward_product_kernel", "mm")
     if not spec.prologue:
         return (*([after] if runs or adds else []), "addmm", "mm")
     runs = runs or (adds and spec.epilogue[-1] != "add")
@@ -298,6 +317,17 @@ class _Backward:
 
         dz = dy
         changes = any(stage != "add" for stage in spec.epilogue)
+        whole = self.whole() if dskip is not None or own or changes else None
+        if whole is not None:
+            new = dy.new_empty(dy.shape) if changes and "weight" in grads else None
+            skip = (grads["x"], 1.0) if late else None
+            if late and spec.epilogue[-1] == "add":
+                dskip, skip = None, (dy, spec.residual_scale)
+            saved = self.z if self.z.numel() else None
+            self.rows("epilogue", dy, saved, new, dskip, own, skip, whole=whole)
+            if "weight" in grads:
+                torch.mm((dy if new is None else new).t(), x, out=grads["weight"])
+            return
         if dskip is not None or own or (changes and needs_dz):
             new = dy.new_empty(dy.shape) if changes and needs_dz else None
             self.rows("epilogue", dy, self.z if self.z.numel() else None, new, dskip, own)
@@ -321,6 +351,11 @@ class _Backward:
                 "prologue", dt, x, grads.get("x"), early, self.asked(spec.prologue), skip, adds
             )
 
+    def whole(self) -> WholePlan | None:
+        """How one launch makes dz and dx, if it does."""
+        spec, (M, K), N = self.spec, self.inputs.x.shape, self.dy.shape[1]
+        return plan_whole(spec, self.dy.dtype, M, N, K, self.device) if "x" in self.grads else None
+
     def rows(
         self,
         where: str,
@@ -331,14 +366,19 @@ class _Backward:
         sums: dict[str, Tensor],
         skip: tuple[Tensor, float] | None = None,
         add: bool = False,
+        whole: WholePlan | None = None,
     ) -> None:
-        """One launch of a row-major kernel: dz from dy and z, dshortcut, and sums over the rows."""
+        """One launch of a row-major kernel: dz from dy and z, dshortcut, and sums over the rows;
+        with `whole` also dx = dz @ weight, to which then `skip` is added.
+        """
         spec, (M, C) = self.spec, dy.shape
         side = Side.of(getattr(spec, where))
         batch = side.norm and spec.batch_stats
         rows = side.norm and spec.norm != "batch"
         over = "columns" if batch else "rows" if rows else None
         chosen = planner.plan_backward(M, C, over, self.device)
+        if whole is not None:
+            chosen = chosen._replace(tiles=1, walkers=whole.walkers, wide=False)
         gate = total = sums.get("gate")
         if spec.gate == "scalar" and gate is not None:
             gate = dy.new_empty(C, dtype=torch.float32)
@@ -350,14 +390,13 @@ class _Backward:
             partial = dy.new_empty((len(outs), chosen.walkers, C), dtype=torch.float32)
             arrived = _counters(dy, 2 + chosen.tiles * (GROUP.value + 1) + 1)
         other, scale = (None, 0.0) if skip is None else skip
-        act, act_grad = activation_functions(spec.activation)
+        act, act_grad = activation_functions(spec.activation, dy.dtype)
         strides = [*dy.stride()]
         for t in (z, other):
             strides += (0, 0) if t is None else t.stride()
         constants = {
-            "BEFORE": side.before, "AFTER": side.after, "ADD": add, "ACT": act,
-            "ACT_GRAD": act_grad, "BLOCK_M": chosen.BLOCK_M, "BLOCK_N": chosen.BLOCK_N,
-            "num_warps": chosen.num_warps, "maxnreg": planner.registers(chosen.num_warps),
+            "BEFORE": side.before, "AFTER": side.after, "ACT": act, "ACT_GRAD": act_grad,
+            **(chosen.options() if whole is None else whole.tile.options(dy.itemsize)),
         }  # fmt: skip
         sizes = (M, C, chosen.walkers, scale, *strides)
         results = (dz, dshortcut, outs, total, partial, arrived)
@@ -366,16 +405,24 @@ class _Backward:
             kernel = backward.residual_backward_batch_kernel
             _launch_cooperative(
                 kernel, chosen.tiles * chosen.walkers, dy, z, self.operands, totals, other,
-                *results, *sizes, **constants,
+                *results, *sizes, ADD=add, **constants,
             )  # fmt: skip
             return
         norm = spec.norm if rows else "given" if side.norm else None
+        if whole is not None:
+            weight, dx = self.inputs.weight, self.grads["x"]
+            backward.residual_backward_product_kernel[(whole.walkers,)](
+                dy, z, self.operands, self.stats if rows else None, other, *results, *sizes,
+                weight, dx, dx.shape[1], *weight.stride(), NORM=norm, PRECISION=_precision(),
+                **constants,
+            )  # fmt: skip
+            return
         kernel, programs = backward.residual_backward_kernel, chosen.tiles * chosen.walkers
         if chosen.wide:
             kernel, programs = backward.residual_backward_wide_kernel, chosen.walkers
         kernel[(programs,)](
             dy, z, self.operands, self.stats if rows else None, other, *results, *sizes,
-            NORM=norm, **constants,
+            NORM=norm, ADD=add, **constants,
         )  # fmt: skip
 
     def products(self, dz: Tensor, dt: Tensor | None) -> None:
@@ -394,7 +441,7 @@ class _Backward:
             dz, x, weight, self.operands, self.stats if rows else None, dt, self.grads["weight"],
             partial, arrived, M, N, K, chosen.splits, chosen.rows,
             *dz.stride(), *x.stride(), *weight.stride(),
-            PROLOGUE=spec.prologue, ACT=activation_functions(spec.activation)[0],
+            PROLOGUE=spec.prologue, ACT=activation_functions(spec.activation, x.dtype)[0],
             PRECISION=_precision(), BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R,
             **chosen.options,
         )  # fmt: skip

@@ -39,6 +39,47 @@ def gradient_to_norm(
 
 
 @triton.jit
+def gradient_of_rows(
+    dy_ptr, z_ptr, p, stats_ptr, m, n, M, C, stride_dym, stride_dyn, stride_zm, stride_zn,
+    BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr,
+    ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dz and dshortcut of a tile, whose rows are whole if NORM is over rows, and what sums over m
+    to dgate, dz's sum, dnorm_weight and dnorm_bias: 0 where it is outside.
+    """
+    inside = (m < M)[:, None] & (n < C)[None, :]
+    dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if z_ptr is not None:
+        z = load_tile(z_ptr, m, n, M, C, stride_zm, stride_zn).to(tl.float32)
+    if NORM == "layer" or NORM == "rms":
+        mean = tl.load(stats_ptr + m, m < M, 0.0)[:, None]
+        rstd = tl.load(stats_ptr + tl.cast(M, tl.int64) + m, m < M, 0.0)[:, None]
+        dh, c, rstd, before, dgate, dshortcut = gradient_to_norm(
+            dy, z, p, m, n, M, C, mean, rstd, BEFORE, NORM, AFTER, ACT, ACT_GRAD
+        )
+        g = tl.where(inside, load_vector(p.norm_weight, n, C, 1.0) * dh, 0.0)
+        d = g - c * (tl.sum(tl.where(inside, g * c, 0.0), 1) / C)[:, None]
+        if NORM == "layer":
+            d -= (tl.sum(g, 1) / C)[:, None]
+        d *= rstd
+    else:
+        dh, c, rstd, before, dgate, dshortcut = gradient_to_norm(
+            dy, z, p, m, n, M, C, None, None, BEFORE, NORM, AFTER, ACT, ACT_GRAD
+        )
+        d = dh
+        if NORM == "given":
+            d = rstd * load_vector(p.norm_weight, n, C, 1.0) * dh
+    dz, dgate, dshortcut = walk_back(d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD)
+    # Rows past M are masked because with eps = 0 their c is NaN.
+    sums = (
+        tl.where(inside, dgate, 0.0), tl.where(inside, dz, 0.0),
+        tl.where(inside, dh * c, 0.0), tl.where(inside, dh, 0.0),
+    )  # fmt: skip
+    return dz, dshortcut, sums
+
+
+@triton.jit
 def store_gradients(
     dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
     stride_skip_m, stride_skip_n, ADD: tl.constexpr,
@@ -86,45 +127,85 @@ def residual_backward_kernel(
 
     for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
         m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        inside = (m < M)[:, None] & (n < C)[None, :]
-        dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
-        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if z_ptr is not None:
-            z = load_tile(z_ptr, m, n, M, C, stride_zm, stride_zn).to(tl.float32)
-        if NORM == "layer" or NORM == "rms":
-            mean = tl.load(stats_ptr + m, m < M, 0.0)[:, None]
-            rstd = tl.load(stats_ptr + tl.cast(M, tl.int64) + m, m < M, 0.0)[:, None]
-            dh, c, rstd, before, dgate, dshortcut = gradient_to_norm(
-                dy, z, p, m, n, M, C, mean, rstd, BEFORE, NORM, AFTER, ACT, ACT_GRAD
-            )
-            g = tl.where(inside, load_vector(p.norm_weight, n, C, 1.0) * dh, 0.0)
-            d = g - c * (tl.sum(tl.where(inside, g * c, 0.0), 1) / C)[:, None]
-            if NORM == "layer":
-                d -= (tl.sum(g, 1) / C)[:, None]
-            d *= rstd
-        else:
-            dh, c, rstd, before, dgate, dshortcut = gradient_to_norm(
-                dy, z, p, m, n, M, C, None, None, BEFORE, NORM, AFTER, ACT, ACT_GRAD
-            )
-            d = dh
-            if NORM == "given":
-                d = rstd * load_vector(p.norm_weight, n, C, 1.0) * dh
-        dz, dgate, dshortcut = walk_back(d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD)
+        dz, dshortcut, sums = gradient_of_rows(
+            dy_ptr, z_ptr, p, stats_ptr, m, n, M, C, stride_dym, stride_dyn, stride_zm, stride_zn,
+            BEFORE, NORM, AFTER, ACT, ACT_GRAD, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         store_gradients(
             dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
             stride_skip_m, stride_skip_n, ADD,
         )  # fmt: skip
-        # Rows past M are masked because with eps = 0 their c is NaN.
-        sum_gate += tl.where(inside, dgate, 0.0)
-        sum_dz += tl.where(inside, dz, 0.0)
-        sum_dhc += tl.where(inside, dh * c, 0.0)
-        sum_dh += tl.where(inside, dh, 0.0)
+        sum_gate += sums[0]
+        sum_dz += sums[1]
+        sum_dhc += sums[2]
+        sum_dh += sums[3]
 
     if partial_ptr is not None:
         sums = (sum_gate, sum_dz, sum_dhc, sum_dh)
         store_sums(sums, sums_ptr, partial_ptr, walker, walkers, n, C)
         meet(
             sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr, tile, tiles, walker, walkers, n, C,
+            4, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def residual_backward_product_kernel(
+    dy_ptr, z_ptr, p, stats_ptr, skip_ptr,
+    dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
+    M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
+    weight_ptr, dx_ptr, K, stride_wn, stride_wk,
+    BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr,
+    ACT: tl.constexpr, ACT_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dz as `residual_backward_kernel`, rows whole (C <= BLOCK_N), and its product on the spot:
+    dx = dz @ weight + skip * (the tensor of skip_ptr)
+
+    weight (C, K) ; dx (M, K) contiguous ; dz may be None. dshortcut may be what skip_ptr has.
+    The product is dx.T = weight.T @ dz.T: see product.py on left operands in registers.
+    """
+    GROW: tl.constexpr = BLOCK_N > 256  # sums of wide rows stay in memory: no registers are left
+    walker = tl.program_id(0)
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    sum_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sum_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sum_dhc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sum_dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+        m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        dz, dshortcut, sums = gradient_of_rows(
+            dy_ptr, z_ptr, p, stats_ptr, m, n, M, C, stride_dym, stride_dyn, stride_zm, stride_zn,
+            BEFORE, NORM, AFTER, ACT, ACT_GRAD, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        store_gradients(
+            dz, dshortcut, 0.0, None, dz_ptr, dshortcut_ptr, m, n, M, C, p.R, 0, 0, False
+        )
+        if not GROW:
+            sum_gate += sums[0]
+            sum_dz += sums[1]
+            sum_dhc += sums[2]
+            sum_dh += sums[3]
+        elif partial_ptr is not None:
+            grow_sums(sums, sums_ptr, partial_ptr, block == walker, walker, walkers, n, C)
+        turned = sums[1].to(weight_ptr.dtype.element_ty).T
+        tl.debug_barrier()  # dshortcut is stored: the threads that load it may be others
+        for first in range(0, K, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K).to(tl.int64)
+            weight = load_tile(weight_ptr, n, k, C, K, stride_wn, stride_wk)
+            dx = tl.dot(weight.T, turned, input_precision=PRECISION).T
+            if skip_ptr is not None:
+                other = load_tile(skip_ptr, m, k, M, K, stride_skip_m, stride_skip_n)
+                dx += skip * other.to(tl.float32)
+            tl.store(dx_ptr + m[:, None] * K + k[None, :], dx, (m < M)[:, None] & (k < K)[None, :])
+
+    if partial_ptr is not None:
+        if not GROW:
+            sums = (sum_gate, sum_dz, sum_dhc, sum_dh)
+            store_sums(sums, sums_ptr, partial_ptr, walker, walkers, n, C)
+        meet(
+            sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr, 0, 1, walker, walkers, n, C,
             4, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
