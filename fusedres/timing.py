@@ -49,7 +49,8 @@ def interleave(
             call()
         once = min(seconds_per_call(call, 1, device) for _ in range(3))
         calls[name] = max(1, math.ceil(SAMPLE_SECONDS / once))
-    every, calm = [], []
+    every: list[dict[str, float]] = []
+    calm: list[dict[str, float]] = []
     order = list(contenders)
     gc.collect()
     gc.disable()

@@ -50,6 +50,7 @@ SUITES = {
     "triton drops": ("triton", "masks or everything_on"),
     "triton acts": ("triton", "activation or scales or cdf"),
     "triton layouts": ("triton", "layouts or nothing_outside or shortcuts"),
+    "triton whole": ("triton", "dz_and_dx"),
     "triton sums": ("triton", "rows_past or many_programs or same_call"),
 }
 
@@ -181,15 +182,24 @@ TABLE = {
 ],
 "fusedres/kernels/backward.py": [
     ("triton sums", "rows past M count in sums",
-     "sum_dh += tl.where(inside, dh, 0.0)\n\n    if", "sum_dh += dh\n\n    if"),
+     "tl.where(inside, dh * c, 0.0), tl.where(inside, dh, 0.0),\n    )  # fmt: skip\n    return",
+     "tl.where(inside, dh * c, 0.0), dh,\n    )  # fmt: skip\n    return"),
+    ("triton whole", "the skip of dx is not scaled", "dx += skip * other", "dx += other"),
+    ("triton whole", "wide rows' sums start anew with each block",
+     "partial_ptr, block == walker, walker, walkers, n, C)\n        turned",
+     "partial_ptr, True, walker, walkers, n, C)\n        turned"),
     ("triton", "rms norm takes a mean too", 'if NORM == "layer":', 'if NORM == "rms":'),
     ("triton", "batch norm forgets the mean of dh", "(dh - mean_dh - c * mean_dhc)",
      "(dh - c * mean_dhc)"),
     ("triton layouts", "z passes for contiguous",
-     "            z = load_tile(z_ptr, m, n, M, C, stride_zm, stride_zn).to(tl.float32)\n"
-     '        if NORM == "layer"',
-     "            z = load_tile(z_ptr, m, n, M, C, C, 1).to(tl.float32)\n"
-     '        if NORM == "layer"'),
+     "        z = load_tile(z_ptr, m, n, M, C, stride_zm, stride_zn).to(tl.float32)\n"
+     '    if NORM == "layer"',
+     "        z = load_tile(z_ptr, m, n, M, C, C, 1).to(tl.float32)\n"
+     '    if NORM == "layer"'),
+],
+"fusedres/kernels/by_tanh.py": [
+    ("triton acts", "silu by tanh(h)", "return h * (0.5 + 0.5 * tanh(0.5 * h))",
+     "return h * (0.5 + 0.5 * tanh(h))"),
 ],
 "fusedres/kernels/products.py": [
     ("triton sums", "the last part of the rows is lost", "range(0, splits)",
