@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench gpu-check mutate lint clean FORCE
+.PHONY: help demo test bench bench-check gpu-check mutate lint clean FORCE
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -22,8 +22,13 @@ demo: $(VENV)/built ## train plain and residual nets on real digits and draw the
 test: $(VENV)/built ## run all tests, in parallel
 	$(PY) -m pytest tests -n $(CORES) --dist worksteal
 
-bench: $(VENV)/built ## time fused against eager and torch.compile
+bench: $(VENV)/built ## time fused against eager and torch.compile, then tables and pictures (6 minutes)
 	$(PY) -m bench
+	$(PY) -m bench report --write
+	$(PY) -m bench scaling --write >/dev/null
+
+bench-check: $(VENV)/built ## has fused become slower against eager? Times, and instructions by valgrind
+	$(PY) -m bench check $(ARGS)
 
 gpu-check: ## build, test and measure on this GPU, with the Python at hand and no network (9 minutes)
 	$(PYTHON) -m bench.gpu_check $(ARGS)

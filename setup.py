@@ -1,14 +1,25 @@
-"""Builds the C++ extension fusedres._C, or a pure-Python wheel where torch is missing.
+"""Builds the extension fusedres._C, or a pure-Python wheel where torch is missing.
 
-FUSEDRES_SKIP_EXT=1  build no extension; the package then runs on its other backends
-FORCE_ONLY_CPU=1     build for the CPU only, which is all there is to build so far
-FORCE_CUDA=1         an error so far: there are no CUDA kernels yet
-MAX_JOBS=n           compile n files at once; default: one per core
+With nvcc and a CUDA build of torch it has the CUDA kernels, else the CPU's alone. Neither a GPU nor
+its driver is needed, to build or to import.
+
+FUSEDRES_SKIP_EXT=1   build no extension; the package then runs on its other backends
+FORCE_ONLY_CPU=1      leave out the CUDA kernels
+FORCE_CUDA=1          fail where they cannot be built, and say why
+TORCH_CUDA_ARCH_LIST  what they are built for; default: "8.0+PTX;9.0a;10.0", as far as nvcc knows it
+FUSEDRES_CUTLASS      folder of CUTLASS' headers; default: those of the package nvidia-cutlass
+MAX_JOBS=n            compile n files at once; default: one per core
 """
 
+import importlib.util
 import os
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
@@ -22,16 +33,137 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-fopenmp-simd",
 ]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Icsrc",
+]
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 
 
 def flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
+def run(*command: str | Path) -> str:
+    """What it printed. Where it fails: an error with what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"fusedres: {' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+class Cuda:
+    """nvcc, what it builds and for which GPUs; `missing` says why it cannot."""
+
+    def __init__(self, torch_cuda: str | None) -> None:
+        home = os.environ.get("CUDA_HOME")
+        self.nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+        self.missing = ""
+        if torch_cuda is None:
+            self.missing = "this torch is a build without CUDA"
+        elif self.nvcc is None:
+            self.missing = f"no nvcc in {home}/bin" if home else "no nvcc on PATH"
+        if self.missing:
+            return
+        # nvcc on PATH may be a link or a script, so it is asked where its toolkit is.
+        top = re.search(r"TOP=(.*)", run(self.nvcc, "--dryrun", "none.cu"))
+        self.home = Path(top[1].strip()).resolve()
+        version = re.search(r"release ([\d.]+)", run(self.nvcc, "--version"))
+        self.version = version[1]
+        self.architectures = self.wanted()
+        self.cutlass = os.environ.get("FUSEDRES_CUTLASS") or self.packaged_cutlass()
+        self.sources = [s for s in sorted(glob("csrc/cuda/*.cu")) if self.architectures_of(s)]
+
+    def wanted(self) -> list[str]:
+        """For example ["8.0", "8.0+PTX", "9.0a"]."""
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        found = []
+        for name in re.split("[; ,]+", (listed or "8.0+PTX;9.0a;10.0").strip("; ,")):
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+                sys.exit(f"fusedres: TORCH_CUDA_ARCH_LIST has '{name}', expected e.g. '8.0+PTX'")
+            found += [name.removesuffix("+PTX")] + [name] * name.endswith("+PTX")
+        known = run(self.nvcc, "--list-gpu-code") if listed is None else None
+        return [a for a in found if known is None or f"sm_{number(a)}\n" in known]
+
+    @staticmethod
+    def packaged_cutlass() -> str | None:
+        package = importlib.util.find_spec("cutlass_library")
+        return package and str(Path(package.origin).parent / "source" / "include")
+
+    def architectures_of(self, source: str) -> list[str]:
+        """By the file's name: ..._sm80.cu for every GPU, ..._sm90.cu for Hopper alone."""
+        if source.endswith("_sm80.cu"):
+            return self.architectures
+        hopper = any(a.startswith("9.0") for a in self.architectures)
+        return ["9.0a"] if hopper and self.cutlass else []
+
+    def macros(self) -> list[tuple[str, str | None]]:
+        """For the C++ files, which say what is built and call it."""
+        built = [("FUSEDRES_SM90", None)] if any("_sm90" in s for s in self.sources) else []
+        text = f'"{self.version}, for {" ".join(self.architectures)}"'
+        return [("FUSEDRES_CUDA", text), *built]
+
+    def command(self, source: str, target: Path) -> list[str]:
+        codes = []
+        for name in self.architectures_of(source):
+            kind = "compute" if name.endswith("+PTX") else "sm"
+            codes.append(f"-gencode=arch=compute_{number(name)},code={kind}_{number(name)}")
+        include = [f"-isystem={self.cutlass}"] if "_sm90" in source else []
+        return [self.nvcc, "-c", source, "-o", str(target), *NVCC_FLAGS, *codes, *include]
+
+    def compile(self, folder: Path) -> list[str]:
+        """The object files of all sources; those that are up to date stay as they are."""
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs, objects = [], []
+        for source in self.sources:
+            target, made_by = (folder / f"{Path(source).stem}{end}" for end in (".o", ".txt"))
+            objects.append(str(target))
+            command = self.command(source, target)
+            newest = max(os.path.getmtime(path) for path in (source, *HEADERS))
+            fresh = target.exists() and target.stat().st_mtime > newest
+            if not (fresh and made_by.exists() and made_by.read_text() == str(command)):
+                jobs.append((command, made_by))
+
+        def make(job: tuple[list[str], Path]) -> None:
+            command, made_by = job
+            print(run(*command), end="")
+            made_by.write_text(str(command))
+
+        with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+            list(pool.map(make, jobs))
+        return objects
+
+
+def number(architecture: str) -> str:
+    """ "9.0a" -> "90a" """
+    return architecture.removesuffix("+PTX").replace(".", "")
+
+
+def find_cuda(torch_cuda: str | None) -> Cuda | None:
+    if flag("FORCE_ONLY_CPU") and flag("FORCE_CUDA"):
+        sys.exit("fusedres: FORCE_ONLY_CPU=1 and FORCE_CUDA=1 are both set; unset one")
+    if flag("FORCE_ONLY_CPU") or not glob("csrc/cuda/*.cu"):
+        return None
+    cuda = Cuda(torch_cuda)
+    if not cuda.missing:
+        if not cuda.cutlass:
+            print(
+                "fusedres: no CUTLASS, so the Hopper kernels are left out. For them: "
+                "pip install nvidia-cutlass, or set FUSEDRES_CUTLASS",
+                file=sys.stderr,
+            )
+        return cuda
+    if flag("FORCE_CUDA"):
+        sys.exit(f"fusedres: FORCE_CUDA=1 is set, but {cuda.missing}")
+    print(f"fusedres: built without CUDA kernels: {cuda.missing}", file=sys.stderr)
+    return None
+
+
 def extension() -> dict:
     """setup() arguments that build fusedres._C; none where there is nothing to build it with."""
-    if flag("FORCE_CUDA"):
-        sys.exit("fusedres: FORCE_CUDA=1 is set, but there are no CUDA kernels yet; unset it")
     if flag("FUSEDRES_SKIP_EXT"):
         return {}
     try:
@@ -48,14 +180,33 @@ def extension() -> dict:
         sys.exit(f"fusedres: found torch {torch.__version__}, needs torch >= 2.11")
 
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
+    cuda = find_cuda(torch.version.cuda)
+    sources = set(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+    options = {}
+    if cuda is None:
+        sources -= {"csrc/cuda_ops.cpp"}
+    else:  # the runtime statically: the one of torch's package may be another version
+        options = {
+            "define_macros": cuda.macros(),
+            "libraries": ["cudart_static", "rt", "pthread", "dl"],
+            "library_dirs": [str(cuda.home / lib) for lib in ("lib64", "lib")],
+        }
+
+    class Build(BuildExtension):
+        def build_extension(self, ext) -> None:
+            if cuda is not None:
+                ext.extra_objects = cuda.compile(Path(self.build_temp) / "cuda")
+            super().build_extension(ext)
+
     module = CppExtension(
         "fusedres._C",
-        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-        depends=sorted(glob("csrc/**/*.h", recursive=True)),
-        include_dirs=[os.path.abspath("csrc")],
+        sorted(sources),
+        depends=HEADERS,
+        include_dirs=[os.path.abspath("csrc")] + ([str(cuda.home / "include")] if cuda else []),
         extra_compile_args=CXX_FLAGS,
+        **options,
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
 setup(**extension())

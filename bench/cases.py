@@ -1,44 +1,59 @@
-"""What is timed: layers from real models, and the contenders that run them.
+"""What is timed: layers from real models and square sweeps, and the tensors they run on.
 
-All contenders of a case share its parameters and inputs. The eager one is written by hand from
-torch's own layers, as users write it, and shares no code with the package.
+The eager layer is written by hand from torch's own layers, as users write it, and shares no code
+with the package. It shares the parameters and inputs of the fused one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 import fusedres
 from fusedres import backends
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INFERENCE, RECORD, STEP = "forward", "forward, recording", "forward + backward"
+GRAPH, RECORD_GRAPH = "forward, CUDA graph", "forward, recording, CUDA graph"
+BACKWARD_GRAPH = "backward, CUDA graph"
 MODES = {
     INFERENCE: "under no_grad, in eval()",
     RECORD: "in train(), with the graph for backward",
     STEP: "in train(), gradients of x, residual and every parameter",
+    GRAPH: "as forward, many calls captured in one CUDA graph",
+    RECORD_GRAPH: "as forward, recording, many calls captured in one CUDA graph",
+    BACKWARD_GRAPH: "gradients of x, residual and every parameter for one recorded forward pass, "
+    "many times in one CUDA graph",
 }
+GRAPHS = (GRAPH, RECORD_GRAPH, BACKWARD_GRAPH)
+MODEL, SQUARE, HOST = "model", "square", "host"
+MLP = "norm-linear-act-linear-add"
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda h: h,
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "silu": F.silu,
 }
-# linear f, norm n, activation a, input x, shortcut r
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm1d}
+# linear f (of MLP: both), norm n, activation a, input x, shortcut r
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "note": lambda f, n, a, x, r: a(n(f(x))) + r,
     "resnet-v1": lambda f, n, a, x, r: a(n(f(x)) + r),
+    "preact": lambda f, n, a, x, r: f(a(n(x))) + r,
     "prenorm": lambda f, n, a, x, r: a(f(n(x))) + r,
     "postnorm": lambda f, n, a, x, r: n(a(f(x)) + r),
     "bert-output": lambda f, n, a, x, r: n(f(x) + r),
     "linear-norm-add": lambda f, n, a, x, r: n(f(x)) + r,
+    MLP: lambda f, n, a, x, r: f[1](a(f[0](n(x)))) + r,
 }
 
 
@@ -54,38 +69,63 @@ class Case:
     activation: str | None = "gelu"
     residual: bool = False
     eps: float = 1e-5
-    host: bool = False  # nothing to compute, so what is timed is the host's path through the layer
+    host: bool = False  # nothing to compute, so what is timed is the host's way to the layer
+    sweep: bool = False  # of the square ones
+    hidden: int | None = None  # width between the two matmuls of order MLP
+    dtypes: tuple[str, ...] = tuple(DTYPES)
 
     @property
-    def dtypes(self) -> tuple[str, ...]:
-        return ("fp32",) if self.host else tuple(DTYPES)
+    def group(self) -> str:
+        return HOST if self.host else SQUARE if self.sweep else MODEL
 
     @property
     def modes(self) -> tuple[str, ...]:
+        """On every device; on a GPU also GRAPH where there is something to compute."""
         return (INFERENCE, RECORD, STEP) if self.host else (INFERENCE, STEP)
 
-    @property
-    def contenders(self) -> tuple[str, ...]:
-        return tuple(name for name in CONTENDERS if self.host or name != "functional")
+
+class Task(NamedTuple):
+    """What becomes one row of the results."""
+
+    case: Case
+    dtype: str
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.case.name} {self.dtype}, {self.mode}"
 
 
-CASES = (
-    Case("tiny", 4, 8, activation="relu", host=True),
-    Case("digits", 128, 64, activation="relu"),  # examples/degradation.py
+def square(rows: int, features: int, order: str = "note", norm: str = "layer") -> Case:
+    suffix = "".join(f"-{word}" for word in (order, norm) if word not in ("note", "layer"))
+    name = f"square-{rows}x{features}{suffix}"
+    return Case(name, rows, features, order, norm, sweep=True)
+
+
+TINY = Case("tiny", 4, 8, activation="relu", host=True, dtypes=("fp32",))
+MODELS = (
     Case("rtdl-339", 512, 339, "prenorm", "batch", "relu"),  # tabular ResNet
-    Case("rtdl-466", 512, 466),
     Case("simba-128", 256, 128, "prenorm", activation="relu"),  # reinforcement learning
     Case("deep-rl-256", 256, 256, activation="silu"),  # 1000-layer contrastive RL
-    Case("simba-512", 256, 512, "prenorm", activation="relu"),
+    Case("vit-384", 788, 384),  # 4 images of 197 tokens
+    Case("bert-768", 512, 768, "bert-output", activation=None, residual=True, eps=1e-12),
     Case("gnn-128", 4096, 128, norm="batch", activation="relu"),
     Case("mesh-128", 16384, 128, "linear-norm-add", activation=None, residual=True),
+    Case("rtdl-466", 512, 466),
+    Case("vit-mlp-384", 788, 384, MLP, hidden=1536),
+    Case("bro-512", 256, 512, activation="relu"),  # one matmul of its block
+    Case("simba-512", 256, 512, "prenorm", activation="relu"),
     Case("resnet-v1-256", 1024, 256, "resnet-v1", "batch", "relu"),
-    Case("vit-384", 788, 384),  # 4 images of 197 tokens
+    Case("digits", 128, 64, activation="relu"),  # examples/degradation.py
+    Case("vla-4096", 64, 4096, "prenorm", activation="relu", dtypes=("bf16",)),  # action head
+    Case("bert-1024", 512, 1024, "bert-output", activation=None, residual=True, eps=1e-12),
+    Case("rtdl-168", 256, 168, "prenorm", "batch", "relu"),
+    Case("rtdl-699", 1024, 699, "prenorm", "batch", "relu"),
     Case("postnorm-512", 1024, 512, "postnorm"),
-    Case("bert-768", 512, 768, "bert-output", activation=None, residual=True, eps=1e-12),
-    Case("wide-1024", 512, 1024),
-    Case("square-512", 4096, 512),
+    Case("rms-1024", 512, 1024, norm="rms", activation="silu"),
 )
+ROWS, WIDTHS = (256, 4096, 65536), (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+SQUARES = tuple(square(rows, width) for width in WIDTHS for rows in ROWS)  # the small ones first
+CASES = (TINY, *MODELS, *SQUARES)
 
 
 class Eager(nn.Module):
@@ -101,58 +141,94 @@ class Eager(nn.Module):
         return self.formula(self.linear, self.norm, self.activation, x, r)
 
 
-def functional(job: Job) -> Callable[..., Tensor]:
-    """Order note with ReLU and no module call: the shortest host path that eager torch has."""
-    linear, norm, features = job.fused.linear, job.fused.norm, (job.case.features,)
-    weight, bias, gamma, beta = linear.weight, linear.bias, norm.weight, norm.bias
-    return lambda x: F.relu(F.layer_norm(F.linear(x, weight, bias), features, gamma, beta)) + x
+class Operands(NamedTuple):
+    """One set of inputs."""
 
-
-CONTENDERS: dict[str, Callable[[Job], Callable[..., Tensor]]] = {
-    "functional": functional,
-    "eager": lambda job: job.eager,
-    "compile": lambda job: torch.compile(job.eager, dynamic=False, fullgraph=True),
-    "fused": lambda job: job.fused,
-}
+    inputs: tuple[Tensor, ...]  # x (M, K), residual (M, N) if it is another one
+    dy: Tensor  # (M, N)
 
 
 class Job:
-    """A case with its tensors."""
+    """A case with its tensors; `copies` sets of inputs, through which calls rotate."""
 
-    def __init__(self, case: Case, dtype: str, device: torch.device) -> None:
+    def __init__(self, case: Case, dtype: str, device: torch.device, copies: int = 1) -> None:
         torch.manual_seed(0)
-        where: Any = {"device": device, "dtype": DTYPES[dtype]}
-        settings: Any = {"order": case.order, "norm": case.norm, "activation": case.activation}
-        fused: Any = fusedres.FusedResidual(case.features, eps=case.eps, **settings, **where)
-        nn.init.normal_(fused.norm.weight, 1.0, 0.1)
-        nn.init.normal_(fused.norm.bias, 0.0, 0.1)
-        self.case, self.dtype, self.device, self.fused = case, dtype, device, fused
-        self.eager = Eager(case, fused.linear, fused.norm)
-        x, residual, self.dy = (torch.randn(case.rows, case.features, **where) for _ in range(3))
-        self.inputs = (x, residual) if case.residual else (x,)
-        self.leaves = (*self.inputs, *fused.parameters())
-        for t in self.inputs:
-            t.requires_grad_()
-        self.backend = backends.choose(
-            "auto", fused.spec.text, DTYPES[dtype], device, case.features, case.features
-        )
+        self.case, self.dtype, self.device = case, dtype, device
+        self.where: Any = {"device": device, "dtype": DTYPES[dtype]}
+        self.fused = self.layer(case.activation)
+        first = self.fused.fc1 if case.hidden else self.fused
+        self.norm: Any = first.norm
+        nn.init.normal_(self.norm.weight, 1.0, 0.1)
+        if getattr(self.norm, "bias", None) is not None:
+            nn.init.normal_(self.norm.bias, 0.0, 0.1)
+        self.linears: tuple[nn.Linear, ...] = (first.linear,)
+        if case.hidden:
+            self.linears += (self.fused.fc2.linear,)
+        self.eager = self.eager_with(self.norm)
+        self.parameters = tuple(self.eager.parameters())
+        self.sets = [self._operands() for _ in range(copies)]
+        self.inputs, self.dy = self.sets[0]
+        self.leaves = (*self.inputs, *self.parameters)
+        N, K = self.linears[0].weight.shape
+        self.backend = backends.choose("auto", first.spec.text, DTYPES[dtype], device, N, K)
 
-    def call(self, layer: Callable[..., Tensor], mode: str) -> Callable[[], None]:
-        """One thing to time: `layer` run once in `mode`."""
-        self.fused.train(mode != INFERENCE)
-        self.eager.train(mode != INFERENCE)
-        inputs, dy, leaves = self.inputs, self.dy, self.leaves
+    def layer(self, activation: str | None) -> Any:
+        """A fused layer of the case with parameters of its own."""
+        case = self.case
+        settings: Any = {"order": case.order, "norm": case.norm, "eps": case.eps, **self.where}
+        if case.hidden:
+            width = case.features, case.hidden
+            return fusedres.FusedResidualMLP(*width, activation=activation, **settings)
+        return fusedres.FusedResidual(case.features, activation=activation, **settings)
+
+    def eager_with(self, norm: nn.Module) -> Eager:
+        linears = self.linears
+        return Eager(self.case, nn.ModuleList(linears) if len(linears) > 1 else linears[0], norm)
+
+    def _operands(self) -> Operands:
+        shape = (self.case.rows, self.case.features)
+        x, residual, dy = (torch.randn(shape, **self.where) for _ in range(3))
+        inputs = (x, residual) if self.case.residual else (x,)
+        for t in inputs:
+            t.requires_grad_()
+        return Operands(inputs, dy)
+
+    def call(self, layer: Callable[..., Tensor], mode: str) -> Callable[[], object]:
+        """One thing to time: `layer` run once in `mode`, each time on the next set of inputs."""
+        for module in (self.fused, self.eager, layer):
+            if isinstance(module, nn.Module):
+                module.train(mode not in (INFERENCE, GRAPH))
+        turns, parameters = cycle(self.sets), self.parameters
 
         @torch.no_grad()
         def inference() -> None:
-            layer(*inputs)
+            layer(*next(turns).inputs)
 
         def record() -> None:
-            layer(*inputs)
+            layer(*next(turns).inputs)
 
         def step() -> None:
+            inputs, dy = next(turns)
             layer(*inputs).backward(dy)
-            for t in leaves:
-                t.grad = None
+            _forget((*inputs, *parameters))
 
-        return {INFERENCE: inference, RECORD: record, STEP: step}[mode]
+        if mode == BACKWARD_GRAPH:
+            return self._backward(layer)
+        calls = {INFERENCE: inference, GRAPH: inference, STEP: step}
+        return calls.get(mode, record)
+
+    def _backward(self, layer: Callable[..., Tensor]) -> Callable[[], object]:
+        with functorch_config.patch(donated_buffer=False):  # else a compiled one runs only once
+            recorded = [(layer(*inputs), inputs, dy) for inputs, dy in self.sets]
+        turns, parameters = cycle(recorded), self.parameters
+
+        def gradients() -> object:
+            y, inputs, dy = next(turns)
+            return torch.autograd.grad(y, (*inputs, *parameters), dy, retain_graph=True)
+
+        return gradients
+
+
+def _forget(leaves: Iterable[Tensor]) -> None:
+    for t in leaves:
+        t.grad = None

@@ -1,19 +1,17 @@
 """Everything that is owed on a GPU, in one command of less than nine minutes: `make gpu-check`.
 
 Builds the extension in place, runs the tests that need a GPU, compute-sanitizer over a few of
-them, and the benchmark of the goals; see gpu_steps.py, gpu_measure.py, gpu_goals.py. Exit code: 0;
-1 where something failed; 2 without a GPU. A goal that is missed is no failure.
+them, and `python -m bench`, the rows of the goals first; see gpu_steps.py, gpu_goals.py. What it
+writes is a results file as of `python -m bench`, with steps and goals in addition. Exit code: 0; 1
+where something failed; 2 without a GPU. A goal that is missed is no failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -21,68 +19,50 @@ from typing import Any
 
 import torch
 
-from . import report
+from . import machine, results_file
 from .gpu_goals import judge
-from .gpu_measure import PROTOCOL
-from .gpu_steps import SECONDS, VERDICTS, Check
+from .gpu_steps import RESULTS_FILE, SECONDS, VERDICTS, Check
+from .run import losses
+from .tables import table
 
 NO_GPU = 2
 TOTAL = sum(SECONDS.values())
 GOAL_VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
 
 
-def gpu() -> dict[str, Any]:
-    """The device and its driver; nothing that names the host."""
-    found = torch.cuda.get_device_properties(0)
-    told = {
-        "name": found.name,
-        "memory_gib": round(found.total_memory / 2**30, 1),
-        "multiprocessors": found.multi_processor_count,
-        "capability": f"{found.major}.{found.minor}",
-        "cuda_of_torch": torch.version.cuda,
-    }
-    smi = shutil.which("nvidia-smi")
-    if smi:
-        query = "driver_version,clocks.max.sm,power.limit"
-        command = [smi, f"--query-gpu={query}", "--format=csv,noheader"]
-        line = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
-        told |= dict(zip(query.split(","), line.split(", "), strict=False))
-    return told
-
-
-def combine(out: Path, found: list[dict[str, Any]], device: dict[str, Any], commit: str) -> Any:
-    """One results file of the steps and, if it was run, of the benchmark."""
-    path = out / "goals.json"
-    of_goals = {"rows": [], "slower": [], "protocol": PROTOCOL}
-    of_goals |= json.loads(path.read_text()) if path.exists() else {}
-    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
-    head = report.collect([], torch.device("cuda"), os.getloadavg()[0])
-    versions = head["versions"] | {"triton": triton}
-    head |= {"gpu": device, "versions": versions, "commit": commit or head["commit"]}
-    results = head | of_goals | {k: head[k] for k in ("commit", "versions")}
-    return results | {"steps": found, "goals": judge(of_goals["rows"])}
+def combine(out: Path, found: list[dict[str, Any]], commit: str) -> Any:
+    """The benchmark's results file, or the head of one if none was written; with steps and
+    goals.
+    """
+    path, device = out / RESULTS_FILE, torch.device("cuda")
+    if path.exists():
+        results = json.loads(path.read_text())
+    else:
+        results = results_file.collect([], device, os.getloadavg()[0])
+        results["machine"] |= machine.gpu(device)
+        results["versions"] |= machine.versions()
+    results["commit"] = commit or results["commit"]
+    return results | {"steps": found, "goals": judge(results["rows"])}
 
 
 def text(results: dict[str, Any]) -> str:
     """The summary: device, steps, goals, and where fused is slower."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    device = ", ".join(
-        f"{name} {value}" for name, value in results["gpu"].items() if name != "name"
-    )
+    found = results["machine"] | results["clocks"]
+    device = ", ".join(f"{name} {value}" for name, value in found.items() if name != "gpu")
     steps = [
         [s["step"], VERDICTS[s["ok"]], f"{s['seconds']:.0f} s", s["told"]] for s in results["steps"]
     ]
     parts = [
-        f"{results['gpu']['name']} ({device}); {versions}; commit {results['commit']}, "
-        f"{results['date']}",
-        report.table(["step", "result", "time", "found"], steps, left=4),
+        f"{found['gpu']} ({device}); {versions}; commit {results['commit']}, {results['date']}",
+        table(["step", "result", "time", "found"], steps, left=4),
     ]
     failed = [f"* {name}" for s in results["steps"] for name in s.get("failed", [])]
     parts += ["\n".join(["Failed tests:", *failed])] if failed else []
     if results["rows"]:
         body = [_goal_line(goal) for goal in results["goals"]]
-        parts.append(report.table(["goal", "row", "bound", "found", ""], body, left=2))
-        lines = [f"* {line}" for line in results["slower"]] or ["* nowhere"]
+        parts.append(table(["goal", "row", "bound", "found", ""], body, left=2))
+        lines = [f"* {line}" for line in losses(results["rows"])] or ["* nowhere"]
         parts.append("\n".join(["Where fused is slower than eager or torch.compile:", *lines]))
     return "\n\n".join(parts)
 
@@ -119,7 +99,7 @@ def folder(asked: Path | None, device: str) -> Path:
     if asked is None and os.environ.get("OUT"):
         asked = Path(os.environ["OUT"])
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    out = asked or report.RESULTS / f"gpu-{slug}-{date.today().isoformat()}"
+    out = asked or results_file.RESULTS / f"gpu-{slug}-{date.today().isoformat()}"
     out.mkdir(parents=True, exist_ok=True)
     return out.resolve()
 
@@ -131,10 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
         told = f"gpu-check: no GPU: torch {torch.__version__} (built with {built}) sees none"
         print(told, file=sys.stderr)
         return NO_GPU
-    device = gpu()
-    out = folder(args.out, device["name"])
+    out = folder(args.out, torch.cuda.get_device_name(0))
     found = Check(out, args.steps, args.seconds).run()
-    results = combine(out, found, device, args.commit)
+    results = combine(out, found, args.commit)
     (out / "gpu-check.json").write_text(json.dumps(results, indent=1) + "\n")
     summary = text(results)
     (out / "summary.md").write_text(summary + "\n")

@@ -6,55 +6,24 @@ pass, dy @ weight and dy.T @ x for the backward pass.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import RECORD, STEP, Case
-from .measure import NOISE
+from .cases import BACKWARD_GRAPH, GRAPH, RECORD, RECORD_GRAPH, STEP, TINY, Task, square
 
 TALL, SHORT = 65536, 256  # rows
-GRAPH_SECONDS = 1e-3
-MOST_CALLS = 50
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Work:
-    """One row: the contenders of `what` on x (rows, features), in bf16."""
-
-    what: str
-    rows: int = TALL
-    features: int = 1024
-    order: str = "note"
-    norm: str = "layer"
-    activation: str = "gelu"
-
-    @property
-    def name(self) -> str:
-        recipe = f"{self.order} {self.norm} {self.activation}"
-        return f"{self.what}, {recipe}, M={self.rows} N={self.features}"
-
-    @property
-    def case(self) -> Case:
-        return Case(self.name, self.rows, self.features, self.order, self.norm, self.activation)
-
-    @property
-    def calls(self) -> int:
-        """In one graph: about GRAPH_SECONDS by the roofline of an H100."""
-        once = max(2 * self.rows * self.features**2 / 6e14, 6 * self.rows * self.features / 3e12)
-        return max(1, min(MOST_CALLS, math.ceil(GRAPH_SECONDS / (once + 3e-6))))
-
-
-@dataclass(frozen=True)
 class Goal:
-    """For each of `works`, the ratio `pair` is at most `bound`; with `least`, at least."""
+    """For each of `tasks`, the ratio `pair` is at most `bound`; with `least`, at least."""
 
     what: str
     pair: str
     bound: float
-    works: tuple[Work, ...]
+    tasks: tuple[Task, ...]
     least: bool = False
 
     @property
@@ -67,79 +36,76 @@ class Goal:
         return value >= self.bound if self.least else value <= self.bound
 
 
-def wide(what: str, *features: int, rows: int = TALL) -> tuple[Work, ...]:
-    return tuple(Work(what, rows, n) for n in features)
+def wide(mode: str, *features: int, rows: int = TALL) -> tuple[Task, ...]:
+    return tuple(Task(square(rows, n), "bf16", mode) for n in features)
 
 
 NARROW = (256, 128, 64)
 SMALL = (1024, 512, 256, 128, 64)
-BATCH = Work("training", 4096, 1024, norm="batch")
-HOST = Work("host", 4, 8, activation="relu")
-MEMORY = Work("memory", 16384, 1024)
-OF_PRODUCT, OF_EAGER = "fused / product", "eager / fused"
+BATCH = Task(square(4096, 1024, norm="batch"), "bf16", RECORD_GRAPH)
+MEMORY = Task(square(TALL, 1024), "bf16", STEP)
+HOSTS = tuple(Task(TINY, "fp32", mode) for mode in (RECORD, STEP))
+OF_PRODUCT, OF_EAGER, SAVED = "fused / matmul", "eager / fused", "saved, fused / eager"
 GOALS = (
-    Goal("forward / T", OF_PRODUCT, 1.05, wide("forward", 4096)),
-    Goal("forward / T", OF_PRODUCT, 1.07, wide("forward", 2048)),
-    Goal("forward / T", OF_PRODUCT, 1.12, wide("forward", 1024)),
-    Goal("forward / T", OF_PRODUCT, 1.20, wide("forward", 512)),
-    Goal("forward / T", OF_PRODUCT, 1.15, wide("forward", *NARROW)),
-    Goal("eager / forward", OF_EAGER, 2.8, wide("forward", 512), least=True),
-    Goal("eager / forward", OF_EAGER, 3.8, wide("forward", *NARROW), least=True),
-    Goal("copy / forward", "copy / fused", 0.85, wide("forward", *NARROW), least=True),
-    Goal("forward / T", OF_PRODUCT, 1.3, wide("forward", *SMALL, rows=SHORT)),
-    Goal("eager / forward", OF_EAGER, 3.0, wide("forward", *SMALL, rows=SHORT), least=True),
-    Goal("erf / tanh GELU", "erf / tanh", 1.03, wide("gelu", 1024, 512)),
-    Goal("training / inference", "training / fused", 1.05, wide("forward", 4096, 2048, 1024)),
-    Goal("backward / T", OF_PRODUCT, 1.12, wide("backward", 4096)),
-    Goal("backward / T", OF_PRODUCT, 1.20, wide("backward", 2048)),
-    Goal("backward / T", OF_PRODUCT, 1.40, wide("backward", 1024)),
-    Goal("eager / backward", OF_EAGER, 3.0, wide("backward", 128, 64), least=True),
-    Goal("eager / backward", OF_EAGER, 2.2, wide("backward", 256), least=True),
-    Goal("eager / backward", OF_EAGER, 2.0, wide("backward", 512), least=True),
+    Goal("forward / T", OF_PRODUCT, 1.05, wide(GRAPH, 4096)),
+    Goal("forward / T", OF_PRODUCT, 1.07, wide(GRAPH, 2048)),
+    Goal("forward / T", OF_PRODUCT, 1.12, wide(GRAPH, 1024)),
+    Goal("forward / T", OF_PRODUCT, 1.20, wide(GRAPH, 512)),
+    Goal("forward / T", OF_PRODUCT, 1.15, wide(GRAPH, *NARROW)),
+    Goal("eager / forward", OF_EAGER, 2.8, wide(GRAPH, 512), least=True),
+    Goal("eager / forward", OF_EAGER, 3.8, wide(GRAPH, *NARROW), least=True),
+    Goal("copy / forward", "copy / fused", 0.85, wide(GRAPH, *NARROW), least=True),
+    Goal("forward / T", OF_PRODUCT, 1.3, wide(GRAPH, *SMALL, rows=SHORT)),
+    Goal("eager / forward", OF_EAGER, 3.0, wide(GRAPH, *SMALL, rows=SHORT), least=True),
+    Goal("erf / tanh GELU", "fused / gelu_tanh", 1.03, wide(GRAPH, 1024, 512)),
+    Goal("training / inference", "training / fused", 1.05, wide(GRAPH, 4096, 2048, 1024)),
+    Goal("backward / T", OF_PRODUCT, 1.12, wide(BACKWARD_GRAPH, 4096)),
+    Goal("backward / T", OF_PRODUCT, 1.20, wide(BACKWARD_GRAPH, 2048)),
+    Goal("backward / T", OF_PRODUCT, 1.40, wide(BACKWARD_GRAPH, 1024)),
+    Goal("eager / backward", OF_EAGER, 3.0, wide(BACKWARD_GRAPH, 128, 64), least=True),
+    Goal("eager / backward", OF_EAGER, 2.2, wide(BACKWARD_GRAPH, 256), least=True),
+    Goal("eager / backward", OF_EAGER, 2.0, wide(BACKWARD_GRAPH, 512), least=True),
     Goal("eager / batch norm training", OF_EAGER, 2.0, (BATCH,), least=True),
-    Goal("host time, forward", f"fused / eager, {RECORD}", 0.6, (HOST,)),
-    Goal("host time, both", f"fused / eager, {STEP}", 0.55, (HOST,)),
-    Goal("activation memory", "saved, fused / eager", 0.5, (MEMORY,)),
+    Goal("host time, forward", "fused / eager", 0.6, HOSTS[:1]),
+    Goal("host time, both", "fused / eager", 0.55, HOSTS[1:]),
+    Goal("activation memory", SAVED, 0.5, (MEMORY,)),
 )
-COMPILED = (
-    *wide("compiled forward", 1024, 256), *wide("compiled backward", 1024, 256),
-    *wide("compiled forward", 1024, rows=SHORT), *wide("compiled forward", 4096, 512, 64),
-    *wide("compiled backward", 4096, 512, 64),
-)  # fmt: skip
 
 
-def works() -> list[Work]:
+def tasks() -> list[Task]:
     """Every row once, the most telling first: when time runs out, the last ones are left out."""
-    first = [Work("forward"), Work("backward"), HOST, MEMORY, BATCH, *COMPILED[:1], *COMPILED[2:3]]
-    of_goals = [work for goal in GOALS for work in goal.works]
+    first = [*wide(GRAPH, 1024), *wide(BACKWARD_GRAPH, 1024), *HOSTS, MEMORY, BATCH]
+    of_goals = [task for goal in GOALS for task in goal.tasks]
     orders = [
-        Work(what, rows, order=order)
+        Task(square(rows, 1024, order), "bf16", mode)
         for order in ("prenorm", "preact")
-        for what, rows in (("forward", TALL), ("backward", TALL), ("forward", SHORT))
+        for mode, rows in ((GRAPH, TALL), (BACKWARD_GRAPH, TALL), (GRAPH, SHORT))
     ]
-    rest = wide("backward", 1024, 256, rows=SHORT)
-    return list(dict.fromkeys([*first, *of_goals, *orders, *rest, *COMPILED]))
+    rest = wide(BACKWARD_GRAPH, 1024, 256, rows=SHORT)
+    return list(dict.fromkeys([*first, *of_goals, *orders, *rest]))
+
+
+def value(row: Row, pair: str) -> float | None:
+    """What `row` tells of a goal's ratio; None if one of the two was not measured."""
+    if pair == SAVED:
+        found = row.get("saved_bytes")
+        return found["fused"] / found["eager"] if found else None
+    above, below = pair.split(" / ")
+    ratio = row["ratios"].get(above if below == "fused" else below)
+    if ratio is None:
+        return None
+    return ratio["median"] if below == "fused" else 1 / ratio["median"]
 
 
 def judge(rows: list[Row]) -> list[Row]:
     """Each goal for each of its rows: the value, and whether it is met; None: not measured."""
-    by_name = {row["name"]: row for row in rows}
+    by_task = {(row["case"], row["dtype"], row["mode"]): row for row in rows}
     judged = []
     for goal in GOALS:
-        for work in goal.works:
-            ratios = by_name.get(work.name, {}).get("ratios", {})
-            value = ratios[goal.pair]["median"] if goal.pair in ratios else None
-            met = None if value is None else goal.met(value)
-            verdict = {"goal": goal.what, "row": work.name, "bound": goal.told}
-            judged.append(verdict | {"value": value, "met": met})
+        for task in goal.tasks:
+            row = by_task.get((task.case.name, task.dtype, task.mode))
+            found = None if row is None else value(row, goal.pair)
+            met = None if found is None else goal.met(found)
+            verdict = {"goal": goal.what, "row": str(task), "bound": goal.told}
+            judged.append(verdict | {"value": found, "met": met})
     return judged
-
-
-def slower(rows: list[Row]) -> list[str]:
-    """Where fused takes longer than eager or torch.compile, by more than noise."""
-    return [
-        f"{row['name']}: {pair} = {row['ratios'][pair]['median']:.2f}"
-        for row in rows
-        for pair in (OF_EAGER, "compile / fused")
-        if pair in row["ratios"] and row["ratios"][pair]["median"] < 1 - NOISE
-    ]

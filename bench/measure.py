@@ -1,11 +1,13 @@
-"""How it is measured: a check first, then rounds that interleave the contenders; saved bytes."""
+"""One row: a check first, then rounds in which the contenders take turns; then what is counted."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +23,17 @@ from fusedres.timing import (
     summary,
 )
 
-from .cases import CONTENDERS, STEP, Case, Job
+from . import ceilings, graphs
+from .cases import DTYPES, GRAPHS, HOST, STEP, Case, Job, Task
+from .contenders import ABOUT, RIVALS, makers
+from .counts import flops, host_us, launches, peak_bytes, saved_bytes, traffic
 
-PROTOCOL = {
+Row = dict[str, Any]
+Call = Callable[[], object]
+
+CHECKED_ROWS = {"cpu": 2048, "cuda": 16384}
+
+PROTOCOL: dict[str, Any] = {
     "rounds": f"{MIN_ROUNDS} to {MAX_ROUNDS}, in one process; a round times every contender once, "
     "in rotating order; a round in which other processes took a core more often than "
     f"{PREEMPTIONS_A_SECOND} times a second is dropped",
@@ -32,29 +42,40 @@ PROTOCOL = {
     f"{SAMPLE_SECONDS * 1e3:g} ms; garbage collection off",
     "times_us": "microseconds a call, over rounds",
     "ratios": "contender / fused within a round, over rounds; above 1 fused is faster",
-    "slower_than": f"if calm, contenders with median ratio < {1 - NOISE:g} and upper quartile < 1",
+    "slower_than": f"if calm, of {', '.join(RIVALS)} those with median ratio < {1 - NOISE:g} and "
+    "upper quartile < 1",
+    "clock": "CPU: wall time, caches warm, with --threads 1 the thread's CPU time, which a busy "
+    "machine hardly disturbs; CUDA: events around the sample",
+    "cold": f"on a GPU inputs rotate through `copies` sets, {graphs.COLD} times L2 in all, at most "
+    f"{graphs.MOST_CALLS}; weights stay. Rows of group host do not",
+    "graph": "`calls` calls in one CUDA graph, about 1 ms by the roofline; times are a replay's "
+    f"over `calls`; {graphs.WARM_SECONDS:g} s of large products before each row warm the clocks",
+    "check": "before timing, fused's y and gradients against float64, on at most "
+    f"{CHECKED_ROWS['cpu']} rows on a CPU, {CHECKED_ROWS['cuda']} on a GPU",
+    "flops": "2 M N K a product; forward + backward has three",
+    "bytes": "forward: x, residual (if it is not x), parameters read once, y written once; of two "
+    "matmuls also what is between them; forward + backward: three times that",
+    "ceilings": ceilings.PROTOCOL,
     "saved_bytes": "storages that autograd saves in a forward, each once and whole, except what "
     "lives anyway: inputs, parameters, buffers and the output (the next layer's input)",
-    "clock": "CPU: wall time, with --threads 1 the thread's CPU time, which a busy machine hardly "
-    "disturbs; CUDA: events around the sample, warm caches, no graph",
+    "peak_bytes": "the most that torch's allocator held at once during a forward + backward step, "
+    "beyond what it held before; y and gradients included",
+    "launches": "of one call, by torch.profiler: kernels on a GPU; on a CPU the ops that no other "
+    "op called, but views (torch.compile's code is no op, so it has no number there)",
+    "host_us": "until a call returns: on a GPU after a synchronisation; on a CPU all of the time, "
+    "in group host only, where nothing is to be computed",
+    "contenders": ABOUT,
 }
 
 
-def saved_bytes(layer: Callable[..., Tensor], job: Job) -> int:
-    """What autograd keeps for backward beyond what lives anyway; see PROTOCOL."""
-    saved: dict[int, Any] = {}
+class Options(NamedTuple):
+    """How a row is measured."""
 
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        saved[storage.data_ptr()] = storage  # held, so that no other storage gets its address
-        return t
-
-    job.fused.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(*job.inputs)
-    for t in (*job.leaves, *job.fused.buffers(), y):
-        saved.pop(t.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in saved.values())
+    device: torch.device
+    seconds: float  # for its rounds
+    ceilings: Row
+    compiled: tuple[str, ...] = ()  # which of torch.compile's contenders run
+    left_out: str = ""  # why the others do not
 
 
 def check(job: Job) -> list[str]:
@@ -66,21 +87,21 @@ def check(job: Job) -> list[str]:
     """
     eps = torch.finfo(job.dy.dtype).eps
     kink = math.sqrt(16 * eps) if job.case.activation == "relu" else 0.0
+    names = [*("x", "residual")[: len(job.inputs)], *dict(job.eager.named_parameters())]
 
-    def results(layer: Any, inputs: list[Tensor], dy: Tensor) -> dict[str, Tensor]:
-        parameters = dict(layer.train().named_parameters())
-        y = layer(*inputs)
-        grads = torch.autograd.grad(y, [*inputs, *parameters.values()], dy)
-        names = [*("x", "residual")[: len(inputs)], *parameters]
+    def results(layer: Any, leaves: list[Tensor], dy: Tensor) -> dict[str, Tensor]:
+        y = layer.train()(*leaves[: len(job.inputs)])
+        grads = torch.autograd.grad(y, leaves, dy)
         return {"y": y, **{f"d {name}": g for name, g in zip(names, grads, strict=True)}}
 
     def rms(t: Tensor) -> float:
         return t.double().square().mean().sqrt().item()
 
-    doubles = [t.detach().double().requires_grad_() for t in job.inputs]
-    exact = results(copy.deepcopy(job.eager).double(), doubles, job.dy.double())
-    eager = results(job.eager, list(job.inputs), job.dy)
-    fused = results(job.fused, list(job.inputs), job.dy)
+    double = copy.deepcopy(job.eager).double()
+    inputs = [t.detach().double().requires_grad_() for t in job.inputs]
+    exact = results(double, [*inputs, *double.parameters()], job.dy.double())
+    eager = results(job.eager, list(job.leaves), job.dy)
+    fused = results(job.fused, list(job.leaves), job.dy)
     wrong = []
     for name, truth in exact.items():
         error = rms(fused[name] - truth)
@@ -90,26 +111,103 @@ def check(job: Job) -> list[str]:
     return wrong
 
 
-def measure(case: Case, dtype: str, device: torch.device, without: set[str], seconds: float) -> Any:
-    """One row for each mode of the case, as the results file holds it."""
+@cache
+def wrong(case: Case, dtype: str, device: torch.device) -> list[str]:
+    """`check` of the case on fewer rows, where it has too many for float64."""
+    rows = min(case.rows, CHECKED_ROWS[device.type])
+    return check(Job(replace(case, rows=rows), dtype, device))
+
+
+def measure(
+    task: Task, options: Options, clock: Any = interleave
+) -> tuple[Row, list[dict[str, float]]]:
+    """The row of `task` as the results file holds it, and its rounds of seconds a call.
+
+    Raises ArithmeticError where fused is wrong, and what fused itself raises.
+    """
+    device, mode = options.device, task.mode
+    lines = wrong(task.case, task.dtype, device)
+    if lines:
+        raise ArithmeticError(f"fused is wrong, so nothing is timed: {'; '.join(lines)}")
     torch.compiler.reset()  # else the 9th case meets dynamo's limit of graphs for one function
-    job = Job(case, dtype, device)
-    layers = {name: CONTENDERS[name](job) for name in case.contenders if name not in without}
-    kept = {name: saved_bytes(layers[name], job) for name in ("eager", "fused")}
-    recipe = {
-        key: getattr(case, key) for key in ("rows", "features", "order", "norm", "activation")
-    }
-    rows = []
-    for mode in case.modes:
-        calls = {name: job.call(layer, mode) for name, layer in layers.items()}
-        rounds, calm = interleave(calls, device, seconds)
-        times = {name: summary([1e6 * r[name] for r in rounds]) for name in calls}
-        ratios = {n: summary([r[n] / r["fused"] for r in rounds]) for n in calls if n != "fused"}
-        row = {"case": case.name, "dtype": dtype, "mode": mode, **recipe, "host": case.host}
-        row |= {"backend": job.backend, "rounds": len(rounds), "calm": calm}
-        row |= {"times_us": times, "ratios": ratios}
-        row["slower_than"] = [
-            n for n, r in ratios.items() if calm and r["median"] < 1 - NOISE and r["q3"] < 1
-        ]
-        rows.append(row | ({"saved_bytes": kept} if mode == STEP else {}))
-    return rows
+    copies = graphs.copies(task, device)
+    job = Job(task.case, task.dtype, device, copies)
+    calls = graphs.calls(task, copies) if mode in GRAPHS else 1
+    ready, failed = prepare(job, task, options, calls)
+    graphs.warm_clocks(device)
+    rounds, calm = clock(ready, device, options.seconds)
+    rounds = [{name: seconds / calls for name, seconds in each.items()} for each in rounds]
+    row = head(task, job) | {"rounds": len(rounds), "calm": calm, "copies": copies, "calls": calls}
+    row |= compare(rounds, calm) | rates(task, rounds, options.ceilings)
+    return row | counted(task, job, ready, row) | {"failed": failed}, rounds
+
+
+def prepare(
+    job: Job, task: Task, options: Options, calls: int
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """What is timed, warmed up; and why contenders cannot be. Without fused there is no row."""
+    graph, gpu = task.mode in GRAPHS, job.device.type == "cuda"
+    stream = torch.cuda.Stream() if graph and gpu else None
+    ready: dict[str, Call] = {}
+    names = ("compile", "compile-max")
+    failed = {name: options.left_out for name in names if name not in options.compiled}
+    for name, make in makers(job, task, options.compiled).items():
+        try:
+            call = graphs.repeated(make, calls, stream) if graph else make()
+            call()
+            ready[name] = call
+        except Exception as error:  # the others go on
+            if name == "fused":
+                raise
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return ready, failed
+
+
+def head(task: Task, job: Job) -> Row:
+    case = task.case
+    row: Row = {"case": case.name, "group": case.group, "dtype": task.dtype, "mode": task.mode}
+    row |= {"rows": case.rows, "features": case.features, "out_features": case.features}
+    row |= {"order": case.order, "norm": case.norm, "activation": case.activation}
+    return row | ({"hidden": case.hidden} if case.hidden else {}) | {"backend": job.backend}
+
+
+def compare(rounds: list[dict[str, float]], calm: bool) -> Row:
+    """Times and ratios over the rounds, and whom fused loses to."""
+    names = list(rounds[0])
+    times = {name: summary([1e6 * r[name] for r in rounds]) for name in names}
+    ratios = {n: summary([r[n] / r["fused"] for r in rounds]) for n in names if n != "fused"}
+    slower = [
+        name
+        for name in RIVALS
+        if name in ratios and calm and ratios[name]["median"] < 1 - NOISE and ratios[name]["q3"] < 1
+    ]
+    return {"times_us": times, "ratios": ratios, "slower_than": slower}
+
+
+def rates(task: Task, rounds: list[dict[str, float]], ceilings: Row) -> Row:
+    """Fused's GB/s and TFLOP/s, and what part of the machine's they are."""
+    seconds = summary([r["fused"] for r in rounds])["median"]
+    work, moved = flops(task), traffic(task, DTYPES[task.dtype].itemsize)
+    gb, tflop = moved / seconds / 1e9, work / seconds / 1e12
+    row = {"flops": work, "bytes": moved, "gb_per_s": gb, "tflop_per_s": tflop}
+    row["copy_share"] = gb / ceilings["copy_gb_per_s"]
+    row["matmul_share"] = tflop / ceilings["matmul_tflop_per_s"][task.dtype]
+    return row
+
+
+def counted(task: Task, job: Job, ready: dict[str, Call], row: Row) -> Row:
+    """Memory, launches and host time."""
+    found: Row = {}
+    gpu, layers = job.device.type == "cuda", {"eager": job.eager, "fused": job.fused}
+    if task.mode == STEP:
+        found["saved_bytes"] = {name: saved_bytes(layer, job) for name, layer in layers.items()}
+        steps = {name: job.call(layer, STEP) for name, layer in layers.items()}
+        found["peak_bytes"] = {n: peak_bytes(call, job.device) for n, call in steps.items()}
+    if task.mode not in GRAPHS:  # a replay is one launch, and tells nothing of its kernels
+        names = [name for name in ready if gpu or not name.startswith("compile")]
+        found["launches"] = {name: launches(ready[name], job.device) for name in names}
+        if gpu:
+            found["host_us"] = {name: host_us(call, job.device) for name, call in ready.items()}
+        elif task.case.group == HOST:
+            found["host_us"] = {name: time["median"] for name, time in row["times_us"].items()}
+    return found

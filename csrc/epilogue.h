@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "params.h"
+
 #ifdef __CUDACC__
 #define FUSEDRES_HD __host__ __device__ __forceinline__
 #else
@@ -116,12 +118,7 @@ FUSEDRES_HD Normal<float> normal(float h) {
 // quadrant.
 constexpr float kSinLimit = 1e6f;
 
-FUSEDRES_HD float sin_quadrant(float x, int shift) {
-  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  const double shifted = x * 0.63661977236758134 + kRound;
-  const double n = shifted - kRound;
-  const float r = static_cast<float>((x - n * 1.5707963267341256) - n * 6.0771005065061922e-11);
-  const int quadrant = static_cast<int>(n) + shift;
+FUSEDRES_HD float sin_of_quadrant(float r, int quadrant) {
   const float s = r * r;
   float sine = 2.75573192e-6f;
   sine = sine * s - 1.98412698e-4f;
@@ -136,6 +133,14 @@ FUSEDRES_HD float sin_quadrant(float x, int shift) {
   cosine = cosine * s + 1.0f;
   const float value = quadrant & 1 ? cosine : sine;
   return quadrant & 2 ? -value : value;
+}
+
+FUSEDRES_HD float sin_quadrant(float x, int shift) {
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  const double shifted = x * 0.63661977236758134 + kRound;
+  const double n = shifted - kRound;
+  const float r = static_cast<float>((x - n * 1.5707963267341256) - n * 6.0771005065061922e-11);
+  return sin_of_quadrant(r, static_cast<int>(n) + shift);
 }
 
 FUSEDRES_HD float sin_(float x) { return sin_quadrant(x, 0); }
@@ -375,6 +380,49 @@ struct Softsign {
   }
 };
 
+// Calls f(Activation{}) for the activation of `act`.
+template <class F>
+FUSEDRES_HD void with_activation(Act act, F&& f) {
+  switch (act) {
+    case Act::none:
+      return;
+    case Act::relu:
+      return f(Relu{});
+    case Act::leaky_relu:
+      return f(LeakyRelu{});
+    case Act::relu2:
+      return f(Relu2{});
+    case Act::relu6:
+      return f(Relu6{});
+    case Act::elu:
+      return f(Elu{});
+    case Act::selu:
+      return f(Selu{});
+    case Act::gelu:
+      return f(Gelu{});
+    case Act::gelu_tanh:
+      return f(GeluTanh{});
+    case Act::silu:
+      return f(Silu{});
+    case Act::mish:
+      return f(Mish{});
+    case Act::softplus:
+      return f(Softplus{});
+    case Act::hardswish:
+      return f(Hardswish{});
+    case Act::hardsigmoid:
+      return f(Hardsigmoid{});
+    case Act::sigmoid:
+      return f(Sigmoid{});
+    case Act::tanh:
+      return f(Tanh{});
+    case Act::sin:
+      return f(Sin{});
+    case Act::softsign:
+      return f(Softsign{});
+  }
+}
+
 // ---- Philox
 
 enum class Stream : uint32_t { element = 0, sample = 1 };  // dropout, drop-path
@@ -385,7 +433,11 @@ FUSEDRES_HD uint32_t philox(uint64_t seed, uint64_t index, Stream stream) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32);
   uint32_t c2 = static_cast<uint32_t>(stream), c3 = 0;
+#ifdef __CUDACC__
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;

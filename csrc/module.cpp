@@ -3,12 +3,20 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "cpu/product.h"
+#include "cuda/family.h"
 #include "params.h"
 
+#ifndef FUSEDRES_CUDA
+#define FUSEDRES_CUDA "none"
+#endif
+
 namespace py = pybind11;
+namespace cuda = fusedres::cuda;
 
 namespace {
 
@@ -29,7 +37,8 @@ std::map<std::string, std::string> build_info() {
       {"compiler", __VERSION__},
       {"c++", std::to_string(__cplusplus)},
       {"simd", simd()},
-      {"cuda", "none"},
+      {"cuda", FUSEDRES_CUDA},
+      {"hopper", fusedres::cuda::built_for_hopper() ? "built" : "left out"},
   };
 }
 
@@ -37,6 +46,45 @@ std::map<std::string, std::string> build_info() {
 std::map<std::string, std::string> plan(int64_t M, int64_t N, int64_t K, bool float32) {
   const bool onednn = float32 && fusedres::cpu::prefer_onednn(M, N, K);
   return {{"product", onednn ? "oneDNN" : "ATen"}, {"rows", "one pass, row in L1"}};
+}
+
+fusedres::DType dtype_of(const std::string& name) {
+  static const std::map<std::string, fusedres::DType> names = {
+      {"float32", fusedres::DType::float32},
+      {"bfloat16", fusedres::DType::bfloat16},
+      {"float16", fusedres::DType::float16},
+      {"float64", fusedres::DType::float64}};
+  const auto found = names.find(name);
+  if (found == names.end()) throw std::invalid_argument("dtype " + name + " is none of ours");
+  return found->second;
+}
+
+// Why the CUDA kernels cannot run a layer of any number of rows on a GPU whose blocks may have
+// `shared_limit` bytes of shared memory; `gradients`: its backward. None: they can.
+std::optional<std::string> cuda_why_not(const std::string& recipe, const std::string& dtype,
+                                        int64_t N, int64_t K, int shared_limit, bool gradients) {
+  const fusedres::Recipe& r = fusedres::recipe(recipe);
+  if (r.batch_stats) return "its CUDA kernels take batch norm's running statistics only";
+  const cuda::Layer layer = cuda::layer_of(r, dtype_of(dtype), 1, N, K);
+  const char* reason = cuda::why_not(layer, shared_limit, gradients);
+  return reason ? std::optional<std::string>(reason) : std::nullopt;
+}
+
+// The forward's plan on a GPU of that kind.
+py::dict cuda_plan(const std::string& recipe, const std::string& dtype, int64_t M, int64_t N,
+                   int64_t K, int multiprocessors, int shared_limit, int major) {
+  const cuda::Layer layer = cuda::layer_of(fusedres::recipe(recipe), dtype_of(dtype), M, N, K);
+  const cuda::Device device = {multiprocessors, shared_limit, major, 0};
+  const bool hopper = cuda::on_hopper(layer, device);
+  const cuda::Tile tile = hopper ? cuda::sm90::plan_forward(layer, multiprocessors)
+                                 : cuda::plan_forward(layer, multiprocessors, shared_limit);
+  py::dict found;
+  found["kernel"] = hopper ? "residual_forward_sm90_kernel" : "residual_forward_sm80_kernel";
+  found["BLOCK_M"] = tile.block_m;
+  found["BLOCK_N"] = tile.block_n;
+  found["programs"] = tile.programs;
+  found["shared"] = tile.shared_bytes;
+  return found;
 }
 
 bool knows(const std::string& text) {
@@ -51,6 +99,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "Compiler, language level, SIMD level of this machine, CUDA version.");
   m.def("plan", &plan, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("float32") = true);
+  m.def("cuda_why_not", &cuda_why_not, py::arg("recipe"), py::arg("dtype"), py::arg("N"),
+        py::arg("K"), py::arg("shared_limit"), py::arg("gradients"));
+  m.def("cuda_plan", &cuda_plan, py::arg("recipe"), py::arg("dtype"), py::arg("M"), py::arg("N"),
+        py::arg("K"), py::arg("multiprocessors"), py::arg("shared_limit"), py::arg("major"));
   m.def("knows", &knows, py::arg("recipe"),
         "True if the kernels run this recipe, else ValueError with the reason.");
 }

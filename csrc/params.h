@@ -53,6 +53,10 @@ inline bool needs_input(Stage stage) {
   return stage == Stage::norm || stage == Stage::act || stage == Stage::gate;
 }
 
+// Dropout with probability p: an element is kept if its random word is not below this, and scaled.
+inline uint64_t drop_threshold(double p) { return static_cast<uint64_t>(p * 0x1p32); }
+inline double keep_scale(double p) { return p < 1 ? 1 / (1 - p) : 0; }
+
 // Rows of a matrix whose columns are adjacent: element (m, n) is at data[m * stride + n].
 struct Rows {
   void* data = nullptr;

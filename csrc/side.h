@@ -7,28 +7,10 @@
 #include <cmath>
 #include <vector>
 
+#include "call.h"
 #include "cpu/rows.h"
-#include "tensors.h"
 
 namespace fusedres {
-
-// What every call has: see fusedres/autograd.py. The columns of x and residual are adjacent.
-struct Call {
-  const Tensor &x, &weight;
-  const Optional &bias, &norm_weight, &norm_bias, &gate, &residual, &running_mean, &running_var,
-      &seed;
-  int64_t sample_rows;
-  const Recipe& recipe;
-
-  int64_t M() const { return x.size(0); }
-  int64_t N() const { return weight.size(0); }
-  int64_t K() const { return weight.size(1); }
-  bool in_prologue(Stage stage) const {
-    return std::find(recipe.prologue.begin(), recipe.prologue.end(), stage) !=
-           recipe.prologue.end();
-  }
-  int64_t width(Stage stage) const { return in_prologue(stage) ? K() : N(); }
-};
 
 // ---- rows in chunks
 

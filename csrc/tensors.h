@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -64,13 +65,15 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
+// On the CPU, or on CUDA device `device`.
+inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, int device = -1) {
   int64_t strides[2] = {1, 1};
   if (shape.size() == 2) strides[0] = shape.begin()[1] > 0 ? shape.begin()[1] : 1;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int32_t kind = device < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
-                                                  strides, type, aoti_torch_device_type_cpu(), 0,
+                                                  strides, type, kind, std::max(device, 0),
                                                   &handle));
   return Tensor(handle);
 }

@@ -38,6 +38,7 @@ class Call:
 
     def __str__(self) -> str:
         tiles = "".join(f", {name}={value}" for name, value in self.tiles.items())
+        counted = "calls" if self.backend in ("cpu", "reference", "eager") else "launches"
         launches = "one for each torch operation"
         if self.forward_launches is not None:
             launches = f"forward {self.forward_launches}, backward at most {self.backward_launches}"
@@ -51,7 +52,7 @@ class Call:
             f"  backend   {self.backend}",
             *(f"    not {name}: {reason}" for name, reason in self.why_not.items()),
             f"  kernel    {self.kernel}{tiles}",
-            f"  {'launches' if self.backend == 'triton' else 'calls':8}  {launches}",
+            f"  {counted:8}  {launches}",
             f"  saved     {saved}",
         ]
         return "\n".join(lines)
@@ -127,16 +128,17 @@ class Context:
         dtype, M = self.dtype, math.prod(self.rows)
         weight_dtype = dtype if self.casts else self.weight_dtype
         _check(spec, (*self.rows, K), dtype, weight_dtype, N, residual, pad)
-        reasons = {b: _why_not(b, spec, dtype, self.device, N, K) for b in checks.BACKENDS[1:]}
+        names = checks.BACKENDS[1:] + ("vendor",) * (self.device.type == "cuda")
+        reasons = {b: _why_not(b, spec, dtype, self.device, N, K) for b in names}
         chosen = "reference" if self.composite else self._choose(backend, spec, N, K, reasons)
         chosen = "eager" if eager else chosen
         size, exact = dtype.itemsize, 8 if dtype == torch.float64 else 4
         kernel, tiles = _kernel(chosen, spec, dtype, M, N, K, self.device)
         saved: dict[str, int] | None = None
         forward = backward = None
-        if chosen in ops.FORWARD or chosen == "triton":
+        if chosen in ops.FORWARD or chosen in ("triton", "cuda", "vendor"):
             own, sizes = residual is not None, (dtype, M, N, K)
-            forward = 1
+            forward = 1 + (chosen == "vendor" and bool(spec.epilogue))
             backward = _backward_launches(chosen, spec, bias, own, *sizes, self.device)
             saved = {
                 "x": M * K * size,
@@ -148,6 +150,7 @@ class Context:
                 "seed": 8 if spec.random else 0,
             }
             saved = {what: n for what, n in saved.items() if n} if self.grad else {}
+        reasons.pop("vendor", None)  # nobody asks for it by name
         others = {b: reason for b, reason in reasons.items() if reason and b != chosen}
         text = formula(spec, bias, shortcut)
         return Call(name, str(spec), text, chosen, others, kernel, tiles, forward, backward, saved)
@@ -155,13 +158,14 @@ class Context:
     def _choose(
         self, backend: str, spec: Spec, N: int, K: int, reasons: dict[str, str | None]
     ) -> str:
+        M = math.prod(self.rows)
+        small = backends.is_small(self.device, self.dtype, M, N, K)
         if _ABSENT in reasons.values():  # what a machine that has the device would run
             if backend == "auto":
                 backend = backends.environment_backend()
-            auto = backends.AUTO.get(self.device.type, ())
-            candidates = auto if backend == "auto" else (backend,)
-            return next((b for b in candidates if reasons[b] in (None, _ABSENT)), "reference")
-        return backends.choose(backend, spec.text, self.dtype, self.device, N, K)
+            names = backends.candidates(self.device, small) if backend == "auto" else (backend,)
+            return next((b for b in names if reasons[b] in (None, _ABSENT)), "reference")
+        return backends.choose(backend, spec.text, self.dtype, self.device, N, K, small)
 
 
 def _why_not(
@@ -206,22 +210,30 @@ def _kernel(
             "waves": round(chosen.waves, 2),
         }
         return f"{chosen.kernel} ({chosen.family})", tiles
+    if backend.startswith("cuda") and ops._C is not None:
+        from .backends import cuda
+
+        return cuda.kernel(spec, dtype, M, N, K, device)
+    if backend == "vendor":
+        return "the library's product, then residual_finish_kernel", {}
     if backend == "cpu" and ops._C is not None:
         return "fusedres::residual_forward (C++)", ops._C.plan(M, N, K, dtype == torch.float32)
     return "torch operations, one after another", {}
 
 
 def _row_statistics(backend: str, spec: Spec, M: int) -> int:
-    """Bytes of mean and rstd of each row, which the Triton backend saves."""
-    return 8 * M if backend == "triton" and spec.norm in ("layer", "rms") else 0
+    """Bytes of mean and rstd of each row, which the backends of GPUs save."""
+    return 8 * M if backend != "cpu" and spec.norm in ("layer", "rms") else 0
 
 
 def _backward_launches(
     backend: str, spec: Spec, bias: bool, own_residual: bool, dtype: torch.dtype,
     M: int, N: int, K: int, device: torch.device,
 ) -> int:  # fmt: skip
-    if backend != "triton":
+    if backend == "cpu":
         return 1
+    if backend == "cuda":
+        return 2
     from .backends import triton
 
     sizes = (dtype, M, N, K, plan.device_of(device))

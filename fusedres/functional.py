@@ -94,7 +94,10 @@ def run(
     sample_rows = 1 if flat else rows_per_sample(x)
     seed = draw_seed(x.device) if spec.random else None
 
-    name = "reference" if inner else backends.choose(backend, spec.text, x.dtype, x.device, N, K)
+    name = "reference"
+    if not inner:
+        small = backends.is_small(x.device, x.dtype, rows.shape[0], N, K)
+        name = backends.choose(backend, spec.text, x.dtype, x.device, N, K, small)
     if name == "reference":
         if unchecked:
             checks.check_call(spec, x, *tensors, pad)

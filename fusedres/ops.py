@@ -1,7 +1,8 @@
 """The registered ops: one schema for every backend, its fakes, and a table from backend name to op.
 
 `fusedres::residual_forward` and `fusedres::residual_backward` are implemented in C++
-(csrc/ops.cpp); `fusedres::triton_residual_forward` and `..._backward` in backends/triton.py.
+(csrc/ops.cpp), `fusedres::cuda_residual_forward` and `..._backward` too (csrc/cuda_ops.cpp),
+`fusedres::triton_residual_forward` and `..._backward` in backends/triton.py.
 FORWARD[backend] and BACKWARD[backend] are what the autograd Function calls.
 """
 
@@ -133,3 +134,5 @@ def register_python(
 
 if native_missing is None:
     register("cpu", "", False)
+    if hasattr(torch.ops.fusedres, "cuda_residual_forward"):
+        register("cuda", "cuda_", True)

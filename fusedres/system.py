@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,47 +23,60 @@ VARIABLES = (
     "FUSEDRES_BACKEND", "FUSEDRES_DISABLE", "FUSEDRES_LOG", "TRITON_INTERPRET",
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
 )  # fmt: skip
-BUILD = "with g++, in the source repository: `pip install --no-build-isolation .`, or make test"
-TRITON = "pip install triton (torch's CUDA build for Linux brings it)"
-GPU = "`nvidia-smi` must list one, CUDA_VISIBLE_DEVICES must not hide it, torch needs a CUDA build"
-EXTRAS = {"scikit-learn": "demo", "matplotlib": "demo", "numpy": "bench"}
+PACKAGES = {  # optional ones, name to install: name to import, what it is for
+    "triton": ("triton", "the GPU kernels (torch's CUDA build for Linux brings it)"),
+    "rich": ("rich", "tables, colours and bars on a terminal"),
+    "scikit-learn": ("sklearn", "`python -m fusedres demo`"),
+    "matplotlib": ("matplotlib", "the demo's picture"),
+    "numpy": ("numpy", "the demo and Triton's interpreter"),
+}
+BUILD = "in the source repository: `pip install --no-build-isolation .`"
+GPU = "`nvidia-smi` must list one, and CUDA_VISIBLE_DEVICES must not hide it"
+CPU_BUILD = f"this torch is a build without CUDA, install one with it; {GPU}"
 
 
 def system() -> dict[str, Any]:
     """The facts, ready for JSON. A probe that fails leaves its error in the place of its fact."""
     facts: dict[str, Any] = {
-        "fusedres": fusedres.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "torch CUDA": _probe(lambda: torch.version.cuda),
-        "triton": _installed("triton"),
+        "fusedres": _probe(lambda: fusedres.__version__),
+        "folder": _probe(lambda: str(Path(__file__).parent)),
+        "python": _probe(platform.python_version),
+        "platform": _probe(platform.platform),
+        "CPU": _probe(cpu),
         "threads": _probe(torch.get_num_threads),
+        "torch": _probe(lambda: str(torch.__version__)),
+        "torch CUDA": _probe(lambda: torch.version.cuda),
+        "packages": {name: _probe(partial(_package, name)) for name in PACKAGES},
+        "g++": _probe(lambda: shutil.which(os.environ.get("CXX", "g++"))),
         "extension": _probe(lambda: None if ops._C is None else ops._C.build_info()),
         "GPUs": _probe(_gpus),
         "backends": {name: _probe(partial(_state, name)) for name in ("cpu", "triton", "cuda")},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
-    facts["missing"] = _missing(facts)
-    return facts
+    return facts | {"missing": list(_missing(facts))}
 
 
-def report(facts: dict[str, Any]) -> str:
-    """The facts as text."""
-    lines = []
+def report(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The facts as lines of text, each with its style."""
     for name, value in facts.items():
         if name == "missing":
             continue
         if isinstance(value, dict):
-            lines.append(f"{name:12}" + ("" if value else "none set"))
-            lines += [f"  {key:20}{item}" for key, item in value.items()]
-        elif isinstance(value, list):
-            lines.append(f"{name:12}{'; '.join(value) or 'none'}")
+            yield f"{name:12}{'' if value else 'none set'}".rstrip(), ""
+            for key, item in value.items():
+                yield f"  {key:20}{_text(item)}", "good" if item == "runs" else ""
         else:
-            lines.append(f"{name:12}{'none' if value is None else value}")
-    lines.append("missing     " + ("" if facts["missing"] else "nothing"))
-    lines += [f"  {item['what']}\n      {item['how']}" for item in facts["missing"]]
-    return "\n".join(lines)
+            yield f"{name:12}{_text(value)}", ""
+    yield ("missing", "head") if facts["missing"] else ("missing     nothing", "good")
+    for item in facts["missing"]:
+        yield f"  {item['what']}", "note"
+        yield f"      {item['how']}", ""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _probe(fact: Callable[[], Any]) -> Any:
@@ -70,11 +86,32 @@ def _probe(fact: Callable[[], Any]) -> Any:
         return f"unknown ({type(error).__name__}: {error})"
 
 
-def _installed(package: str) -> str | None:
+def _package(name: str) -> str | None:
+    """Its version, with what is wrong with it; None if it is not installed."""
     try:
-        return version(package)
+        found = str(version(name))
     except PackageNotFoundError:
         return None
+    try:
+        importlib.import_module(PACKAGES[name][0])
+    except Exception as error:
+        return f"{found}, but importing it fails ({type(error).__name__}: {error})"
+    return found
+
+
+def cpu() -> str:
+    """The CPU's name and number of cores."""
+    name, known = platform.processor(), Path("/proc/cpuinfo")
+    if known.exists():
+        lines = (line.partition(":") for line in known.read_text().splitlines())
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    return f"{name or platform.machine()}, {os.cpu_count()} cores"
+
+
+def machine(device: torch.device) -> str:
+    """What a measurement ran on."""
+    gpu = device.type == "cuda"
+    return str(_probe(lambda: torch.cuda.get_device_name(device) if gpu else cpu()))
 
 
 def _gpus() -> list[str]:
@@ -93,21 +130,24 @@ def _state(backend: str) -> str:
     return "runs" if reason is None else reason
 
 
-def _missing(facts: dict[str, Any]) -> list[dict[str, str]]:
-    missing = []
+def _missing(facts: dict[str, Any]) -> Iterator[dict[str, str]]:
     if ops.native_missing:
-        missing.append({"what": ops.native_missing, "how": BUILD})
-    if facts["triton"] is None:
-        missing.append({"what": "Triton, for the GPU kernels", "how": TRITON})
+        tool = "" if facts["g++"] else "install g++, then "
+        yield {"what": ops.native_missing, "how": tool + BUILD}
     if not facts["GPUs"]:
-        missing.append({"what": "a CUDA GPU (the CPU kernels need none)", "how": GPU})
-    for package, extra in EXTRAS.items():
-        if _installed(package) is None:
-            what = f"{package}, for `python -m fusedres {extra}`"
-            missing.append({"what": what, "how": f'pip install "fusedres[{extra}]"'})
+        how = GPU if facts["torch CUDA"] else CPU_BUILD
+        yield {"what": "a CUDA GPU (the CPU kernels need none)", "how": how}
+    for package, (_, purpose) in PACKAGES.items():
+        found = facts["packages"][package]
+        if found is None:
+            yield {"what": f"{package}, for {purpose}", "how": f"pip install {package}"}
+        elif " " in found:  # more than a version
+            yield {
+                "what": f"a working {package}, for {purpose}: {found}",
+                "how": f"pip install --force-reinstall {package}",
+            }
     for check in (backends.environment_backend, lambda: backends.environment_flag("FUSEDRES_LOG")):
         try:
             check()
-        except ValueError as error:
-            missing.append({"what": f"a valid environment: {error}", "how": "set or unset it"})
-    return missing
+        except Exception as error:
+            yield {"what": f"a valid environment: {error}", "how": "set or unset it"}

@@ -1,5 +1,5 @@
 """`make gpu-check` without a GPU: its clock, its processes, what it reads from logs, its goals, its
-report, and each benchmark row on CPU tensors with a clock that is not one.
+report, and the rows of a GPU on CPU tensors with a clock that is not one.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu_check, gpu_goals, gpu_measure, gpu_steps
-from bench.gpu_goals import GOALS, HOST, MEMORY, Goal, Work, judge, slower, works
+from bench import agenda, contenders, gpu_check, gpu_goals, gpu_steps, graphs, machine, measure
+from bench.cases import GRAPH, GRAPHS, RECORD_GRAPH, STEP, Case, Task, square
+from bench.gpu_goals import GOALS, MEMORY, SAVED, Goal, judge, tasks
+from bench.schema import check_results
 
 CPU = torch.device("cpu")
 LOGIC = ("and", "or", "not")
@@ -44,7 +47,7 @@ def test_wrong_arguments_are_told(wrong: list[str], capsys: pytest.CaptureFixtur
 def test_results_go_where_they_are_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_check.report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu_check.results_file, "RESULTS", tmp_path / "results")
     monkeypatch.setenv("OUT", str(tmp_path / "env"))
     assert gpu_check.folder(tmp_path / "asked", "any") == tmp_path / "asked"
     assert gpu_check.folder(None, "any") == tmp_path / "env"
@@ -279,35 +282,44 @@ def test_compute_sanitizer_s_verdict(
 # Goals.
 
 
-def row(work: Work, **ratios: float) -> dict[str, Any]:
-    pairs = {pair: {"median": ratio} for pair, ratio in ratios.items()}
-    return {"name": work.name, **vars(work), "ratios": pairs, "failed": {}}
+def row(task: Task, **ratios: float) -> dict[str, Any]:
+    spreads = {name: {"median": r, "q1": r, "q3": r} for name, r in ratios.items()}
+    keys = {"case": task.case.name, "dtype": task.dtype, "mode": task.mode}
+    slower = [name for name in ("eager", "compile") if ratios.get(name, 1.0) < 0.98]
+    return keys | {"ratios": spreads, "slower_than": slower, "failed": {}}
 
 
 def test_each_goal_has_rows_and_each_row_comes_once() -> None:
-    every = works()
-    assert len({work.name for work in every}) == len(every) > 30
-    assert {work for goal in GOALS for work in goal.works} <= set(every)
-    widths = {work.features for work in every if work.what == "forward" and work.rows == 65536}
+    every = tasks()
+    assert len(set(every)) == len(set(map(str, every))) == len(every) > 30
+    assert {task for goal in GOALS for task in goal.tasks} <= set(every)
+    widths = {t.case.features for t in every if t.mode == GRAPH and t.case.rows == 65536}
     assert widths == {64, 128, 256, 512, 1024, 2048, 4096}
-    assert {work.order for work in every} >= {"note", "prenorm", "preact"}
-    known = {*gpu_measure.CONTENDERS, "host", "memory"}
-    assert {work.what for work in every} == known
+    assert {task.case.order for task in every} >= {"note", "prenorm", "preact"}
+    assert {*GRAPHS, STEP} <= {task.mode for task in every}
+
+
+def test_the_goals_come_first_on_a_gpu() -> None:
+    every = agenda.agenda("cuda")
+    assert every[: len(tasks())] == tasks()
+    assert len(every) > 5 * len(tasks()), "and then all others"
+    assert not set(tasks()) & set(every[len(tasks()) :])
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
-    wide, narrow = Work("forward", 65536, 4096), Work("forward", 65536, 128)
-    ratios = {"fused / product": 1.06, "training / fused": 1.0}
-    fast = {"fused / product": 1.15, "eager / fused": 3.9, "copy / fused": 0.80}
-    judged = judge([row(wide, **ratios), row(narrow, **fast)])
+    wide, narrow = (Task(square(65536, n), "bf16", GRAPH) for n in (4096, 128))
+    judged = judge([
+        row(wide, matmul=1 / 1.06, training=1.0),
+        row(narrow, matmul=1 / 1.15, eager=3.9, copy=0.80),
+    ])  # fmt: skip
     met = {(goal["goal"], goal["row"], goal["bound"]): goal["met"] for goal in judged}
-    assert met["forward / T", wide.name, "<= 1.05"] is False
-    assert met["training / inference", wide.name, "<= 1.05"] is True
-    assert met["forward / T", narrow.name, "<= 1.15"] is True
-    assert met["eager / forward", narrow.name, ">= 3.8"] is True
-    assert met["copy / forward", narrow.name, ">= 0.85"] is False
-    assert met["forward / T", Work("forward", 65536, 2048).name, "<= 1.07"] is None
-    assert len(judged) == sum(len(goal.works) for goal in GOALS)
+    assert met["forward / T", str(wide), "<= 1.05"] is False
+    assert met["training / inference", str(wide), "<= 1.05"] is True
+    assert met["forward / T", str(narrow), "<= 1.15"] is True
+    assert met["eager / forward", str(narrow), ">= 3.8"] is True
+    assert met["copy / forward", str(narrow), ">= 0.85"] is False
+    assert met["forward / T", str(Task(square(65536, 2048), "bf16", GRAPH)), "<= 1.07"] is None
+    assert len(judged) == sum(len(goal.tasks) for goal in GOALS)
 
 
 def test_goals_are_compared_to_two_digits() -> None:
@@ -316,23 +328,39 @@ def test_goals_are_compared_to_two_digits() -> None:
     assert not Goal("", "", 2.0, (), least=True).met(1.99)
 
 
-def test_slower_lists_eager_and_compile_beyond_noise() -> None:
-    rows = [
-        row(Work("forward", 256, 64), **{"eager / fused": 0.97}),
-        row(Work("forward", 256, 128), **{"eager / fused": 0.99, "fused / product": 0.5}),
-        row(Work("compiled forward"), **{"compile / fused": 0.9}),
-    ]
-    assert [line.rsplit(": ", 1)[1] for line in slower(rows)] == [
-        "eager / fused = 0.97", "compile / fused = 0.90",
-    ]  # fmt: skip
+def test_goals_know_their_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goal's pair is timed in each of its rows."""
+    made: dict[Task, set[str]] = {}
+    for goal in GOALS:
+        for task in goal.tasks:
+            small = task._replace(case=Case("small", 9, 16, task.case.order, task.case.norm))
+            if task not in made:
+                job = measure.Job(small.case, "fp32", CPU)
+                monkeypatch.setattr(contenders, "TANH_WIDTHS", (16,))
+                monkeypatch.setattr(contenders, "TANH_ROWS", 9)
+                made[task] = set(contenders.makers(job, small, ()))
+            assert goal.pair == SAVED or set(goal.pair.split(" / ")) <= made[task]
+
+
+def test_memory_and_host_are_goals() -> None:
+    (memory,) = (goal for goal in GOALS if goal.tasks == (MEMORY,))
+    assert memory.bound == 0.5
+    saved = row(MEMORY) | {"saved_bytes": {"fused": 49.0, "eager": 100.0}}
+    assert gpu_goals.value(saved, memory.pair) == 0.49
+    assert gpu_goals.value(row(MEMORY), memory.pair) is None
+    host = [goal for goal in GOALS if goal.tasks[0] in gpu_goals.HOSTS]
+    assert [goal.bound for goal in host] == [0.6, 0.55]
+    assert gpu_goals.value(row(gpu_goals.HOSTS[0], eager=2.0), host[0].pair) == 0.5
 
 
 # Rows, on CPU tensors.
 
 TIMES = {
-    "product": 1.0, "fused": 1.25, "eager": 5.0, "training": 1.5, "copy": 1.0, "erf": 1.1,
-    "tanh": 1.0, "compile": 2.5,
+    "matmul": 1.0, "fused": 1.25, "eager": 5.0, "training": 1.5, "copy": 1.0, "gelu_tanh": 1.2,
+    "compile": 2.5,
 }  # fmt: skip
+CEILINGS = {"copy_gb_per_s": 3000.0, "matmul_tflop_per_s": {"fp32": 50.0, "bf16": 700.0}}
+OPTIONS = measure.Options(CPU, 0.0, CEILINGS, ("compile",), "left out")
 
 
 class FakeClock:
@@ -345,117 +373,156 @@ class FakeClock:
         return [{n: f * TIMES[n] for n in contenders} for f in (1.0, 2.0, 1.0)], True
 
 
-EXPECTED = {
-    "forward": {"fused / product": 1.25, "eager / fused": 4, "training / fused": 1.2},
-    "backward": {"fused / product": 1.25, "eager / fused": 4},
-    "training": {"eager / fused": 4},
-    "gelu": {"erf / tanh": 1.1},
-    "compiled forward": {"compile / fused": 2},
-    "compiled backward": {"compile / fused": 2},
-}
-
-
-@pytest.mark.parametrize("what", gpu_measure.CONTENDERS)
-def test_a_row_holds_ratios_within_rounds(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", GRAPHS)
+def test_a_row_holds_ratios_within_rounds(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda layer, **how: layer)
-    work, clock = Work(what, 33, 64), FakeClock()
-    found = gpu_measure.measure_work(work, CPU, 0.0, clock)
-    expected = EXPECTED[what] | ({"copy / fused": 0.8} if what == "forward" else {})
-    assert not found["failed"]
-    assert {pair: ratio["median"] for pair, ratio in found["ratios"].items()} == pytest.approx(
-        expected
+    monkeypatch.setattr(contenders, "TANH_ROWS", 33)
+    monkeypatch.setattr(contenders, "TANH_WIDTHS", (64,))
+    task, clock = Task(square(33, 64), "bf16", mode), FakeClock()
+    found, rounds = measure.measure(task, OPTIONS, clock)
+    names = {"matmul", "eager", "compile"} | (
+        {"training", "copy", "gelu_tanh"} if mode == GRAPH else set()
     )
-    assert found["times_us"].keys() == set(clock.seen)
-    name = clock.seen[0]
-    assert found["times_us"][name]["median"] == pytest.approx(1e6 * TIMES[name] / work.calls)
-    assert found["rounds"] == 3 and found["calls"] == work.calls > 1
-    assert json.loads(json.dumps(found)) == found
+    ratios = {name: TIMES[name] / TIMES["fused"] for name in names}
+    assert {n: r["median"] for n, r in found["ratios"].items()} == pytest.approx(ratios)
+    assert found["failed"] == {"compile-max": "left out"}
+    assert found["times_us"].keys() == set(clock.seen) == {*names, "fused"}
+    calls = found["calls"]
+    assert found["times_us"]["fused"]["median"] == pytest.approx(1e6 * TIMES["fused"] / calls)
+    assert found["rounds"] == len(rounds) == 3 and calls == graphs.calls(task, 1) > 1
+    assert "launches" not in found and json.loads(json.dumps(found)) == found
 
 
 @pytest.mark.parametrize("order", ["prenorm", "preact"])
 def test_other_orders_are_checked_and_timed(order: str) -> None:
-    found = gpu_measure.measure_work(Work("forward", 33, 64, order=order), CPU, 0.0, FakeClock())
-    assert found["order"] == order and not found["failed"] and "eager / fused" in found["ratios"]
+    task = Task(square(33, 64, order), "bf16", GRAPH)
+    found, _ = measure.measure(task, OPTIONS._replace(compiled=()), FakeClock())
+    assert found["order"] == order and "eager" in found["ratios"]
+
+
+def test_batch_norm_in_training_is_timed() -> None:
+    task = Task(square(33, 64, norm="batch"), "bf16", RECORD_GRAPH)
+    found, _ = measure.measure(task, OPTIONS._replace(compiled=()), FakeClock())
+    assert found["norm"] == "batch" and found["ratios"]["eager"]["median"] == 4
 
 
 def test_a_contender_that_fails_is_told_and_the_others_are_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def contenders(work: Work, job: Any) -> Any:
-        def fail() -> Any:
-            raise RuntimeError("cannot be captured")
+    def fail() -> Any:
+        raise RuntimeError("cannot be captured")
 
-        return {"product": lambda: lambda: None, "fused": lambda: lambda: None, "eager": fail}
+    def some(job: Any, task: Task, compiled: Any) -> Any:
+        return {"matmul": lambda: lambda: None, "fused": lambda: lambda: None, "eager": fail}
 
-    monkeypatch.setitem(gpu_measure.CONTENDERS, "forward", contenders)
-    found = gpu_measure.measure_work(Work("forward", 9, 16), CPU, 0.0, FakeClock())
-    assert found["failed"] == {"eager": "RuntimeError: cannot be captured"}
-    assert set(found["ratios"]) == {"fused / product"}
+    monkeypatch.setattr(measure, "makers", some)
+    task = Task(square(9, 16), "bf16", GRAPH)
+    found, _ = measure.measure(task, OPTIONS, FakeClock())
+    assert found["failed"]["eager"] == "RuntimeError: cannot be captured"
+    assert set(found["ratios"]) == {"matmul"}
+    monkeypatch.setattr(measure, "makers", lambda *_: {"fused": fail})
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        measure.measure(task, OPTIONS, FakeClock())
 
 
 def test_wrong_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_measure, "wrong", lambda work, device: ["y has RMS error 1"])
+    monkeypatch.setattr(measure, "wrong", lambda *task: ["y has RMS error 1"])
     clock = FakeClock()
-    found = gpu_measure.measure_work(Work("forward", 9, 16), CPU, 0.0, clock)
-    assert "y has RMS error 1" in found["failed"]["fused"] and not found["ratios"]
+    with pytest.raises(ArithmeticError, match="y has RMS error 1"):
+        measure.measure(Task(square(9, 16), "bf16", GRAPH), OPTIONS, clock)
     assert not hasattr(clock, "seen")
 
 
 def test_a_graph_holds_so_many_calls() -> None:
     calls = []
-    loop = gpu_measure.repeated(lambda: lambda: calls.append(1), 7, None)
+    loop = graphs.repeated(lambda: lambda: calls.append(1), 7, None)
     warm = len(calls)
     loop()
     assert len(calls) - warm == 7
-    assert Work("forward", 256, 64).calls == gpu_goals.MOST_CALLS
-    assert Work("forward", 65536, 4096).calls == 1
+
+    def in_graph(rows: int, features: int, copies: int) -> int:
+        return graphs.calls(Task(square(rows, features), "bf16", GRAPH), copies)
+
+    assert in_graph(256, 64, 1) == graphs.MOST_CALLS and in_graph(65536, 4096, 1) == 1
+    assert in_graph(65536, 4096, 3) == 3, "each set of inputs once"
 
 
-def test_memory_counts_what_is_saved() -> None:
-    """Fused keeps z; eager keeps z and norm(z). Both keep vectors too."""
-    found = gpu_measure.measure_work(Work("memory", 64, 256), CPU, 0.0)
-    ratio = found["ratios"]["saved, fused / eager"]["median"]
-    assert found["bytes"]["eager"]["saved"] >= 2 * 64 * 256 * 2
-    assert ratio == found["bytes"]["fused"]["saved"] / found["bytes"]["eager"]["saved"] < 0.55
+def test_inputs_exceed_L2(monkeypatch: pytest.MonkeyPatch) -> None:
+    L2, gpu = 50 * 2**20, torch.device("cuda")
+    told = SimpleNamespace(L2_cache_size=L2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    for rows, features in ((65536, 64), (4096, 1024), (65536, 4096)):
+        task = Task(square(rows, features), "bf16", GRAPH)
+        copies = graphs.copies(task, gpu)
+        assert copies * measure.traffic(task, 2) >= 2 * L2
+        assert (copies == 1) == (features == 4096) and graphs.copies(task, CPU) == 1
+    assert graphs.copies(Task(square(256, 64), "bf16", GRAPH), gpu) == graphs.MOST_CALLS
+    assert graphs.copies(gpu_goals.HOSTS[0], gpu) == 1
 
 
-def test_host_time_is_fused_over_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    spread = {"median": 2.0, "q1": 1.6, "q3": 2.5}
-    modes = (gpu_measure.RECORD, gpu_measure.STEP)
-    rows = [{"mode": mode, "ratios": {"eager": spread}} for mode in modes]
-    monkeypatch.setattr(gpu_measure.measure, "measure", lambda *args: rows)
-    found = gpu_measure.measure_work(HOST, CPU, 0.0)
-    goals = [goal for goal in GOALS if goal.works == (HOST,)]
-    assert set(found["ratios"]) == {goal.pair for goal in goals}
-    assert found["ratios"][goals[0].pair] == pytest.approx({"median": 0.5, "q1": 0.4, "q3": 0.625})
+# The driver.
 
 
-def test_the_file_is_written_after_each_row_until_time_is_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, now, seen = tmp_path / "goals.json", 0.0, []
+class FakeNvml(ModuleType):
+    NVMLError, NVML_CLOCK_SM = OSError, 1
+    nvmlInit = staticmethod(lambda: None)
+    nvmlSystemGetDriverVersion = staticmethod(lambda: b"580.1")
+    nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: uuid)
+    nvmlDeviceGetClockInfo = staticmethod(lambda handle, kind: 1980)
+    nvmlDeviceGetMaxClockInfo = staticmethod(lambda handle, kind: 2000)
+    nvmlDeviceGetPowerUsage = staticmethod(lambda handle: 345_000)
+    nvmlDeviceGetEnforcedPowerLimit = staticmethod(lambda handle: 700_000)
 
-    def measured(work: Work, device: torch.device, seconds: float) -> dict[str, Any]:
-        nonlocal now
-        seen.append(json.loads(path.read_text())["rows"] if path.exists() else [])
-        now += 1.0
-        if len(seen) == 2:
-            raise RuntimeError("out of memory")
-        return row(work, **{"fused / product": 1.0})
 
-    monkeypatch.setattr(gpu_measure, "measure_work", measured)
-    monkeypatch.setattr(gpu_measure, "perf_counter", lambda: now)
-    chosen = [Work("forward", features=n) for n in (4096, 2048, 1024, 512, 256)]
-    rows = gpu_measure.run(chosen, CPU, 0.1, 2.5, path)
-    assert len(rows) == 3 and [len(before) for before in seen] == [0, 1, 2]
-    assert rows[1]["failed"] == {"row": "RuntimeError: out of memory"}
-    assert "2 rows are left out" in capsys.readouterr().out
-    results = json.loads(path.read_text())
-    assert results["rows"] == rows and results["protocol"] == gpu_measure.PROTOCOL
-    assert [goal["met"] for goal in results["goals"]][:4] == [True, None, True, None]
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA H100", total_memory=80 * 2**30, multi_processor_count=132, major=9, minor=0,
+    uuid="ab-cd", L2_cache_size=2**20,
+)  # fmt: skip
+
+
+def test_clocks_and_power_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml := FakeNvml("pynvml"))
+    assert machine.clocks(gpu, "before") == {"sm_mhz_before": 1980}
+    assert machine.clocks(gpu, "after") == {
+        "sm_mhz_after": 1980, "max_sm_mhz": 2000, "power_w": 345.0, "power_limit_w": 700.0,
+    }  # fmt: skip
+    told = machine.gpu(gpu)
+    assert told["driver"] == "580.1" and told["capability"] == "9.0" and told["memory_gib"] == 80
+
+    def refuse(uuid: str) -> Any:
+        raise OSError("Insufficient Permissions")
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByUUID", refuse)
+    assert machine.clocks(gpu, "after") == {"unread": "Insufficient Permissions"}
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "not installed" in machine.clocks(gpu, "after")["unread"]
+    assert "driver" not in machine.gpu(gpu)
 
 
 # The whole.
+
+
+def test_the_benchmark_is_the_common_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the time that is left, and writes where the report looks."""
+    seen: list[list[str]] = []
+
+    def execute(command: list[str], log: Path, limit: float) -> gpu_steps.Outcome:
+        seen.append(command)
+        output = next(word for word in command if word.startswith("--output="))
+        rows = [row(Task(square(256, 64), "bf16", GRAPH))]
+        Path(output.split("=")[1]).write_text(json.dumps({"rows": rows, "not_measured": [1, 2]}))
+        return gpu_steps.Outcome(codes[len(seen) - 1], 1.0, "")
+
+    monkeypatch.setattr(gpu_steps, "execute", execute)
+    codes = (0, 1, None)
+    for ok in (True, False, False):
+        (found,) = gpu_steps.Check(tmp_path, ["benchmark"], 100.0).run()
+        assert found["ok"] is ok and found["told"].startswith("1 rows, 2 not measured")
+    assert seen[0][1:4] == ["-m", "bench", "--device=cuda"]
+    (limit,) = (word for word in seen[0] if word.startswith("--limit="))
+    assert 70 <= float(limit.split("=")[1]) <= 100 - 2 * gpu_steps.GRACE
 
 
 def test_the_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -469,37 +536,48 @@ def test_the_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             "failed": ["t"],
         },
     ]
-    goals = gpu_measure.collect(
-        [row(Work("forward", features=4096), **{"fused / product": 1.2, "eager / fused": 0.9})], CPU
-    )
+    results = {
+        "device": "cuda", "date": "2030-01-02", "commit": "none", "not_measured": [],
+        "machine": {"cpu": "some", "gpu": "NVIDIA H100", "driver": "580"},
+        "clocks": {"power_w": 345.0}, "versions": {"torch": "2"}, "protocol": {"ratios": "so"},
+        "rows": [row(Task(square(65536, 4096), "bf16", GRAPH), matmul=1 / 1.2, eager=0.9)],
+    }  # fmt: skip
 
     def run(check: gpu_steps.Check) -> list[dict[str, Any]]:
-        (check.out / "goals.json").write_text(json.dumps(goals))
+        (check.out / gpu_steps.RESULTS_FILE).write_text(json.dumps(results))
         return steps
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "gpu", lambda: {"name": "NVIDIA H100", "driver_version": "580"})
-    monkeypatch.setattr(gpu_check.report, "machine", lambda device: {"cpu": "some"})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "NVIDIA H100")
     monkeypatch.setattr(gpu_steps.Check, "run", run)
     assert gpu_check.main([f"--out={tmp_path}", "--commit=abc"]) == 1, "a step failed"
-    results = json.loads((tmp_path / "gpu-check.json").read_text())
-    assert results["gpu"] == {"name": "NVIDIA H100", "driver_version": "580"}
-    assert results["commit"] == "abc" and results["steps"] == steps
-    assert results["protocol"] == gpu_measure.PROTOCOL and len(results["rows"]) == 1
-    assert {"python", "torch", "fusedres", "triton"} <= results["versions"].keys()
+    found = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert found["commit"] == "abc" and found["steps"] == steps
+    assert len(found["goals"]) == sum(len(goal.tasks) for goal in GOALS)
+    assert {k: found[k] for k in results if k != "commit"} == {
+        k: v for k, v in results.items() if k != "commit"
+    }
     printed = capsys.readouterr().out
     assert (tmp_path / "summary.md").read_text().strip() in printed
+    assert "NVIDIA H100 (cpu some, driver 580, power_w 345.0)" in printed
     assert "MISSED" in printed and "not measured" in printed and "* t" in printed
-    assert "eager / fused = 0.90" in printed
+    assert "eager takes 0.90 of fused's time" in printed
     steps[1]["ok"] = None
     assert gpu_check.main([f"--out={tmp_path}"]) == 0, "a missed goal is no failure"
+
+
+def test_steps_without_a_benchmark_have_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *device: PROPERTIES)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "NVIDIA H100")
+    found = gpu_check.combine(tmp_path, [], "abc")
+    assert found["commit"] == "abc" and found["machine"]["gpu"] == "NVIDIA H100"
+    assert not found["rows"] and all(goal["met"] is None for goal in found["goals"])
+    assert "triton" in found["versions"] and "NVIDIA H100" in gpu_check.text(found)
+    assert all("ceilings" in line for line in check_results(found)), "but for what was not measured"
 
 
 def test_make_help_lists_it() -> None:
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True)
     assert "make gpu-check" in done.stdout
-
-
-def test_memory_is_a_goal() -> None:
-    (goal,) = (goal for goal in GOALS if goal.works == (MEMORY,))
-    assert goal.bound == gpu_check.report.SAVED_GOAL

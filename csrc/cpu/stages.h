@@ -150,49 +150,6 @@ inline void normalize_grad(A* d, const A* c, A rstd, int64_t n, bool center) {
 
 // ---- activation, dropout, drop-path
 
-// Calls f(Activation{}) for the activation of `act`.
-template <class F>
-inline void with_activation(Act act, F&& f) {
-  switch (act) {
-    case Act::none:
-      return;
-    case Act::relu:
-      return f(Relu{});
-    case Act::leaky_relu:
-      return f(LeakyRelu{});
-    case Act::relu2:
-      return f(Relu2{});
-    case Act::relu6:
-      return f(Relu6{});
-    case Act::elu:
-      return f(Elu{});
-    case Act::selu:
-      return f(Selu{});
-    case Act::gelu:
-      return f(Gelu{});
-    case Act::gelu_tanh:
-      return f(GeluTanh{});
-    case Act::silu:
-      return f(Silu{});
-    case Act::mish:
-      return f(Mish{});
-    case Act::softplus:
-      return f(Softplus{});
-    case Act::hardswish:
-      return f(Hardswish{});
-    case Act::hardsigmoid:
-      return f(Hardsigmoid{});
-    case Act::sigmoid:
-      return f(Sigmoid{});
-    case Act::tanh:
-      return f(Tanh{});
-    case Act::sin:
-      return f(Sin{});
-    case Act::softsign:
-      return f(Softsign{});
-  }
-}
-
 inline bool beyond_sin_limit(const float* t, int64_t n) {
   bool beyond = false;
   for (int64_t i = 0; i < n; ++i) beyond |= !(std::fabs(t[i]) < kSinLimit);
@@ -227,9 +184,6 @@ inline void activate_grad(Act act, A* d, const A* h, int64_t n) {
     }
   });
 }
-
-inline uint64_t drop_threshold(double p) { return static_cast<uint64_t>(p * 0x1p32); }
-inline double keep_scale(double p) { return p < 1 ? 1 / (1 - p) : 0; }
 
 // Zeroes element i where philox(seed, first + i) < p * 2^32 and scales the others. Not 0 * t: what
 // is dropped is 0 even if it was NaN.

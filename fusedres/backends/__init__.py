@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from functools import lru_cache
@@ -12,6 +13,7 @@ from .. import ops
 from ..checks import BACKENDS
 from ..spec import REGISTERED, Spec, one_of
 from ..tracing import constant_when_compiled
+from . import plan
 
 _log = logging.getLogger("fusedres")
 
@@ -26,23 +28,42 @@ def why_not(
         if device.type == "cpu" and spec.activation in REGISTERED:
             return f"the C++ kernels know only the built-in activations, not {spec.activation!r}"
         return f"x is on {device}" if device.type != "cpu" else ops.native_missing
-    if backend == "triton":
-        from . import triton
-
-        return triton.why_not(spec, dtype, device, N, K)
-    return "this version has no CUDA C++ kernels"
+    module = importlib.import_module(f".{backend}", __name__)  # importing triton takes its time
+    return module.why_not(spec, dtype, device, N, K)
 
 
-AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}  # device type -> what "auto" tries, best first
+def candidates(device: torch.device, small: bool) -> tuple[str, ...]:
+    """What "auto" tries, best first.
+
+    On a GPU a launch by Triton costs the host several times what one from C++ does, so the C++
+    kernels take small layers. Products of true fp32 are the library's where they are not small.
+    """
+    if device.type != "cuda":
+        return ("cpu",) if device.type == "cpu" else ()
+    return ("cuda", "triton") if small else ("vendor", "triton", "cuda")
+
+
+def is_small(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> bool:
+    """Whether a layer of x (M, K) and N outputs is small for a GPU: "auto" then chooses otherwise.
+
+    Where that ends stands in kernels/configs, by device. A compiled graph is guarded by this, and
+    by nothing else of the batch size.
+    """
+    if device.type != "cuda":
+        return False
+    limits = plan.limits_of_auto(device)
+    if max(N, K) > limits["features"] or limits["rows"] < M:
+        return False
+    return dtype != torch.float32 or limits["fp32 products"] >= M * N * K
 
 
 @constant_when_compiled
 @lru_cache(maxsize=4096)
 def choose(
-    backend: str, recipe: str, dtype: torch.dtype, device: torch.device, N: int, K: int
-) -> str:
-    """The backend that runs this layer; the batch size has no say, so a compiled graph serves every
-    batch.
+    backend: str, recipe: str, dtype: torch.dtype, device: torch.device, N: int, K: int,
+    small: bool = False,
+) -> str:  # fmt: skip
+    """The backend that runs this layer: a key of ops.FORWARD, or "reference".
 
     Raises NotImplementedError with the reason if a named backend cannot. FUSEDRES_DISABLE=1 and
     FUSEDRES_BACKEND are read when a layer of this kind runs for the first time.
@@ -51,8 +72,8 @@ def choose(
     if one_of("backend", backend, BACKENDS) == "auto":
         backend = environment_backend()
     if backend == "auto":
-        candidates = AUTO.get(device.type, ())
-        able = (name for name in candidates if why_not(name, spec, dtype, device, N, K) is None)
+        names = candidates(device, small)
+        able = (name for name in names if why_not(name, spec, dtype, device, N, K) is None)
         backend = next(able, "reference")
     reason = why_not(backend, spec, dtype, device, N, K)
     if reason is not None:
@@ -66,6 +87,15 @@ def choose(
 
         triton.register()
         triton.prepare(device)
+    elif backend == "vendor":
+        from . import vendor
+
+        vendor.register()
+        vendor.triton.prepare(device)
+    elif backend == "cuda":
+        from . import cuda
+
+        backend = cuda.name(spec, dtype, device, N, K)
     if environment_flag("FUSEDRES_LOG"):
         _log.warning("'%s' %s %s N=%d K=%d -> %s", spec, dtype, device, N, K, backend)
     return backend

@@ -140,10 +140,10 @@ def config_file(name: str) -> Path:
 
 @cache
 def config(name: str, architecture: str) -> dict[str, Any]:
-    """The tables "tiles" and "tuned" for a device: its own file's lines before its architecture's,
-    those before generic.json's.
+    """The tables "tiles", "tuned" and "auto" for a device: its own file's lines before its
+    architecture's, those before generic.json's.
     """
-    found: dict[str, Any] = {"tiles": {}, "tuned": {}}
+    found: dict[str, Any] = {"tiles": {}, "tuned": {}, "auto": {}}
     for path in (config_file("generic"), config_file(architecture), config_file(name)):
         if path.exists():
             read = json.loads(path.read_text())
@@ -152,6 +152,14 @@ def config(name: str, architecture: str) -> dict[str, Any]:
                     merged = isinstance(value, dict) and key in lines
                     lines[key] = {**lines[key], **value} if merged else value
     return found
+
+
+def limits_of_auto(device: torch.device) -> dict[str, int]:
+    """Up to how many "rows", "features" and, in true fp32, products of numbers the CUDA C++ kernels
+    go before others.
+    """
+    found = device_of(device)
+    return config(found.name, found.architecture)["auto"]
 
 
 def family_of(spec: Spec, size: int, M: int, N: int) -> str:

@@ -1,0 +1,106 @@
+"""Which rows are measured, in which order, and why others are not.
+
+The most telling rows come first: a run has a limit of time, and what it does not reach is told.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusedres.timing import MIN_ROUNDS, WARM_UP_CALLS
+
+from .cases import (
+    CASES,
+    DTYPES,
+    GRAPH,
+    GRAPHS,
+    INFERENCE,
+    MODEL,
+    MODELS,
+    SQUARE,
+    SQUARES,
+    STEP,
+    TINY,
+    Case,
+    Task,
+)
+from .counts import flops, traffic
+from .gpu_goals import tasks as goals
+from .measure import CHECKED_ROWS
+
+FP16_ON_CPU = ("rtdl-466", "square-256x256")  # torch's product takes 10 to 100 times as long there
+LONGEST = 8.0  # seconds for a square's row on a CPU, except with --full
+CALLS = WARM_UP_CALLS + 3 + MIN_ROUNDS + 6  # of a contender at least: warm-up, rounds, counts
+START = {"cpu": 0.1, "cuda": 2.0}  # seconds to begin a row: tensors, and Triton's kernels
+COMPILE = {INFERENCE: 2.0, STEP: 5.0}  # seconds on two cores; on a GPU a little more
+COMPILE_MAX = 20.0
+FIRST_COMPILE = 25.0  # imports, and headers that are compiled in advance
+COMPILED_WIDTHS = (1024, 256)  # squares that torch.compile takes part in on a GPU
+SLOW_COMPILER = "compiling takes seconds a row: not here, --full times it"
+
+
+def agenda(device: str) -> list[Task]:
+    """Every row, the most telling first."""
+    dtypes = ("bf16", "fp32", "fp16") if device == "cuda" else tuple(DTYPES)
+    rows = [*goals(), *_rows(device, (TINY, *MODELS), dtypes[:1])] if device == "cuda" else []
+    rows += _rows(device, (TINY, *MODELS), dtypes[:2])
+    for case in SQUARES:
+        rows += _rows(device, (case,), dtypes[:2])
+    return list(dict.fromkeys([*rows, *_rows(device, CASES, dtypes)]))
+
+
+def _rows(device: str, cases: tuple[Case, ...], dtypes: tuple[str, ...]) -> list[Task]:
+    return [
+        Task(case, dtype, mode)
+        for dtype in dtypes
+        for case in cases
+        if dtype in case.dtypes
+        for mode in (*case.modes, *([GRAPH] if device == "cuda" and not case.host else []))
+    ]
+
+
+def chosen(tasks: list[Task], only: str) -> list[Task]:
+    """Those with `only` in 'NAME DTYPE'; ValueError if there is none."""
+    found = [task for task in tasks if only in f"{task.case.name} {task.dtype}"]
+    if not found:
+        names = ", ".join(dict.fromkeys(task.case.name for task in tasks))
+        raise ValueError(f"--only {only!r} leaves no case; cases: {names}")
+    return found
+
+
+def compiled(task: Task, device: str, full: bool) -> tuple[str, ...]:
+    """Which of torch.compile's contenders a row has."""
+    if full:
+        return "compile", "compile-max"
+    case = task.case
+    if device == "cuda":
+        some = case.group != SQUARE or case.features in COMPILED_WIDTHS
+    else:
+        some = case.host or (case.group == MODEL and (task.dtype, task.mode) != ("bf16", STEP))
+    return ("compile",) if some else ()
+
+
+def estimate(task: Task, compiled: tuple[str, ...], ceilings: dict[str, Any], rounds: float,
+             device: str) -> float:  # fmt: skip
+    """Seconds that a row takes, of which `rounds` for its rounds if its calls are short."""
+    rate = 1e12 * ceilings["matmul_tflop_per_s"][task.dtype]
+    double = 1e12 * ceilings["matmul_tflop_per_s"]["fp32"] / 2
+    moved = traffic(task, DTYPES[task.dtype].itemsize)
+    once = 1.5 * flops(task) / rate + 3 * moved / ceilings["copy_gb_per_s"] / 1e9
+    part = min(1.0, CHECKED_ROWS[device] / task.case.rows)
+    check = 3 * part * flops(Task(task.case, task.dtype, STEP)) / min(rate, double)
+    most = GRAPH if task.mode in GRAPHS else task.mode
+    seconds = sum(COMPILE.get(most, COMPILE[STEP]) for name in compiled if name == "compile")
+    seconds += COMPILE_MAX * ("compile-max" in compiled)
+    return START[device] + rounds + check + (3 + len(compiled)) * CALLS * once + seconds
+
+
+def why_not(task: Task, device: str, seconds: float) -> str | None:
+    """Why a row that takes `seconds` is not measured except with --full."""
+    if device != "cpu":
+        return None
+    if task.dtype == "fp16" and task.case.name not in FP16_ON_CPU:
+        return f"fp16 is slow on a CPU: here only {' and '.join(FP16_ON_CPU)}, --full for all"
+    if task.case.group == SQUARE and seconds > LONGEST:
+        return f"it takes about {seconds:.0f} s on this CPU: --full"
+    return None

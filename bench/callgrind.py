@@ -1,0 +1,186 @@
+"""Instructions a call by valgrind's callgrind: on a busy machine the same as on a calm one.
+
+One process under valgrind imports torch uninstrumented, warms every call up, then counts each
+apart, by client requests through ctypes. Measured on 2 cores of an AMD EPYC with valgrind 3.19: 13
+s beside one busy process, 340 s beside twelve. Over runs with and without such company and with
+other environment variables, counts of fused differ by less than REPEATABILITY, and those of the
+extension not at all.
+
+Valgrind shows every program the same CPU, an Intel Haswell with AVX2, whatever runs it. So counts
+do not depend on the machine, MKL and glibc take their AVX2 code, and what is chosen on CPUs that
+are not Intel's, or have AVX-512, is not counted: the times of guard.py are there for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from fusedres import ops
+
+from .cases import INFERENCE, RECORD, STEP, TINY, Case, Job, Task
+
+ROOT = Path(__file__).resolve().parent.parent
+REPEATABILITY = 0.005  # of fused's counts, from run to run; eager's may differ by twice that
+WARM_UP_CALLS, CALLS, REPEATS = 20, 10, 3
+# Nothing else: with another environment objects lie at other addresses, and counts differ by 1 %.
+ENVIRONMENT = {
+    "PATH": os.defpath, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+}  # fmt: skip
+KEPT = ("LD_LIBRARY_PATH", "PYTHONPATH")  # where libraries are found
+EXTENSION = re.compile(r"/fusedres/_C\.[^/]*$")
+
+MARKS = """
+#include <valgrind/callgrind.h>
+void start(void) { CALLGRIND_START_INSTRUMENTATION; }
+void zero(void) { CALLGRIND_ZERO_STATS; }
+void dump(const char* name) { CALLGRIND_DUMP_STATS_AT(name); }
+"""
+
+# The host's path where there is nothing to compute, then rows for the C++ kernels: LayerNorm, batch
+# norm and its second pass, 16-bit storage, a norm before and after `linear`, a residual of its own.
+LAYERS = (
+    (Case("rows", 64, 64), "fp32"),
+    (Case("rows", 64, 64), "bf16"),
+    (Case("rows-batch", 64, 64, "prenorm", "batch", "relu"), "fp32"),
+    (Case("rows-postnorm", 64, 64, "postnorm", activation="silu"), "fp32"),
+    (Case("rows-bert", 64, 64, "bert-output", activation=None, residual=True), "bf16"),
+)
+COUNTED = (
+    *(Task(TINY, "fp32", mode) for mode in (INFERENCE, RECORD, STEP)),
+    *(Task(*layer, mode) for layer in LAYERS for mode in (INFERENCE, STEP)),
+)
+
+
+def missing() -> str | None:
+    """Why nothing can be counted here, or None."""
+    if ops.native_missing is not None:
+        return ops.native_missing
+    if shutil.which("valgrind") is None:
+        return "valgrind is not installed (Debian, Ubuntu: apt-get install valgrind)"
+    if compiler() is None:
+        return "no C compiler for the client requests (cc, gcc or g++)"
+    return None
+
+
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, ("cc", "gcc", "g++"))), None)
+
+
+def key() -> dict[str, str]:
+    """What a count depends on; counts of two keys are not comparable, their ratios roughly are."""
+    valgrind = subprocess.run(["valgrind", "--version"], capture_output=True, text=True)
+    return {
+        "architecture": platform.machine(),
+        "libc": " ".join(platform.libc_ver()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "compiler": ops._C.build_info()["compiler"] if ops._C else "none",
+        "valgrind": valgrind.stdout.strip(),
+    }
+
+
+def count() -> dict[str, dict[str, int]]:
+    """By row, instructions a call: of eager, of fused, and of fused within the extension."""
+    with TemporaryDirectory() as folder:
+        marks = build_marks(Path(folder))
+        dumps = run([sys.executable, "-m", "bench.callgrind", str(marks)], Path(folder))
+    rows: dict[str, dict[str, int]] = {}
+    for label, objects in dumps.items():
+        row, contender, _ = label.split("|")
+        told = {contender: objects.total()}
+        if contender == "fused":
+            told["kernels"] = sum(n for name, n in objects.items() if EXTENSION.search(name))
+        line = rows.setdefault(row, {})
+        for name, n in told.items():  # the least: what disturbs a call adds to it
+            line[name] = min(line.get(name, sys.maxsize), round(n / CALLS))
+    return rows
+
+
+def build_marks(folder: Path) -> Path:
+    """The library of client requests: start, zero, dump."""
+    source, library = folder / "marks.c", folder / "marks.so"
+    source.write_text(MARKS)
+    command = [str(compiler()), "-x", "c", "-O1", "-shared", "-fPIC", str(source)]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return library
+
+
+def run(command: list[str], folder: Path) -> dict[str, Counter[str]]:
+    """Runs `command` under callgrind; the instructions of each dump, by object file."""
+    valgrind = [str(shutil.which("valgrind")), "-q", "--tool=callgrind", "--instr-atstart=no"]
+    valgrind.append(f"--callgrind-out-file={folder}/out")
+    environment = ENVIRONMENT | {name: os.environ[name] for name in KEPT if name in os.environ}
+    done = subprocess.run(
+        [*valgrind, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed under callgrind:\n{done.stderr}")
+    dumps = {}
+    for path in folder.glob("out.*"):
+        text = path.read_text(errors="replace")
+        label = re.search(r"^desc: Trigger: Client Request: (.*)$", text, re.MULTILINE)
+        if label:
+            dumps[label.group(1)] = by_object(text)
+    return dumps
+
+
+def by_object(text: str) -> Counter[str]:
+    """Instructions spent in each object file itself, from the text of one dump.
+
+    Lines: `ob=(id) path` names the object of the cost lines below, `path` only the first time; a
+    cost line is `position count`; the one after `calls=` is a callee's, counted there.
+    """
+    names: dict[str, str] = {}
+    found: Counter[str] = Counter()
+    place, callee = "", False
+    for line in text.splitlines():
+        head, _, value = line.partition("=")
+        if head in ("ob", "cob"):
+            number, _, name = value.partition(" ")
+            names.setdefault(number, name)
+            place = names[number] if head == "ob" else place
+        elif head == "calls":
+            callee = True
+        elif line[:1] in tuple("0123456789+-*"):
+            if not callee:
+                found[place] += int(line.split()[1])
+            callee = False
+    return found
+
+
+def worker(marks: Any) -> None:
+    """Under valgrind: every counted call, each dump labelled `row|contender|repeat`."""
+    torch.set_num_threads(1)
+    jobs = [(task, Job(task.case, task.dtype, torch.device("cpu"))) for task in COUNTED]
+    gc.collect()
+    gc.disable()
+    marks.start()
+    for (task, job), name in product(jobs, ("eager", "fused")):
+        call = job.call(getattr(job, name), task.mode)
+        for _ in range(WARM_UP_CALLS):
+            call()
+        for repeat in range(REPEATS):
+            marks.zero()
+            for _ in range(CALLS):
+                call()
+            marks.dump(f"{task}|{name}|{repeat}".encode())
+
+
+if __name__ == "__main__":
+    worker(ctypes.CDLL(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # taking torch down under valgrind takes seconds

@@ -1,0 +1,170 @@
+"""Who runs against whom. Contenders of one job share its parameters and inputs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedres import FusedResidual, backends
+from fusedres.spec import Spec
+
+from .cases import (
+    BACKWARD_GRAPH,
+    GRAPH,
+    GRAPHS,
+    RECORD,
+    STEP,
+    Job,
+    Task,
+)
+
+Layer = Callable[..., Tensor]
+Call = Callable[[], object]
+Makers = dict[str, Callable[[], Call]]  # name -> what makes its call; making it may fail
+
+FUSED_BACKENDS = ("cpu", "triton", "cuda")
+RIVALS = ("eager", "compile", "compile-max", "functional")  # what fused must not lose to
+TANH_ROWS, TANH_WIDTHS = 65536, (512, 1024)  # where a goal compares erf's GELU with tanh's
+
+ABOUT = {
+    "fused": "fusedres, with the backend that `auto` takes",
+    "eager": "torch's layers one after another, written by hand",
+    "functional": "torch.nn.functional without module calls: eager's shortest host path",
+    "compile": "torch.compile(eager, dynamic=False, fullgraph=True)",
+    "compile-max": "the same with mode='max-autotune' (in a CUDA graph of ours, without its own)",
+    "matmul": "the bare products by torch.mm: x @ weight.T; in a backward pass also dy @ weight "
+    "and dy.T @ x",
+    "liger, quack": "eager with the norm of Liger-Kernel or quack, where it has that norm",
+    "cpu, triton, cuda": "fusedres with that backend, where `auto` takes another",
+    "training": "fusedres's forward with all that backward needs saved, beside inference",
+    "copy": "x copied: the traffic of a layer of no arithmetic",
+    "gelu_tanh": "fusedres with the tanh form of GELU",
+}
+
+
+def makers(job: Job, task: Task, compiled: tuple[str, ...]) -> Makers:
+    """The contenders of a row, fused last; of torch.compile's the `compiled` ones."""
+    mode = task.mode
+
+    def run(make: Callable[[], Layer]) -> Callable[[], Call]:
+        return lambda: job.call(make(), mode)
+
+    found: Makers = {"eager": run(lambda: job.eager)}
+    if task.case.host:
+        found["functional"] = run(lambda: _functional(job))
+    for name in compiled:
+        found[name] = run(partial(_compiled, job, name, mode))
+    if not task.case.host:
+        found["matmul"] = lambda: _products(job, mode)
+    if job.device.type == "cuda" and task.case.norm != "batch":
+        found["liger"] = run(lambda: job.eager_with(_liger(job)))
+        found["quack"] = run(lambda: job.eager_with(_quack(job)))
+    for name in others(job):
+        found[name] = run(partial(with_backend, job.fused, name))
+    if mode == GRAPH:
+        found["training"] = lambda: job.call(job.fused, RECORD)
+        found["copy"] = lambda: _copy(job)
+        if task.case.rows == TANH_ROWS and task.case.features in TANH_WIDTHS:
+            found["gelu_tanh"] = run(lambda: job.layer("gelu_tanh"))
+    return found | {"fused": run(lambda: job.fused)}
+
+
+def others(job: Job) -> list[str]:
+    """Fused backends that can run the job beside the one that `auto` takes."""
+    N, K = job.linears[0].weight.shape
+    spec = Spec.parse((job.fused.fc1 if job.case.hidden else job.fused).spec.text)
+    dtype, device = job.where["dtype"], job.device
+    return [
+        name
+        for name in FUSED_BACKENDS
+        if name != job.backend and backends.why_not(name, spec, dtype, device, N, K) is None
+    ]
+
+
+def with_backend(layer: Any, name: str) -> Any:
+    """The same layer, parameters included, on a named backend."""
+    twin = copy.copy(layer)
+    twin._modules = {
+        key: with_backend(module, name) if isinstance(module, FusedResidual) else module
+        for key, module in layer._modules.items()
+    }
+    twin.backend = name
+    return twin
+
+
+def _functional(job: Job) -> Layer:
+    """Order note with ReLU, as TINY has it."""
+    linear, norm, features = job.linears[0], job.norm, (job.case.features,)
+    weight, bias, gamma, beta = linear.weight, linear.bias, norm.weight, norm.bias
+    return lambda x: F.relu(F.layer_norm(F.linear(x, weight, bias), features, gamma, beta)) + x
+
+
+def _compiled(job: Job, name: str, mode: str) -> Layer:
+    settings: Any = {}
+    if name == "compile-max":
+        settings["mode"] = "max-autotune" + "-no-cudagraphs" * (mode in GRAPHS)
+    return torch.compile(job.eager, dynamic=False, fullgraph=True, **settings)
+
+
+def _products(job: Job, mode: str) -> Call:
+    """With two matmuls, random h (M, hidden) stands for what is between them, and for dh."""
+    weights = [linear.weight.detach() for linear in job.linears]
+    h = [torch.randn(job.case.rows, weight.shape[0], **job.where) for weight in weights[:-1]]
+    chains = [[operands.inputs[0].detach(), *h, operands.dy] for operands in job.sets]
+    turns = cycle([list(zip(chain, weights, chain[1:], strict=False)) for chain in chains])
+    forward, backward = mode != BACKWARD_GRAPH, mode in (STEP, BACKWARD_GRAPH)
+
+    def run() -> None:
+        for a, weight, da in next(turns):
+            if forward:
+                torch.mm(a, weight.t())
+            if backward:
+                torch.mm(da, weight)
+                torch.mm(da.t(), a)
+
+    return run
+
+
+def _copy(job: Job) -> Call:
+    turns = cycle([operands.inputs[0].detach() for operands in job.sets])
+    copied = torch.empty_like(job.inputs[0])
+    return lambda: copied.copy_(next(turns))
+
+
+def _share(norm: nn.Module, own: nn.Module) -> nn.Module:
+    """`norm` with the parameters of `own`, which must be the layer's in number."""
+    for name, parameter in own.named_parameters():
+        setattr(norm, name, parameter)
+    return norm
+
+
+def _liger(job: Job) -> nn.Module:
+    kinds = {"layer": ("layer_norm", "LigerLayerNorm"), "rms": ("rms_norm", "LigerRMSNorm")}
+    module, name = kinds[job.case.norm]
+    kind = getattr(importlib.import_module(f"liger_kernel.transformers.{module}"), name)
+    width = job.norm.weight.shape[0]
+    more = {"bias": True} if job.case.norm == "layer" else {"in_place": False}  # dy is timed again
+    return _share(kind(width, eps=job.case.eps, **more).to(**job.where), job.norm)
+
+
+class _Quack(nn.Module):
+    def __init__(self, function: Layer, eps: float) -> None:
+        super().__init__()
+        self.function, self.eps = function, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, eps=self.eps)
+
+
+def _quack(job: Job) -> nn.Module:
+    if job.case.norm != "rms":
+        raise NotImplementedError("quack has no LayerNorm with bias and backward, only RMSNorm")
+    return _share(_Quack(importlib.import_module("quack").rmsnorm, job.case.eps), job.norm)

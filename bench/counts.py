@@ -1,0 +1,128 @@
+"""What a layer costs without a clock: arithmetic, traffic, memory, launches, the host's time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from .cases import BACKWARD_GRAPH, STEP, Job, Task
+
+Call = Callable[[], object]
+
+HOST_ROUNDS, HOST_CALLS = 9, 5
+OPS = ("aten::", "fusedres::", "mkldnn::")  # what the profiler calls an op that was dispatched
+VIEWS = {f"aten::{name}" for name in ("t", "transpose", "view", "detach", "expand", "as_strided")}
+
+PASSES = {STEP: 3, BACKWARD_GRAPH: 2}  # in units of the forward pass
+
+
+def flops(task: Task) -> int:
+    """2 M N K a product, and backward has two more: of dx and of dweight. Products only."""
+    case = task.case
+    widths = (case.features, case.hidden, case.features) if case.hidden else 2 * (case.features,)
+    products = sum(2 * case.rows * k * n for k, n in pairwise(widths))
+    return products * PASSES.get(task.mode, 1)
+
+
+def traffic(task: Task, itemsize: int) -> int:
+    """Bytes of forward: x, residual (if it is not x), weight and vectors read once, y written once;
+    of two matmuls also h, written and read. Backward twice that: it reads dy, x and what was saved
+    and writes dx, reads the parameters again and writes their gradients.
+    """
+    case = task.case
+    K = N = case.features
+    H = case.hidden or 0
+    activations = case.rows * (K + N + 2 * H + N * case.residual)
+    weights = K * H + H + H * N + N if H else K * N + N
+    vectors = K * (1 if case.norm == "rms" else 2)  # K = N, so wherever the norm stands
+    return (activations + weights + vectors) * itemsize * PASSES.get(task.mode, 1)
+
+
+def saved_bytes(layer: Callable[..., Tensor], job: Job) -> int:
+    """What autograd keeps for backward beyond what lives anyway: storages, each once and whole,
+    but inputs, parameters, buffers and the output.
+    """
+    saved: dict[int, Any] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        saved[storage.data_ptr()] = storage  # held, so that no other storage gets its address
+        return t
+
+    job.fused.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(*job.inputs)
+    for t in (*job.leaves, *job.fused.buffers(), y):
+        saved.pop(t.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """The most that was allocated at once during a call, beyond what was before."""
+    call()  # makes what stays: workspaces, compiled kernels
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+        call()
+    now = peak = 0
+    events = found.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def launches(call: Call, device: torch.device) -> int:
+    """Kernels of a call on a GPU; on a CPU the ops that no other op called, but views."""
+    call()
+    gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities, acc_events=True) as found:
+        call()
+        if gpu:
+            torch.cuda.synchronize(device)
+    if gpu:
+        on_gpu = (event for event in found.events() if event.device_type == DeviceType.CUDA)
+        names = (event.name for event in on_gpu if not event.is_user_annotation)
+        return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+    ops = (event for event in found.events() if _is_op(event) and not _within_op(event))
+    return sum(op.name not in VIEWS for op in ops)
+
+
+def _is_op(event: Any) -> bool:
+    return event.name.startswith(OPS)
+
+
+def _within_op(event: Any) -> bool:
+    parent = event.cpu_parent
+    while parent is not None:
+        if _is_op(parent):
+            return True
+        parent = parent.cpu_parent
+    return False
+
+
+def host_us(call: Call, device: torch.device) -> float:
+    """Microseconds until a call returns, whatever the GPU does meanwhile."""
+    times = []
+    for _ in range(HOST_ROUNDS):
+        torch.cuda.synchronize(device)
+        began = perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        times.append(1e6 * (perf_counter() - began) / HOST_CALLS)
+    torch.cuda.synchronize(device)
+    return median(times)

@@ -1,0 +1,17 @@
+"""What all pictures share: size and colours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WIDTH = 8.5  # inches
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+INK, GREY, PALE = "#222222", "#767676", "#d9d9d9"
+
+
+def panels(height: float, columns: int, rows: int = 1, **options: Any) -> Any:
+    """A figure and its axes as a grid."""
+    import matplotlib.pyplot as plt
+
+    size = (WIDTH, height)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)

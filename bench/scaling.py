@@ -1,0 +1,222 @@
+"""`python -m bench scaling`: how time, memory and exchange grow, predicted by model.py from
+ceilings, and how far from that is what was measured. --write puts it into bench/scaling.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .cases import HOST, INFERENCE, STEP
+from .exchange import data_parallel, tensor_parallel
+from .model import Layer, Machine, depth_bytes, of_row, saved_bytes, seconds
+from .results_file import RESULTS, ROOT, newest
+from .tables import table
+
+PAGE = ROOT / "bench" / "scaling.md"
+BEGIN, END = "<!-- bench scaling: begin -->", "<!-- bench scaling: end -->"
+# No GPU was measured. NVIDIA's H200 data sheet: 4.8 TB/s, 989 TFLOP/s dense bf16, NVLink 900 GB/s
+# both ways together. Of the first 90 %, of the second 80 %, of a link's way 80 % are what large
+# copies, cuBLAS and NCCL are commonly seen to reach. Launch and latency are guesses.
+ASSUMED = Machine(
+    "cuda", "H200", 0.9 * 4.8e12, {"bf16": 0.8 * 989e12}, 2e-6,
+    "assumed: 0.9, 0.8 and 0.8 of the data sheet's bandwidth, bf16 rate and link", {},
+    link=0.8 * 450e9, latency=10e-6,
+)  # fmt: skip
+DEEP = 200
+WIDTHS, ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192), (256, 1024, 4096, 16384, 65536)
+RECIPES = (
+    ("note", "layer", "gelu"), ("note", "batch", "relu"), ("preact", "layer", "relu"),
+    ("prenorm", "layer", "relu"), ("postnorm", "layer", "gelu"), ("bert-output", "layer", None),
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def measured(results: Row) -> Machine:
+    """The machine of a results file. A call's overhead is what it takes with nothing to compute."""
+    found, ceilings = results["machine"], results["ceilings"]
+    host = {
+        (name, row["mode"]): row["times_us"][name]["median"] * 1e-6
+        for row in results["rows"]
+        if row["group"] == HOST
+        for name in ("fused", "eager")
+    }
+    matmul = {dtype: rate * 1e12 for dtype, rate in ceilings["matmul_tflop_per_s"].items()}
+    name = found.get("gpu") or f"{found['cpu']}, {found['threads']} threads"
+    source = f"measured, commit {results['commit']}, {results['date']}"
+    return Machine(results["device"], name, ceilings["copy_gb_per_s"] * 1e9, matmul,
+                   ASSUMED.launch, source, host)  # fmt: skip
+
+
+def ceilings_table(machines: Iterable[Machine]) -> str:
+    body = [
+        [
+            m.name,
+            f"{m.copy / 1e9:,.0f}",
+            ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in m.matmul.items()),
+            "a call's, measured" if m.host else f"{1e6 * m.launch:g} a kernel",
+            f"{m.link / 1e9:,.0f}, {1e6 * m.latency:g}" if m.link else "",
+            m.source,
+        ]
+        for m in machines
+    ]
+    head = ["machine", "copy, GB/s", "product, TFLOP/s", "overhead, us", "link, GB/s; us", "source"]
+    return table(head, body, left=6)
+
+
+def comparison(results: Row) -> list[tuple[Row, float, float]]:
+    """Rows of one product with what is predicted, in us: of fused and of eager."""
+    machine = measured(results)
+    return [
+        (row, *(1e6 * seconds(of_row(row), name, row["mode"], machine) for name in TIMED))
+        for row in results["rows"]
+        if row["group"] != HOST and not row.get("hidden") and row["mode"] in (INFERENCE, STEP)
+        and row["dtype"] in machine.matmul and set(TIMED) <= row["times_us"].keys()
+    ]  # fmt: skip
+
+
+TIMED = ("fused", "eager")
+
+
+def error_table(results: Row) -> str:
+    """Predicted over measured: median, least and most over the rows of a mode and dtype."""
+    groups: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    for row, fused, eager in comparison(results):
+        times = [row["times_us"][name]["median"] for name in TIMED]
+        factors = (fused / times[0], eager / times[1],
+                   eager / fused / row["ratios"]["eager"]["median"])  # fmt: skip
+        groups.setdefault((row["mode"], row["dtype"]), []).append(factors)
+    body = [
+        [*group, str(len(found)), *(_span(column) for column in zip(*found, strict=True))]
+        for group, found in groups.items()
+    ]
+    return table(["mode", "dtype", "rows", "fused", "eager", "eager / fused"], body, left=2)
+
+
+def _span(factors: Iterable[float]) -> str:
+    found = sorted(factors)
+    return f"{median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
+
+
+def row_table(results: Row, dtype: str) -> str:
+    """Every row of a dtype: predicted, measured."""
+    body = []
+    for row, fused, eager in comparison(results):
+        if row["dtype"] != dtype:
+            continue
+        times = [row["times_us"][name]["median"] for name in TIMED]
+        ratio = row["ratios"]["eager"]["median"]
+        line = [row["case"], f"{row['rows']} x {row['features']}", row["mode"]]
+        line += [f"{n:,.0f}" for pair in zip((fused, eager), times, strict=True) for n in pair]
+        body.append([*line, f"{eager / fused:.2f}", f"{ratio:.2f}"])
+    columns = [f"{name}, {how}" for name in (*TIMED, "ratio") for how in ("predicted", "measured")]
+    return table(["layer", "rows x width", "mode", *columns], body, left=3)
+
+
+def growth_table(layers: Iterable[Layer], machine: Machine) -> str:
+    """Times in us, fused and eager over fused, forward and step."""
+    body = []
+    for layer in layers:
+        line = [f"{layer.M} x {layer.N}"]
+        for mode in (INFERENCE, STEP):
+            fused, eager = (1e6 * seconds(layer, name, mode, machine) for name in TIMED)
+            line += [f"{fused:,.1f}", f"{eager / fused:.2f}"]
+        body.append(line)
+    head = ["rows x width"]
+    for mode in (INFERENCE, STEP):
+        head += [f"{mode}, us", "x eager"]
+    return table(head, body, left=1)
+
+
+def memory_table(device: str) -> str:
+    """Of 4096 x 1024, bf16: saved bytes of a layer over those of y; activations of a deep net."""
+    body = []
+    for order, norm, activation in RECIPES:
+        layer = Layer(4096, 1024, 1024, order, norm, activation, "bf16", order == "bert-output")
+        kept = [saved_bytes(layer, name, device) for name in TIMED]
+        deep = [depth_bytes(layer, name, DEEP, device) for name in TIMED]
+        recipe = ", ".join(filter(None, (order, norm, activation)))
+        line = [f"{bytes_ / (layer.M * layer.N * layer.b):.2f}" for bytes_ in kept]
+        line += [f"{kept[0] / kept[1]:.2f}", *(f"{n / 2**30:.2f}" for n in deep)]
+        body.append([recipe, *line, f"{deep[0] / deep[1]:.2f}"])
+    head = ["recipe", "fused", "eager", "ratio"]
+    head += [f"{DEEP} layers: fused, GiB", "eager, GiB", "ratio"]
+    return table(head, body, left=1)
+
+
+def parallel_table(machine: Machine, rows: int = 65536) -> str:
+    """Speed-up over one GPU of a step on `rows` rows in all, by cutting rows or outputs. Nothing
+    overlaps; rows cut and overlapped: the exchange of gradients hides behind backward.
+    """
+    body = []
+    for width in (1024, 4096, 8192):
+        layer = Layer(rows, width, width, dtype="bf16")
+        alone = seconds(layer, "fused", STEP, machine)
+        for p in (2, 8):
+            part, cut = replace(layer, M=rows // p), replace(layer, N=width // p, residual=True)
+            step, forward = (seconds(part, "fused", mode, machine) for mode in (STEP, INFERENCE))
+            exchange = data_parallel(part, p, machine)
+            outputs = tensor_parallel(layer, p, machine)
+            hidden = forward + max(step - forward, exchange)
+            narrow = seconds(cut, "fused", STEP, machine)
+            line = [width, p, 1e6 * alone, 1e6 * exchange, 1e6 * outputs]
+            speeds = [alone / t for t in (step + exchange, hidden, narrow + outputs)]
+            body.append([*(f"{n:,.0f}" for n in line), *(f"{n:.2f}" for n in speeds)])
+    head = ["width", "GPUs", "one GPU, us", "gradients, us", "rows of y and dx, us",
+            "rows cut", "and overlapped", "outputs cut"]  # fmt: skip
+    return table(head, body, left=0)
+
+
+def render(found: dict[str, Row]) -> str:
+    """The generated part, from the newest results of each device that hold ceilings."""
+    known = {device: results for device, results in found.items() if results.get("ceilings")}
+    gpu = measured(known["cuda"]) if "cuda" in known else ASSUMED
+    gpu = replace(gpu, link=ASSUMED.link, latency=ASSUMED.latency)
+    machines = [measured(known["cpu"])] if "cpu" in known else []
+    parts = ["### Ceilings", ceilings_table([*machines, gpu])]
+    for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
+        parts.append(f"### Predicted over measured: {title}")
+        if device not in known:
+            parts.append("Not measured yet.")
+            continue
+        parts += [error_table(known[device]), row_table(known[device], "fp32")]
+    wide = [Layer(65536, n, n, dtype="bf16") for n in WIDTHS]
+    tall = [Layer(m, 1024, 1024, dtype="bf16") for m in ROWS]
+    parts += ["### Width and rows, one GPU, predicted: note, layer, gelu, bf16"]
+    parts += [growth_table(wide, gpu), growth_table(tall, gpu)]
+    parts += ["### Depth, GPU, predicted: bytes saved a layer over those of y, 4096 x 1024, bf16"]
+    parts += [memory_table("cuda")]
+    parts += ["### GPUs, predicted: a step on 65536 rows in all, note, layer, gelu, bf16"]
+    parts += [parallel_table(gpu)]
+    return "\n\n".join(parts)
+
+
+def replace_part(text: str, part: str) -> str:
+    begin, end = text.find(BEGIN), text.find(END)
+    if begin < 0 or end < begin:
+        raise SystemExit(f"bench scaling: {PAGE.name} has no {BEGIN} with {END} after it")
+    return f"{text[: begin + len(BEGIN)]}\n\n{part}\n\n{text[end:]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench scaling", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("file", nargs="?", type=Path, help="results; default: newest of a device")
+    parser.add_argument("--write", action="store_true", help=f"into bench/{PAGE.name}")
+    args = parser.parse_args(arguments)
+    files = [args.file] if args.file else list(newest(RESULTS).values())
+    results = [json.loads(path.read_text()) for path in files]
+    part = render({each["device"]: each for each in results})
+    print(part)
+    if args.write:
+        PAGE.write_text(replace_part(PAGE.read_text(), part))
+        print(f"Written: {PAGE}", file=sys.stderr)
+    return 0

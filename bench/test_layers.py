@@ -1,0 +1,53 @@
+"""A row of the results for each layer, dtype and mode: `pytest bench/test_layers.py`, with the
+options of pytest-benchmark; `python -m bench` runs it.
+
+Contenders take turns within a round, which pytest-benchmark cannot do. So measure.py times them,
+and pytest-benchmark gets fused's rounds through a clock that replays them: its statistics, files
+and comparisons are of exactly those. `extra_info` holds the whole row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .cases import Task
+from .run import Run
+
+
+class Replay:
+    """A clock that stands still but for the seconds it is given."""
+
+    now = 0.0
+    __name__ = "replay"  # pytest-benchmark asks for it
+
+    def __call__(self) -> float:
+        return self.now
+
+
+replay = Replay()
+
+
+@pytest.mark.benchmark(timer=replay)
+def test_layer(task: Task, layers: Run, request: pytest.FixtureRequest) -> None:
+    why = layers.why_not(task)
+    if why:
+        layers.leave_out(task, why)
+        pytest.skip(why)
+    try:
+        row, rounds = layers.measure(task)
+    except Exception as error:
+        layers.leave_out(task, f"{type(error).__name__}: {error}")
+        raise
+    request.node.row = row
+    seconds = iter([each["fused"] for each in rounds])
+
+    def advance() -> None:
+        replay.now += next(seconds)
+
+    if not request.config.pluginmanager.hasplugin("pytest-benchmark"):
+        return  # a machine for gpu-check may lack it; our own file has all that is measured
+    benchmark: Any = request.getfixturevalue("benchmark")
+    benchmark.group, benchmark.extra_info = str(task), row
+    benchmark.pedantic(advance, rounds=len(rounds), iterations=1)

@@ -1,0 +1,208 @@
+// First launch of backward: dz from dy, back through the stages after `linear`; dt = dz @ weight,
+// the gradient of prologue(x); dx from dt, back through the stages before `linear`.
+//
+// A program owns kM rows by kN columns of dt. It walks its rows of dz back into shared memory (every
+// program of a row block does, one stores them), then multiplies. With stages before `linear`, the
+// last program of a row block to arrive walks the rows of dt back.
+#include "cuda/dispatch.h"
+#include "cuda/product_sm80.h"
+#include "cuda/rows.h"
+
+namespace fusedres::cuda {
+namespace {
+
+struct BackwardCall {
+  Layer layer;
+  BackwardOut out;
+  Side prologue, epilogue;
+  int tiles;       // of columns of dt; 1 where only dz and dresidual are asked for
+  int steps;       // along N
+  bool product;    // dt or dx is asked for
+  bool skip;       // `add` after `linear` sends a part of dx
+  bool walk_x;     // something is asked for of the stages before `linear`
+};
+
+template <class T, int kM, int kN>
+struct Backward {
+  using Tile = Product<T, kM, kN, true, false>;
+  static constexpr int kPanel = kM * kStride<T, kBlockK<T>>, kWeights = kBlockK<T> * kStride<T, kN>;
+
+  const BackwardCall& call;
+  const Layer& layer;
+  const BackwardOut& out;
+  int64_t block;  // of rows
+  int tile;       // of columns
+  int64_t m0;
+  int k0;
+  T *dz, *weight;  // in shared memory: dz by blocks of kBlockK columns
+  float* dt;       // [kM, kTileStride], in their place once the product is done
+
+  __device__ __forceinline__ explicit Backward(const BackwardCall& c)
+      : call(c),
+        layer(c.layer),
+        out(c.out),
+        block(blockIdx.x / c.tiles),
+        tile(blockIdx.x % c.tiles),
+        m0(block * kM),
+        k0(tile * kN),
+        dz(static_cast<T*>(static_cast<void*>(shared_memory()))),
+        weight(dz + (c.epilogue.stages.count > 0 ? c.steps : kDepth) * kPanel),
+        dt(static_cast<float*>(static_cast<void*>(shared_memory()))) {}
+
+  __device__ __forceinline__ Place place(int row, int n, int width) const {
+    return {m0 + row, n, width, m0 + row < layer.M};
+  }
+
+  __device__ __forceinline__ static Place columns(Place at, int64_t width) {
+    at.width = static_cast<int>(width);
+    return at;
+  }
+
+  // ---- dz
+
+  __device__ __forceinline__ void walk_z() const {
+    const Side& side = call.epilogue;
+    const Rows<T> z = rows_of<T>(out.z), dy = rows_of<T>(out.dy);
+    const Rows<T> kept = rows_of<T>(out.dz), dresidual = rows_of<T>(out.dresidual);
+    const Rows<T> dx = rows_of<T>(out.dx);
+    const bool to_residual = tile == 0 && dresidual.data && has_add(side);
+    const Team team = team_of(side.width);
+    for (int r = team.row; r < kM; r += team.rows) {
+      const Place start = place(r, 0, side.width);
+      const auto strip = [&](int n) {
+        return dz + n / kBlockK<T> * kPanel + r * kStride<T, kBlockK<T>> + n % kBlockK<T>;
+      };
+      const auto emit = [&](const Place& at, const Strip& d, const Noted& noted) {
+        store_packed(strip(at.n), inside(at, d));
+        if (tile == 0 && kept.data) store(kept, at, d);
+        if (to_residual) store(dresidual, columns(at, layer.R), noted.residual);
+        if (call.skip && at.n >= k0 && at.n < k0 + kN)
+          store(dx, columns(at, layer.K), noted.residual);
+      };
+      const RowStats row = load_stats(side.over_rows ? out.stats : nullptr, layer, start);
+      const RowMeans means = walk_row_back<T>(
+          layer, side, team, start, row, [&](const Place& at) { return load(z, at); },
+          [&](const Place& at) { return load(dy, at); }, emit);
+      if (tile == 0 && side.over_rows) store_means(team, start, means);
+      const int end = (side.width + kStrip - 1) / kStrip * kStrip;
+      for (int n = end + team.lane * kStrip; n < call.steps * kBlockK<T>; n += team.size * kStrip)
+        store_packed(strip(n), Strip{});
+    }
+  }
+
+  __device__ __forceinline__ static bool has_add(const Side& side) {
+    bool found = false;
+    for (int i = 0; i < side.stages.count; ++i) found |= side.stages.stage[i] == Stage::add;
+    return found;
+  }
+
+  // row_means (2, M)
+  __device__ __forceinline__ void store_means(const Team& team, const Place& at,
+                                              RowMeans means) const {
+    if (!out.row_means || team.lane != 0 || !at.live) return;
+    out.row_means[at.m] = means.g;
+    out.row_means[layer.M + at.m] = means.gc;
+  }
+
+  // ---- dt
+
+  __device__ __forceinline__ void multiply() const {
+    const bool streamed = call.epilogue.stages.count == 0;  // then dz is dy
+    const auto copy = [&](int step) {
+      if (streamed)
+        copy_tile<T, kM, kBlockK<T>>(dz + step % kDepth * kPanel,
+                                     source<T>(out.dy, layer.M, layer.N), m0, step * kBlockK<T>);
+      copy_tile<T, kBlockK<T>, kN>(weight + step % kDepth * kWeights,
+                                   source<T>(layer.weight, layer.N, layer.K),
+                                   int64_t{step} * kBlockK<T>, k0);
+    };
+    begin_copies(call.steps, copy);
+    if (!streamed) walk_z();
+    Tile product;
+    run_steps(call.steps, copy, [&](int step) {
+      product.step(dz + (streamed ? step % kDepth : step) * kPanel,
+                   weight + step % kDepth * kWeights);
+    });
+    product.store(dt);
+    sync_threads();
+  }
+
+  // The tile is dt, or dx where nothing stands before `linear`; then what `add` sends lies in dx.
+  __device__ __forceinline__ void finish_tile() const {
+    const bool last = call.prologue.stages.count == 0;
+    const Rows<T> to = rows_of<T>(last ? out.dx : out.dt);
+    const Team team = team_of(kN);
+    for (int r = team.row; r < kM; r += team.rows) {
+      const Place at = place(r, k0 + team.lane * kStrip, static_cast<int>(layer.K));
+      Strip d = load_packed(dt + r * Tile::kTileStride + team.lane * kStrip);
+      if (last && call.skip) d = plus(d, load<T, true>(to, at));
+      store(to, at, d);
+    }
+  }
+
+  // ---- dx, with stages before `linear`
+
+  __device__ __forceinline__ void walk_x() const {
+    const Side& side = call.prologue;
+    const Rows<T> x = rows_of<T>(layer.x), from = rows_of<T>(out.dt);
+    const Rows<T> dx = rows_of<T>(out.dx), dresidual = rows_of<T>(out.dresidual);
+    const bool add = has_add(side);
+    const Team team = team_of(side.width);
+    for (int r = team.row; r < kM; r += team.rows) {
+      const Place start = place(r, 0, side.width);
+      const auto emit = [&](const Place& at, Strip d, const Noted& noted) {
+        if (add && dresidual.data) store(dresidual, columns(at, layer.R), noted.residual);
+        if (!dx.data) return;
+        if (add && layer.residual_is_x) d = plus(d, noted.residual);
+        if (call.skip) d = plus(d, load<T, true>(dx, at));
+        store(dx, at, d);
+      };
+      const RowStats row = load_stats(side.over_rows ? out.stats : nullptr, layer, start);
+      const RowMeans means = walk_row_back<T>(
+          layer, side, team, start, row, [&](const Place& at) { return load(x, at); },
+          [&](const Place& at) { return load<T, true>(from, at); }, emit);
+      if (side.over_rows) store_means(team, start, means);
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    if (!call.product) return walk_z();
+    multiply();
+    finish_tile();
+    if (call.walk_x && last_to_arrive(out.arrived + block, call.tiles)) walk_x();
+  }
+};
+
+template <class T, int kM, int kN>
+__global__ __launch_bounds__(kThreads, kResident<kM>) void residual_backward_sm80_kernel(
+    const __grid_constant__ BackwardCall call) {
+  Backward<T, kM, kN>(call).run();
+}
+
+}  // namespace
+
+const char* residual_backward_sm80(const Layer& layer, const BackwardOut& out, const Tile& tile,
+                                   void* stream) {
+  const Side prologue = side_of(layer, true), epilogue = side_of(layer, false);
+  const bool product = out.dx.data || out.dt.data;
+  const BackwardCall call = {
+      layer,
+      out,
+      prologue,
+      epilogue,
+      static_cast<int>(product ? ceil_div(layer.K, tile.block_n) : 1),
+      static_cast<int>(ceil_div(layer.N, block_k(layer.dtype))),
+      product,
+      out.dx.data && layer.residual_is_x && has(epilogue.stages, Stage::add),
+      prologue.stages.count > 0 &&
+          (out.dx.data || needs_row_means(prologue) ||
+           (out.dresidual.data && has(prologue.stages, Stage::add)))};
+  return with_element(layer.dtype, [&](auto type) {
+    return with_tile<decltype(type)>(tile, [&](auto element, auto m, auto n) {
+      return launch(residual_backward_sm80_kernel<decltype(element), m.value, n.value>,
+                    tile.programs, kThreads, tile.shared_bytes, stream, call);
+    });
+  });
+}
+
+}  // namespace fusedres::cuda

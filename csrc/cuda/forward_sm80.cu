@@ -1,0 +1,224 @@
+// A whole layer in one launch: z = prologue(x) @ weight.T + bias ; y = epilogue(z).
+//
+// A program owns kM rows by kN columns. Stages before `linear` transform its rows of x in shared
+// memory, the product streams the weight past them, and its result goes through shared memory once
+// more, to be finished row by row. Where a norm after `linear` sees rows that several programs
+// share, each stores its part of z and of the rows' moments, and the last to arrive finishes them.
+#include "cuda/dispatch.h"
+#include "cuda/product_sm80.h"
+#include "cuda/rows.h"
+
+namespace fusedres::cuda {
+namespace {
+
+struct ForwardCall {
+  Layer layer;
+  ForwardOut out;
+  Side prologue, epilogue;
+  int tiles;  // of columns
+  int steps;  // along K
+};
+
+template <class T, int kM, int kN>
+struct Forward {
+  using Tile = Product<T, kM, kN, true, true>;
+  static constexpr int kPanel = kM * kStride<T, kBlockK<T>>, kWeights = kN * kStride<T, kBlockK<T>>;
+
+  const ForwardCall& call;
+  const Layer& layer;
+  int64_t block;  // of rows
+  int tile;       // of columns
+  int64_t m0;
+  int n0;
+  T *x, *weight;  // in shared memory: x by blocks of kBlockK columns
+  float* z;       // [kM, kTileStride], in their place once the product is done
+
+  __device__ __forceinline__ explicit Forward(const ForwardCall& c)
+      : call(c),
+        layer(c.layer),
+        block(blockIdx.x / c.tiles),
+        tile(blockIdx.x % c.tiles),
+        m0(block * kM),
+        n0(tile * kN),
+        x(static_cast<T*>(static_cast<void*>(shared_memory()))),
+        weight(x + (c.prologue.stages.count > 0 ? c.steps : kDepth) * kPanel),
+        z(static_cast<float*>(static_cast<void*>(shared_memory()))) {}
+
+  __device__ __forceinline__ Place place(int row, int n, int width) const {
+    return {m0 + row, n, width, m0 + row < layer.M};
+  }
+
+  // ---- the product
+
+  __device__ __forceinline__ void copy_x(int step, int slot) const {
+    const Source<T> from = source<T>(layer.x, layer.M, layer.K);
+    copy_tile<T, kM, kBlockK<T>>(x + slot * kPanel, from, m0, step * kBlockK<T>);
+  }
+
+  __device__ __forceinline__ void copy_weight(int step) const {
+    const Source<T> from = source<T>(layer.weight, layer.N, layer.K);
+    copy_tile<T, kN, kBlockK<T>>(weight + step % kDepth * kWeights, from, n0, step * kBlockK<T>);
+  }
+
+  __device__ __forceinline__ void multiply() const {
+    const bool streamed = call.prologue.stages.count == 0;
+    const auto copy = [&](int step) {
+      if (streamed) copy_x(step, step % kDepth);
+      copy_weight(step);
+    };
+    if (!streamed) {
+      for (int step = 0; step < call.steps; ++step) copy_x(step, step);
+      cp_async_commit();
+    }
+    begin_copies(call.steps, copy);
+    if (!streamed) {
+      cp_async_wait<kDepth - 1>();
+      sync_threads();
+      transform_x();
+    }
+    Tile product;
+    run_steps(call.steps, copy, [&](int step) {
+      product.step(x + (streamed ? step % kDepth : step) * kPanel,
+                   weight + step % kDepth * kWeights);
+    });
+    product.store(z);
+    sync_threads();
+  }
+
+  // x = prologue(x), in place; columns past K stay 0.
+  __device__ __forceinline__ void transform_x() const {
+    const Side& side = call.prologue;
+    const Stages& stages = side.stages;
+    const Team team = team_of(side.width);
+    for (int r = team.row; r < kM; r += team.rows) {
+      Place at = place(r, 0, side.width);
+      const auto strip = [&](int k) {
+        return x + k / kBlockK<T> * kPanel + r * kStride<T, kBlockK<T>> + k % kBlockK<T>;
+      };
+      RowStats row = {0.0f, 0.0f};
+      if (side.over_rows) {
+        const auto before = [&](int k) {
+          at.n = k;
+          return run_stages<T>(layer, stages, 0, side.norm_at, at, load_packed(strip(k)), row);
+        };
+        row = stats_of(moments(team, side.width, layer.norm == Norm::layer, before), side.width,
+                       layer.eps);
+        if (tile == 0) store_stats(call.out.stats, layer, team, at, row);
+      }
+      for (at.n = team.lane * kStrip; at.n < side.width; at.n += team.size * kStrip) {
+        const Strip t = load_packed(strip(at.n));
+        const Strip out = run_stages<T>(layer, stages, 0, stages.count, at, t, row);
+        store_packed(strip(at.n), inside(at, out));
+      }
+    }
+  }
+
+  // ---- what follows it
+
+  // The rows of the tile: as far as the program can take them alone.
+  __device__ __forceinline__ void finish_tile(bool shared_rows) const {
+    const Side& side = call.epilogue;
+    const Stages& stages = side.stages;
+    const Rows<T> y = rows_of<T>(call.out.y), kept = rows_of<T>(stored_z(shared_rows));
+    const Team team = team_of(kN);
+    const int norm = side.over_rows ? side.norm_at : stages.count;
+    const int n = team.lane * kStrip, width = side.width - n0 < kN ? side.width - n0 : kN;
+    for (int r = team.row; r < kM; r += team.rows) {
+      const Place at = place(r, n0 + n, side.width);
+      float* strip = z + r * Tile::kTileStride + n;
+      // A norm and its backward must see the same values.
+      Strip t = as_stored<T>(plus(load_packed(strip), load(layer.bias, at, 0.0f)));
+      if (kept.data) store(kept, at, t);
+      t = run_stages<T>(layer, stages, 0, norm, at, t, {});
+      RowStats row = {0.0f, 0.0f};
+      if (side.over_rows) {
+        const Moments part = moments(team, width, layer.norm == Norm::layer, [&](int) { return t; });
+        if (shared_rows) {
+          store_part(team, at, part);
+          continue;
+        }
+        row = stats_of(part, side.width, layer.eps);
+        store_stats(call.out.stats, layer, team, at, row);
+      }
+      store(y, at, run_stages<T>(layer, stages, norm, stages.count, at, t, row));
+    }
+  }
+
+  // Where rows are shared and nobody needs z, y's memory holds it until they are finished.
+  __device__ __forceinline__ Matrix stored_z(bool shared_rows) const {
+    return shared_rows && !call.out.z.data ? call.out.y : call.out.z;
+  }
+
+  // partial (3, tiles, M)
+  __device__ __forceinline__ void store_part(const Team& team, const Place& at,
+                                             const Moments& part) const {
+    if (team.lane != 0 || !at.live) return;
+    float* cell = call.out.partial + tile * layer.M + at.m;
+    const int64_t plane = call.tiles * layer.M;
+    cell[0] = part.mean;
+    cell[plane] = part.rest;
+    cell[2 * plane] = part.m2;
+  }
+
+  __device__ __forceinline__ RowStats load_merged(const Place& at) const {
+    const int64_t plane = call.tiles * layer.M;
+    Moments row = {0.0f, 0.0f, 0.0f};
+    if (!at.live) return {0.0f, 0.0f};
+    for (int i = 0; i < call.tiles; ++i) {
+      const float* cell = call.out.partial + i * layer.M + at.m;
+      const Moments part = {load_past_l1(cell), load_past_l1(cell + plane),
+                            load_past_l1(cell + 2 * plane)};
+      const int left = at.width - i * kN;
+      row = merge(row, static_cast<float>(i * kN), part, static_cast<float>(left < kN ? left : kN));
+    }
+    return stats_of(row, at.width, layer.eps);
+  }
+
+  __device__ __forceinline__ void finish_rows() const {
+    const Side& side = call.epilogue;
+    const Rows<T> y = rows_of<T>(call.out.y), kept = rows_of<T>(stored_z(true));
+    const Team team = team_of(side.width);
+    for (int r = team.row; r < kM; r += team.rows) {
+      Place at = place(r, team.lane * kStrip, side.width);
+      const RowStats row = load_merged(at);
+      store_stats(call.out.stats, layer, team, at, row);
+      for (; at.n < side.width; at.n += team.size * kStrip) {
+        const Strip t = load<T, true>(kept, at);
+        store(y, at, run_stages<T>(layer, side.stages, 0, side.stages.count, at, t, row));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    const bool shared_rows = call.epilogue.over_rows && call.tiles > 1;
+    multiply();
+    finish_tile(shared_rows);
+    if (shared_rows && last_to_arrive(call.out.arrived + block, call.tiles)) finish_rows();
+  }
+};
+
+template <class T, int kM, int kN>
+__global__ __launch_bounds__(kThreads, kResident<kM>) void residual_forward_sm80_kernel(
+    const __grid_constant__ ForwardCall call) {
+  Forward<T, kM, kN>(call).run();
+}
+
+}  // namespace
+
+const char* residual_forward_sm80(const Layer& layer, const ForwardOut& out, const Tile& tile,
+                                  void* stream) {
+  const ForwardCall call = {layer,
+                            out,
+                            side_of(layer, true),
+                            side_of(layer, false),
+                            static_cast<int>(ceil_div(layer.N, tile.block_n)),
+                            static_cast<int>(ceil_div(layer.K, block_k(layer.dtype)))};
+  return with_element(layer.dtype, [&](auto type) {
+    return with_tile<decltype(type)>(tile, [&](auto element, auto m, auto n) {
+      return launch(residual_forward_sm80_kernel<decltype(element), m.value, n.value>,
+                    tile.programs, kThreads, tile.shared_bytes, stream, call);
+    });
+  });
+}
+
+}  // namespace fusedres::cuda

@@ -1,0 +1,218 @@
+// Hopper's own instructions under short names, from CUTLASS: barriers in shared memory, boxes copied
+// by TMA, matrix products by whole warpgroups. With FUSEDRES_EMULATE the same names run on a CPU.
+#pragma once
+
+#ifdef FUSEDRES_EMULATE
+#include "hopper_on_cpu.h"
+#else
+
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/atom/mma_atom.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+#include "cuda/device.h"
+#include "cuda/schedule.h"
+
+namespace fusedres::cuda::sm90 {
+
+// ---- barriers
+
+// A barrier of schedule.h. What a warp did before it arrived is seen after a wait.
+struct Barrier {
+  alignas(8) uint64_t state;
+
+  using Mbarrier = cutlass::arch::ClusterTransactionBarrier;
+  __device__ __forceinline__ void init(int arrivals) { Mbarrier::init(&state, arrivals); }
+  __device__ __forceinline__ void wait(uint32_t parity) { Mbarrier::wait(&state, parity); }
+  __device__ __forceinline__ void arrive() {
+    sync_warp();
+    if (threadIdx.x % 32 == 0) Mbarrier::arrive(&state);
+  }
+  // By one thread for its warp. The phase lasts until `bytes` have come by TMA as well.
+  __device__ __forceinline__ void arrive_and_expect(int bytes) {
+    Mbarrier::arrive_and_expect_tx(&state, bytes);
+  }
+};
+
+// Before a block's first use of what `init` has written, and sync_threads() after it.
+__device__ __forceinline__ void fence_init() { cutlass::arch::fence_barrier_init(); }
+
+// Of `warps` warps that call this, and no other.
+__device__ __forceinline__ void sync_warps(int warps) {
+  asm volatile("bar.sync 1, %0;" ::"r"(32 * warps) : "memory");
+}
+
+// One thread of each block calls it. Returns when all have come; counters (2) are 0 before and
+// after.
+__device__ __forceinline__ void meet(int32_t* counters, int blocks) {
+  arrive(counters);
+  int come;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(come) : "l"(counters) : "memory");
+  } while (come < blocks);
+  if (arrive(counters + 1) == blocks - 1) counters[0] = counters[1] = 0;  // nobody looks any more
+}
+
+// ---- copies by TMA
+
+using BoxMap = CUtensorMap;
+
+// The box of `map` that starts at (row, column), 0 outside of the matrix. One thread calls it.
+__device__ __forceinline__ void load_box(const BoxMap& map, Barrier& barrier, void* to, int row,
+                                         int column) {
+  constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  cute::SM90_TMA_LOAD_2D::copy(&map, &barrier.state, kHint, to, column, row);
+}
+
+// TMA reads by a way of its own: this stands between stores to global memory and its loads.
+__device__ __forceinline__ void fence_stores_before_boxes() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// The driver's, looked up when first asked for: the library must load where there is no driver.
+inline auto box_encoder() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                             12000, cudaEnableDefault, &result);
+  const bool ok = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+  return ok ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found) : nullptr;
+}
+
+// Boxes of `box_rows` rows by kBlockK columns of a (rows, columns) matrix of 16-bit elements.
+inline const char* map_boxes(BoxMap& map, const Matrix& matrix, DType dtype, int64_t rows,
+                             int64_t columns, int box_rows) {
+  static const auto encode = box_encoder();
+  if (!encode) return "the driver has no cuTensorMapEncodeTiled";
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(2 * matrix.stride)};
+  const cuuint32_t box[] = {kBlockK, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+  const auto type =
+      dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult result =
+      encode(&map, type, 2, matrix.data, sizes, row_bytes, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses x or weight";
+}
+
+// ---- registers
+
+constexpr int kBlockThreads = 512, kStartRegisters = 65536 / kBlockThreads;
+
+// From now on this warpgroup has `kCount` registers a thread.
+template <int kCount>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (kCount < kStartRegisters) cutlass::arch::warpgroup_reg_dealloc<kCount>();
+  if constexpr (kCount > kStartRegisters) cutlass::arch::warpgroup_reg_alloc<kCount>();
+}
+
+// v, of which the compiler knows nothing: it would work out ahead, and hold in registers, what
+// depends on it.
+__device__ __forceinline__ int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+// ---- products
+
+// Four 8 x 8 matrices of 16-bit elements: lane 8 i + r has the address of row r of matrix i.
+__device__ __forceinline__ void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
+}
+
+// sums (kBlockM, kBlockN) = x @ weight.T in fp32, by two warpgroups, 64 rows each. Value
+// 4 j + 2 h + c of a thread is that of row 16 warp + lane / 4 + 8 h, column 8 j + 2 (lane % 4) + c.
+template <class T, int kBlockN>
+class Multiplier {
+ public:
+  // Adds the product of the tiles in `slot`, or starts with it. Returns when the one before has
+  // ended.
+  __device__ __forceinline__ void start(const T* x, const T* weight, int slot, bool first) {
+    using namespace cute;
+    const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128 % 2, 0);
+    const auto slice = mma_.get_slice(128 * warpgroup);
+    const auto a = slice.make_fragment_A(slice.partition_A(tile<kBlockM>(x)));
+    const auto b = slice.make_fragment_B(slice.partition_B(tile<kBlockN>(weight)));
+    warpgroup_fence_operand(sums_);
+    warpgroup_arrive();
+    mma_.accumulate_ = first ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
+#pragma unroll
+    for (int k = 0; k < size<2>(a); ++k) {
+      gemm(mma_, a(_, _, k, slot), b(_, _, k, slot), sums_);
+      mma_.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(sums_);
+  }
+
+  __device__ __forceinline__ void end() {
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(sums_);
+  }
+
+  __device__ __forceinline__ float value(int i) const { return sums_(i); }
+
+ private:
+  template <int kN>
+  using I = cute::Int<kN>;
+  using E = std::conditional_t<std::is_same_v<T, bfloat16>, cutlass::bfloat16_t, cutlass::half_t>;
+  // Not 256 columns at once: ptxas holds one instruction to the registers a block starts with.
+  static constexpr auto kMajor = cute::GMMA::Major::K;
+  using Shape = cute::Shape<I<kBlockM>, I<128>, I<kBlockK> >;
+  using Mma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<E, E, float, Shape, kMajor, kMajor>(),
+      cute::Layout<cute::Shape<I<2>, I<1>, I<1> > >{}));
+  using Sums = decltype(cute::partition_fragment_C(Mma{}, cute::Shape<I<kBlockM>, I<kBlockN> >{}));
+
+  template <int kRows>
+  __device__ __forceinline__ static auto tile(const T* p) {
+    const auto layout = cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<E>{},
+                                            cute::Shape<I<kRows>, I<kBlockK>, I<kSlots> >{});
+    return cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<const E*>(p)), layout);
+  }
+
+  Mma mma_;
+  Sums sums_;
+};
+
+// ---- launches
+
+// As `launch`, and all programs are resident at once, or it is an error.
+template <class... Parameters, class... Arguments>
+const char* launch_together(void (*kernel)(Parameters...), int64_t programs, int threads,
+                            int shared_bytes, void* stream, const Arguments&... arguments) {
+  static_assert((std::is_same_v<Parameters, Arguments> && ...));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(programs));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &together;
+  config.numAttrs = 1;
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace fusedres::cuda::sm90
+
+#endif

@@ -1,0 +1,232 @@
+// How a layer is cut into programs of the sm_80 kernels: sizes of tiles, shared memory, workspace.
+// On the host, from shapes alone; the kernels take their constants from here.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <iterator>
+
+#include "cuda/layer.h"
+
+namespace fusedres::cuda {
+
+constexpr int kThreads = 256;  // of a program
+constexpr int kDepth = 3;      // tiles of an operand in shared memory, in use or on their way
+// Rows of operands in shared memory are 128 bytes, or as long as a tile is wide, and 16 bytes more,
+// so that eight rows read together lie in different banks.
+constexpr int kLine = 128, kPad = 16;
+constexpr int kTilePad = 8;   // the same for the fp32 tile of results, in floats
+constexpr int kSumTile = 64;  // of dweight, both ways; and the columns of a program of sums
+constexpr int kSums = 4;      // over rows, for bias, norm_weight, norm_bias, gate
+constexpr int kWidest = 1 << 20;
+
+struct BlockSize {
+  int m, n;
+};
+constexpr BlockSize kTiles[] = {{64, 128}, {32, 128}, {32, 64}, {16, 128}, {16, 64}};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+constexpr int block_k(DType dtype) { return kLine / element_bytes(dtype); }
+
+// ---- what a layer has
+
+// Where `stage` stands; their count if nowhere.
+inline int position(const Stages& stages, Stage stage) {
+  return static_cast<int>(std::find(stages.stage, stages.stage + stages.count, stage) -
+                          stages.stage);
+}
+inline bool has(const Stages& stages, Stage stage) {
+  return position(stages, stage) < stages.count;
+}
+
+// The stages on one side of `linear` and what walking them forward and back needs to know.
+struct Side {
+  Stages stages;
+  int width;       // features: K before linear, N after
+  int norm_at;     // where the norm stands; count: nowhere
+  bool over_rows;  // it takes its statistics over rows
+  int replay;      // backward needs what the first `replay` stages act on
+};
+
+inline Side side_of(const Layer& layer, bool prologue) {
+  const Stages& stages = prologue ? layer.prologue : layer.epilogue;
+  Side side = {stages, static_cast<int>(prologue ? layer.K : layer.N),
+               position(stages, Stage::norm), false, stages.count};
+  side.over_rows = side.norm_at < stages.count && layer.norm != Norm::batch;
+  while (side.replay > 0 && !needs_input(stages.stage[side.replay - 1])) --side.replay;
+  return side;
+}
+
+// A gate before a norm over rows: its gradient's sum needs the means that the norm's backward took.
+inline bool needs_row_means(const Side& side) {
+  return side.over_rows && position(side.stages, Stage::gate) < side.norm_at;
+}
+inline bool needs_row_means(const Layer& layer) {
+  return needs_row_means(side_of(layer, true)) || needs_row_means(side_of(layer, false));
+}
+
+// ---- shared memory
+
+// Operands of a product, A in lines along the reduction. A is whole where a program makes it itself.
+inline int64_t product_bytes(DType dtype, int block_m, bool whole, int64_t reduction, int b_bytes) {
+  const int64_t blocks = whole ? ceil_div(reduction, block_k(dtype)) : kDepth;
+  return blocks * block_m * (kLine + kPad) + int64_t{kDepth} * b_bytes;
+}
+inline int64_t tile_bytes(BlockSize size) { return int64_t{4} * size.m * (size.n + kTilePad); }
+
+inline int64_t forward_bytes(const Layer& layer, BlockSize size) {
+  return std::max(product_bytes(layer.dtype, size.m, layer.prologue.count > 0, layer.K,
+                                size.n * (kLine + kPad)),
+                  tile_bytes(size));
+}
+inline int64_t backward_bytes(const Layer& layer, BlockSize size) {
+  const int b_bytes = block_k(layer.dtype) * (size.n * element_bytes(layer.dtype) + kPad);
+  return std::max(
+      product_bytes(layer.dtype, size.m, layer.epilogue.count > 0, layer.N, b_bytes),
+      tile_bytes(size));
+}
+inline int64_t sums_bytes(const Layer& layer) {
+  const int rows = block_k(layer.dtype);
+  return int64_t{2} * kDepth * rows * (kSumTile * element_bytes(layer.dtype) + kPad);
+}
+
+// Why family sm_80 cannot run the layer on a device whose blocks may have `shared_limit` bytes of
+// shared memory; nullptr: it can.
+inline const char* why_not(const Layer& layer, int shared_limit, bool gradients) {
+  const BlockSize least = kTiles[std::size(kTiles) - 1];
+  if (layer.dtype == DType::float64) return "float64: tensor cores have no such form here";
+  if (layer.N > kWidest || layer.K > kWidest) return "more than 2^20 features";
+  if (forward_bytes(layer, least) > shared_limit)
+    return "rows of x do not fit in shared memory, where stages before linear transform them";
+  if (gradients && backward_bytes(layer, least) > shared_limit)
+    return "rows of z do not fit in shared memory, where backward walks the stages after linear";
+  return nullptr;
+}
+
+// ---- cuts
+
+inline Tile cut_forward(const Layer& layer, BlockSize size) {
+  Tile tile = {};
+  const int64_t blocks = ceil_div(layer.M, size.m), tiles = ceil_div(layer.N, size.n);
+  tile.block_m = size.m;
+  tile.block_n = size.n;
+  tile.programs = blocks * tiles;
+  tile.shared_bytes = static_cast<int>(forward_bytes(layer, size));
+  if (side_of(layer, false).over_rows && tiles > 1) {  // see Finish in forward_sm80.cu
+    tile.partial_floats = 3 * tiles * layer.M;
+    tile.counters = blocks;
+  }
+  return tile;
+}
+
+inline Tile cut_backward(const Layer& layer, const BackwardOut& out, BlockSize size) {
+  Tile tile = {};
+  const bool product = out.dx.data || out.dt.data;
+  const int64_t blocks = ceil_div(layer.M, size.m);
+  tile.block_m = size.m;
+  tile.block_n = size.n;
+  tile.programs = blocks * (product ? ceil_div(layer.K, size.n) : 1);
+  tile.shared_bytes = static_cast<int>(backward_bytes(layer, size));
+  if (layer.prologue.count > 0) tile.counters = blocks;
+  return tile;
+}
+
+// The largest tile that fits and fills the device, else the smallest that fits; not wider than need
+// be, and not narrower than `least_n` where one fits.
+template <class Bytes>
+BlockSize choose(int64_t M, int64_t columns, int64_t least_n, int multiprocessors, int shared_limit,
+                 Bytes bytes) {
+  BlockSize best = kTiles[std::size(kTiles) - 1];
+  for (const BlockSize size : kTiles) {
+    const bool wide = size.n > 64 && columns <= 64;
+    if (wide || size.n < least_n || bytes(size) > shared_limit) continue;
+    best = size;
+    if (ceil_div(M, size.m) * ceil_div(columns, size.n) >= multiprocessors) break;
+  }
+  return best;
+}
+
+// Rows that one tile holds need no second visit; where every tile of a row block transforms its
+// rows of x again, wide tiles do that less often.
+inline Tile plan_forward(const Layer& layer, int multiprocessors, int shared_limit) {
+  const auto bytes = [&](BlockSize size) { return forward_bytes(layer, size); };
+  int64_t least_n = 0;
+  if (layer.prologue.count > 0) least_n = std::min<int64_t>(layer.N, 128);
+  if (side_of(layer, false).over_rows && layer.N <= 128) least_n = layer.N;
+  return cut_forward(layer,
+                     choose(layer.M, layer.N, least_n, multiprocessors, shared_limit, bytes));
+}
+
+inline Tile plan_backward(const Layer& layer, const BackwardOut& out, int multiprocessors,
+                          int shared_limit) {
+  const auto bytes = [&](BlockSize size) { return backward_bytes(layer, size); };
+  const int64_t least_n = layer.epilogue.count > 0 ? std::min<int64_t>(layer.K, 128) : 0;
+  return cut_backward(layer, out,
+                      choose(layer.M, layer.K, least_n, multiprocessors, shared_limit, bytes));
+}
+
+// ---- residual_sums: tiles of dweight, each in `parts` of the rows, then blocks of columns of the
+// sums after and before `linear`, each in `sum_parts` of the rows
+
+// What is summed up over the rows on one side, by kSums; null: not asked for, or not of this side.
+struct Wanted {
+  void* out[kSums];
+  bool any() const {
+    return std::any_of(out, out + kSums, [](const void* p) { return p != nullptr; });
+  }
+};
+inline Wanted wanted_sums(const Layer& layer, const SumsOut& out, bool prologue) {
+  const Stages& stages = prologue ? layer.prologue : layer.epilogue;
+  const bool norm = has(stages, Stage::norm), gate = has(stages, Stage::gate);
+  return {{prologue ? nullptr : out.dbias, norm ? out.dnorm_weight : nullptr,
+           norm ? out.dnorm_bias : nullptr, gate ? out.dgate : nullptr}};
+}
+
+struct SumsCut {
+  int64_t tiles_k, tiles;      // of dweight; 0 where it is not asked for
+  int64_t blocks[2];           // of columns, after and before linear; 0: no sums there
+  int parts, sum_parts;
+  int64_t rows, sum_rows;      // in a part
+  int64_t programs() const { return tiles * parts + (blocks[0] + blocks[1]) * sum_parts; }
+};
+
+inline SumsCut cut_of(const Layer& layer, const SumsOut& out, const Tile& tile) {
+  SumsCut cut = {};
+  cut.tiles_k = ceil_div(layer.K, kSumTile);
+  cut.tiles = out.dweight.data ? ceil_div(layer.N, kSumTile) * cut.tiles_k : 0;
+  for (int side = 0; side < 2; ++side)
+    if (wanted_sums(layer, out, side == 1).any())
+      cut.blocks[side] = ceil_div(side == 1 ? layer.K : layer.N, kSumTile);
+  cut.parts = tile.parts;
+  cut.sum_parts = tile.sum_parts;
+  cut.rows = ceil_div(layer.M, tile.parts);
+  cut.sum_rows = ceil_div(layer.M, tile.sum_parts);
+  return cut;
+}
+
+inline Tile cut_sums(const Layer& layer, const SumsOut& out, int parts, int sum_parts) {
+  Tile tile = {};
+  tile.block_m = tile.block_n = kSumTile;
+  tile.parts = parts;
+  tile.sum_parts = sum_parts;
+  const SumsCut cut = cut_of(layer, out, tile);
+  tile.programs = cut.programs();
+  tile.shared_bytes = static_cast<int>(sums_bytes(layer));
+  const int64_t dweight = parts > 1 && cut.tiles > 0 ? layer.N * layer.K * parts : 0;
+  tile.partial_floats = dweight + (cut.blocks[0] + cut.blocks[1]) * kSumTile * kSums * sum_parts;
+  tile.counters = cut.tiles + cut.blocks[0] + cut.blocks[1] + 1;
+  return tile;
+}
+
+// As many parts as fill the device twice; none of less than 256 rows.
+inline Tile plan_sums(const Layer& layer, const SumsOut& out, int multiprocessors) {
+  const SumsCut whole = cut_of(layer, out, cut_sums(layer, out, 1, 1));
+  const auto parts = [&](int64_t programs) {
+    const int64_t filling = ceil_div(2 * multiprocessors, std::max<int64_t>(programs, 1));
+    return static_cast<int>(std::clamp<int64_t>(std::min(filling, layer.M / 256), 1, 64));
+  };
+  return cut_sums(layer, out, parts(whole.tiles), parts(whole.blocks[0] + whole.blocks[1]));
+}
+
+}  // namespace fusedres::cuda

@@ -1,0 +1,389 @@
+// Eight adjacent elements of a row, in fp32 in registers: what each stage does to them, forward and
+// backward. Stages are data: a switch for each stage and strip, not a kernel for each order.
+//
+//   layer: c = (t - mean) * rstd        rms: c = t * rstd, mean = 0
+//   batch: c[n] = (t[n] - mean[n]) * rstd[n]        norm: h = norm_weight * c + norm_bias
+#pragma once
+
+#include "cuda/device.h"
+#include "cuda/plan.h"
+#include "epilogue.h"
+
+// Of functions that would take a kernel's registers where they are hardly ever, or not always,
+// called. Calls take registers too, so a kernel may define it as __forceinline__.
+#ifndef FUSEDRES_APART
+#define FUSEDRES_APART __noinline__
+#endif
+
+namespace fusedres::cuda {
+
+constexpr int kStrip = 8;
+
+struct Strip {
+  float v[kStrip];
+};
+
+// Columns n to n + 7 of row m, of `width` columns. What is read beyond them, or where the row is
+// not live (past the last), is 0; what is written there is not.
+struct Place {
+  int64_t m;
+  int n, width;
+  bool live;
+};
+
+struct RowStats {
+  float mean, rstd;
+};
+
+template <class F>
+__device__ __forceinline__ Strip map(const Strip& t, F f) {
+  Strip out;
+#pragma unroll
+  for (int i = 0; i < kStrip; ++i) out.v[i] = f(t.v[i]);
+  return out;
+}
+
+template <class F>
+__device__ __forceinline__ Strip map(const Strip& a, const Strip& b, F f) {
+  Strip out;
+#pragma unroll
+  for (int i = 0; i < kStrip; ++i) out.v[i] = f(a.v[i], b.v[i]);
+  return out;
+}
+
+__device__ __forceinline__ Strip operator*(const Strip& a, const Strip& b) {
+  return map(a, b, [](float x, float y) { return x * y; });
+}
+
+__device__ __forceinline__ Strip plus(const Strip& a, const Strip& b) {
+  return map(a, b, [](float x, float y) { return x + y; });
+}
+
+__device__ __forceinline__ Strip filled(float value) {
+  return map(Strip{}, [=](float) { return value; });
+}
+
+// 0 from column `width` on.
+__device__ __forceinline__ Strip inside(const Place& at, Strip t) {
+#pragma unroll
+  for (int i = 0; i < kStrip; ++i) t.v[i] = at.n + i < at.width ? t.v[i] : 0.0f;
+  return t;
+}
+
+// ---- memory
+
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int kCount = 16 / sizeof(T);
+  T v[kCount];
+};
+
+__device__ __forceinline__ bool is_aligned(const void* p, int64_t bytes = 0) {
+  return ((reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(bytes)) & 15) == 0;
+}
+
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  bool wide;  // every eighth element lies at a multiple of 16 bytes
+};
+
+template <class T>
+__device__ __forceinline__ Rows<T> rows_of(const Matrix& m) {
+  return {static_cast<T*>(m.data), m.stride, is_aligned(m.data, m.stride * sizeof(T))};
+}
+
+template <class T, bool kPastL1 = false>
+__device__ __forceinline__ Strip load_packed(const T* p) {
+  Strip out;
+#pragma unroll
+  for (int i = 0; i < kStrip; i += Pack<T>::kCount) {
+    const Pack<T>* at = reinterpret_cast<const Pack<T>*>(p + i);
+    const Pack<T> pack = kPastL1 ? load_past_l1(at) : *at;
+#pragma unroll
+    for (int j = 0; j < Pack<T>::kCount; ++j) out.v[i + j] = to_float(pack.v[j]);
+  }
+  return out;
+}
+
+template <class T>
+__device__ __forceinline__ void store_packed(T* p, const Strip& t) {
+#pragma unroll
+  for (int i = 0; i < kStrip; i += Pack<T>::kCount) {
+    Pack<T> pack;
+#pragma unroll
+    for (int j = 0; j < Pack<T>::kCount; ++j) pack.v[j] = from_float<T>(t.v[i + j]);
+    *reinterpret_cast<Pack<T>*>(p + i) = pack;
+  }
+}
+
+template <class T, bool kPastL1 = false>
+__device__ __forceinline__ Strip load(const T* p, int count, bool wide) {
+  if (wide && count >= kStrip) return load_packed<T, kPastL1>(p);
+  Strip out;
+#pragma unroll
+  for (int i = 0; i < kStrip; ++i) {
+    out.v[i] = 0.0f;
+    if (i < count) out.v[i] = to_float(kPastL1 ? load_past_l1(p + i) : p[i]);
+  }
+  return out;
+}
+
+template <class T, bool kPastL1 = false>
+__device__ __forceinline__ Strip load(const Rows<T>& rows, const Place& at) {
+  const int count = at.live ? at.width - at.n : 0;
+  return load<T, kPastL1>(rows.data + at.m * rows.stride + at.n, count, rows.wide);
+}
+
+template <class T>
+__device__ __forceinline__ void store(const Rows<T>& rows, const Place& at, const Strip& t) {
+  T* p = rows.data + at.m * rows.stride + at.n;
+  const int count = at.live ? at.width - at.n : 0;
+  if (rows.wide && count >= kStrip) return store_packed(p, t);
+#pragma unroll
+  for (int i = 0; i < kStrip; ++i)
+    if (i < count) p[i] = from_float<T>(t.v[i]);
+}
+
+template <class T>
+__device__ __forceinline__ Strip as_stored(const Strip& t) {
+  return map(t, [](float v) { return to_float(from_float<T>(v)); });
+}
+
+// Calls f with a null pointer to the element type of `dtype`.
+template <class F>
+__device__ __forceinline__ auto with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return f(static_cast<const bfloat16*>(nullptr));
+    case DType::float16:
+      return f(static_cast<const float16*>(nullptr));
+    case DType::float64:
+      return f(static_cast<const double*>(nullptr));
+    default:
+      return f(static_cast<const float*>(nullptr));
+  }
+}
+
+__device__ __forceinline__ Strip load(const double* p, int count) {
+  Strip out;
+#pragma unroll
+  for (int i = 0; i < kStrip; ++i) out.v[i] = i < count ? static_cast<float>(p[i]) : 0.0f;
+  return out;
+}
+
+// Elements n to n + 7 of a vector of `width`, 0 past its end; without a vector: `missing`.
+__device__ FUSEDRES_APART Strip load(const Vector& vector, Place at, float missing) {
+  if (!vector.data) return filled(missing);
+  return with_type(vector.dtype, [&](auto* type) {
+    const auto* p = static_cast<decltype(type)>(vector.data) + at.n;
+    if constexpr (sizeof(*type) == 8)
+      return load(p, at.width - at.n);
+    else
+      return load(p, at.width - at.n, is_aligned(p));
+  });
+}
+
+// ---- stages
+
+__device__ __forceinline__ float rstd_of(float variance, float eps) {
+  return 1.0f / sqrtf(variance + eps);
+}
+
+// rstd of each column, for a norm over columns.
+__device__ __forceinline__ Strip column_rstd(const Layer& layer, const Place& at) {
+  return map(load(layer.running_var, at, 1.0f),
+             [&](float variance) { return rstd_of(variance, layer.eps); });
+}
+
+__device__ __forceinline__ Strip normalise(const Layer& layer, const Place& at, const Strip& t,
+                                           RowStats row) {
+  if (layer.norm != Norm::batch)
+    return map(t, [=](float v) { return (v - row.mean) * row.rstd; });
+  const Strip mean = load(layer.running_mean, at, 0.0f);
+  return map(t, mean, [](float v, float m) { return v - m; }) * column_rstd(layer, at);
+}
+
+__device__ __forceinline__ Strip scale_shift(const Layer& layer, const Place& at, const Strip& c) {
+  return plus(load(layer.norm_weight, at, 1.0f) * c, load(layer.norm_bias, at, 0.0f));
+}
+
+// sin (shift 0) or cos (1) of any |x| >= kSinLimit: x = M 2^e, so that of the bits of 2 / pi only
+// 96 count, those whose product with M is neither a multiple of 4 nor small (Payne and Hanek).
+__device__ FUSEDRES_APART float sin_of_large(float x, int shift) {
+  static constexpr uint32_t kTwoOverPi[] = {0,          0xA2F9836E, 0x4E441529, 0xFC2757D1,
+                                            0xF534DDC0, 0xDB629599, 0x3C439041, 0xFE5163AB};
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const int exponent = static_cast<int>(bits >> 23 & 0xFF);
+  if (exponent == 0xFF) return x - x;  // NaN
+  const uint32_t mantissa = (bits & 0x7FFFFF) | 0x800000;
+  const int first = exponent - 150 - 2 + 32, word = first / 32, skip = first % 32;
+  const auto window = [&](int i) {
+    const uint64_t two = static_cast<uint64_t>(kTwoOverPi[word + i]) << 32 | kTwoOverPi[word + i + 1];
+    return static_cast<uint32_t>(two << skip >> 32);
+  };
+  const uint64_t low = static_cast<uint64_t>(mantissa) * window(2);
+  const uint64_t middle = static_cast<uint64_t>(mantissa) * window(1) + (low >> 32);
+  const uint64_t high = mantissa * window(0) + static_cast<uint32_t>(middle >> 32);
+  const uint32_t top = static_cast<uint32_t>(high);  // its first two bits: the quadrant
+  const uint64_t fraction = static_cast<uint64_t>(top) << 34 |
+                            static_cast<uint64_t>(static_cast<uint32_t>(middle)) << 2 |
+                            static_cast<uint32_t>(low) >> 30;
+  const int quadrant = static_cast<int>(top >> 30) + static_cast<int>(fraction >> 63);
+  const double r = static_cast<double>(static_cast<int64_t>(fraction)) *
+                   (1.5707963267948966 / 18446744073709551616.0);
+  const float sign = x < 0 && shift == 0 ? -1.0f : 1.0f;
+  return sign * sin_of_quadrant(static_cast<float>(r), quadrant + shift);
+}
+
+__device__ __forceinline__ float sin_of(float x, int shift) {
+  return fabsf(x) < kSinLimit ? sin_quadrant(x, shift) : sin_of_large(x, shift);
+}
+
+__device__ __forceinline__ Strip activate(Act act, Strip t) {
+  with_activation(act, [&](auto activation) {
+    using F = decltype(activation);
+    if constexpr (std::is_same_v<F, Sin>)
+      t = map(t, [](float v) { return sin_of(v, 0); });
+    else
+      t = map(t, [](float v) { return F::value(v); });
+  });
+  return t;
+}
+
+// d * act'(h)
+__device__ FUSEDRES_APART Strip activate_grad(Act act, Strip d, Strip h) {
+  with_activation(act, [&](auto activation) {
+    using F = decltype(activation);
+    if constexpr (std::is_same_v<F, Sin>)
+      d = map(d, h, [](float g, float v) { return g * sin_of(v, 1); });
+    else
+      d = map(d, h, [](float g, float v) { return g * F::grad(v); });
+  });
+  return d;
+}
+
+__device__ __forceinline__ Strip multiply_gate(const Layer& layer, const Place& at,
+                                               const Strip& t) {
+  if (!layer.scalar_gate) return load(layer.gate, at, 1.0f) * t;
+  const float gate = load(layer.gate, Place{0, 0, 1, true}, 1.0f).v[0];
+  return map(t, [=](float v) { return v * gate; });
+}
+
+// What is dropped is 0 even if it was NaN.
+__device__ FUSEDRES_APART Strip drop_elements(const Layer& layer, Place at, Strip t) {
+  const uint64_t seed = static_cast<uint64_t>(*layer.seed);
+  const uint64_t first = static_cast<uint64_t>(at.m) * at.width + at.n;
+#pragma unroll
+  for (int i = 0; i < kStrip; ++i) {
+    const bool kept = philox(seed, first + i, Stream::element) >= layer.dropout;
+    t.v[i] = kept ? t.v[i] * layer.dropout_scale : 0.0f;
+  }
+  return t;
+}
+
+__device__ __forceinline__ Strip drop_sample(const Layer& layer, const Place& at, const Strip& t) {
+  const uint64_t seed = static_cast<uint64_t>(*layer.seed);
+  const bool kept = philox(seed, at.m / layer.sample_rows, Stream::sample) >= layer.drop_path;
+  return map(t, [&](float v) { return kept ? v * layer.drop_path_scale : 0.0f; });
+}
+
+template <class T>
+__device__ __forceinline__ Strip add_residual(const Layer& layer, Place at, const Strip& t) {
+  at.width = static_cast<int>(layer.R);
+  return map(t, load(rows_of<T>(layer.residual), at),
+             [&](float v, float r) { return v + layer.residual_scale * r; });
+}
+
+// What a stage makes of t.
+template <class T>
+__device__ __forceinline__ Strip run_stage(const Layer& layer, Stage stage, const Place& at,
+                                           const Strip& t, RowStats row) {
+  switch (stage) {
+    case Stage::norm:
+      return scale_shift(layer, at, normalise(layer, at, t, row));
+    case Stage::act:
+      return activate(layer.act, t);
+    case Stage::gate:
+      return multiply_gate(layer, at, t);
+    case Stage::dropout:
+      return drop_elements(layer, at, t);
+    case Stage::droppath:
+      return drop_sample(layer, at, t);
+    case Stage::add:
+      return add_residual<T>(layer, at, t);
+    case Stage::linear:
+      break;
+  }
+  return t;
+}
+
+// What stages `first` to `last` - 1 make of t.
+template <class T>
+__device__ __noinline__ Strip run_stages(const Layer& layer, const Stages& stages, int first,
+                                         int last, Place at, Strip t, RowStats row) {
+  for (int i = first; i < last; ++i) t = run_stage<T>(layer, stages.stage[i], at, t, row);
+  return t;
+}
+
+// ---- backward
+
+// What a strip's backward needs of its forward: what `act` and `gate` saw, the norm's c.
+struct Tape {
+  Strip act, gate, c;
+};
+
+// The tape of the first `side.replay` stages, from t, what the first acted on.
+template <class T>
+__device__ __forceinline__ Tape replay(const Layer& layer, const Side& side, const Place& at,
+                                       Strip t, RowStats row) {
+  Tape tape = {};
+  for (int i = 0; i < side.replay; ++i) {
+    const Stage stage = side.stages.stage[i];
+    if (stage == Stage::act) tape.act = t;
+    if (stage == Stage::gate) tape.gate = t;
+    if (stage == Stage::norm) {
+      tape.c = normalise(layer, at, t, row);
+      t = scale_shift(layer, at, tape.c);
+    } else if (i + 1 < side.replay) {
+      t = run_stages<T>(layer, side.stages, i, i + 1, at, t, row);
+    }
+  }
+  return tape;
+}
+
+// The gradient of what stages `first` to `last` - 1, none of them a norm, act on, from d, that of
+// their result. Notes on the way the gradient of a gate's result and that of the residual.
+struct Noted {
+  Strip gate, residual;
+};
+
+__device__ __forceinline__ Strip walk_back(const Layer& layer, const Stages& stages, int last,
+                                           int first, const Place& at, Strip d, const Tape& tape,
+                                           Noted& noted) {
+  for (int i = last - 1; i >= first; --i) switch (stages.stage[i]) {
+      case Stage::act:
+        d = activate_grad(layer.act, d, tape.act);
+        break;
+      case Stage::gate:
+        noted.gate = d;
+        d = multiply_gate(layer, at, d);
+        break;
+      case Stage::dropout:
+        d = drop_elements(layer, at, d);
+        break;
+      case Stage::droppath:
+        d = drop_sample(layer, at, d);
+        break;
+      case Stage::add:
+        noted.residual = map(d, [&](float v) { return layer.residual_scale * v; });
+        break;
+      case Stage::norm:
+      case Stage::linear:
+        break;
+    }
+  return d;
+}
+
+}  // namespace fusedres::cuda

@@ -1,0 +1,335 @@
+// The ops fusedres::cuda_residual_forward and fusedres::cuda_residual_backward on CUDA tensors: from
+// tensors to the plain structs of cuda/layer.h, memory, launches.
+#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "call.h"
+#include "cuda/family.h"
+
+// Absent from a torch without CUDA, where this file's ops cannot be called but must load.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#pragma weak aoti_torch_get_current_cuda_stream
+
+namespace fusedres::cuda {
+namespace {
+
+void check_cuda(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "fusedres: ", what, ": ", cudaGetErrorString(error));
+}
+
+// ---- devices and streams
+
+Device make_device(int index) {
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, index), "asking the device");
+    return value;
+  };
+  return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          ask(cudaDevAttrComputeCapabilityMajor), ask(cudaDevAttrComputeCapabilityMinor)};
+}
+
+// What lives as long as the process: arrival counters for each device, a slot a stream. Kernels leave
+// them at 0. They are no tensor: one made within a CUDA graph's memory pool would die with it.
+struct Resident {
+  static constexpr int64_t kSlot = 1 << 16, kSlots = 16;
+  Device device;
+  int32_t* counters = nullptr;
+  std::map<void*, int64_t> slots;
+};
+
+std::mutex resident_mutex;
+
+Resident& resident(int index) {
+  static std::map<int, Resident> all;
+  const auto found = all.find(index);
+  return found != all.end() ? found->second
+                            : all.emplace(index, Resident{make_device(index)}).first->second;
+}
+
+// The device and stream of one call, its workspace.
+struct Where {
+  int index;
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+  Device device;
+  std::vector<Tensor> workspace;  // until the launches are enqueued
+
+  explicit Where(const Tensor& x) : index(x.get_device_index()), guard(index) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    const std::lock_guard<std::mutex> lock(resident_mutex);
+    device = resident(index).device;
+  }
+
+  Tensor make(std::initializer_list<int64_t> shape, ScalarType dtype) const {
+    return empty(shape, dtype, index);
+  }
+
+  template <class T>
+  T* scratch(int64_t count, ScalarType dtype) {
+    if (count == 0) return nullptr;
+    workspace.push_back(make({count}, dtype));
+    return static_cast<T*>(workspace.back().data_ptr());
+  }
+
+  // `count` zeros. A graph being captured gets its own, cleared within the graph, and so does whoever
+  // needs more than there are.
+  int32_t* counters(int64_t count) {
+    if (count == 0) return nullptr;
+    const auto cuda_stream = static_cast<cudaStream_t>(stream);
+    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    check_cuda(cudaStreamIsCapturing(cuda_stream, &capturing), "asking the stream");
+    if (count <= Resident::kSlot && capturing == cudaStreamCaptureStatusNone) {
+      const std::lock_guard<std::mutex> lock(resident_mutex);
+      Resident& here = resident(index);
+      if (!here.counters) {
+        const size_t bytes = Resident::kSlots * Resident::kSlot * sizeof(int32_t);
+        check_cuda(cudaMalloc(reinterpret_cast<void**>(&here.counters), bytes), "allocating arrival counters");
+        check_cuda(cudaMemset(here.counters, 0, bytes), "clearing arrival counters");
+      }
+      const int64_t slot = here.slots.emplace(stream, here.slots.size()).first->second;
+      if (slot < Resident::kSlots) return here.counters + slot * Resident::kSlot;
+    }
+    int32_t* fresh = scratch<int32_t>(count, ScalarType::Int);
+    check_cuda(cudaMemsetAsync(fresh, 0, count * sizeof(int32_t), cuda_stream),
+               "clearing arrival counters");
+    return fresh;
+  }
+
+  template <class Out>
+  void give_memory(Out& out, const Tile& tile) {
+    out.partial = scratch<float>(tile.partial_floats, ScalarType::Float);
+    out.arrived = counters(tile.counters);
+  }
+};
+
+void check_launch(const char* error, const char* what) {
+  STD_TORCH_CHECK(error == nullptr, "fusedres: ", what, ": ", error);
+}
+
+// ---- tensors to structs
+
+Matrix matrix_of(const Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
+Matrix matrix_of(const Optional& t) { return t ? matrix_of(*t) : Matrix{}; }
+void* data_of(const Optional& t) { return t ? t->data_ptr() : nullptr; }
+
+// A call as the kernels get it, and the tensors that must outlive the launches.
+struct Prepared {
+  Layer layer;
+  std::vector<Tensor> copies;
+
+  explicit Prepared(const Call& c) : layer(layer_of(c.recipe, dtype_of(c.x), c.M(), c.N(), c.K())) {
+    layer.x = matrix_of(c.x);
+    layer.weight = matrix_of(adjacent(c.weight));
+    layer.residual_is_x = !c.residual;
+    const Tensor& residual = c.residual ? *c.residual : c.x;
+    layer.residual = matrix_of(residual);
+    layer.R = residual.size(1);
+    layer.bias = vector_of(c.bias);
+    layer.norm_weight = vector_of(c.norm_weight);
+    layer.norm_bias = vector_of(c.norm_bias);
+    layer.running_mean = vector_of(c.running_mean);
+    layer.running_var = vector_of(c.running_var);
+    layer.gate = vector_of(c.gate);
+    layer.seed = static_cast<const int64_t*>(data_of(c.seed));
+    layer.sample_rows = c.sample_rows;
+    if (layer.K == 0) without_features(c.x);
+  }
+
+ private:
+  const Tensor& keep(Tensor t) { return copies.emplace_back(std::move(t)); }
+  Tensor adjacent(const Tensor& t) { return keep(adjacent_columns(t)); }
+  Vector vector_of(const Optional& t) {
+    if (!t) return {};
+    const Tensor& dense = t->is_contiguous() ? *t : keep(torch::stable::contiguous(*t));
+    return {dense.data_ptr(), dtype_of(dense)};
+  }
+
+  // x has no columns, so x @ weight.T is 0: the same with one column of zeros.
+  void without_features(const Tensor& x) {
+    const auto zeros = [&](int64_t rows) {
+      const Tensor t = empty({rows, 1}, x.scalar_type(), x.get_device_index());
+      return matrix_of(keep(torch::stable::fill_(t, 0.0)));
+    };
+    layer.x = zeros(layer.M);
+    layer.weight = zeros(layer.N);
+    layer.K = 1;
+    layer.prologue.count = 0;
+  }
+};
+
+void check_device(const Device& device) {
+  STD_TORCH_CHECK(device.major >= 8, "fusedres: the GPU has compute capability ", device.major, ".",
+                  device.minor, ", the CUDA kernels need 8.0");
+}
+
+void check_recipe(const Call& c) {
+  STD_TORCH_CHECK(!c.recipe.batch_stats,
+                  "fusedres: the CUDA kernels do not compute batch statistics");
+}
+
+// ---- forward
+
+std::tuple<Tensor, Tensor, Tensor> residual_forward(
+    const Tensor& x_any, const Tensor& weight, const Optional& bias, const Optional& norm_weight,
+    const Optional& norm_bias, const Optional& gate, const Optional& residual_any,
+    const Optional& running_mean, const Optional& running_var, const Optional& seed,
+    int64_t sample_rows, StringHandle text, bool save) {
+  const Tensor x = adjacent_columns(x_any);
+  const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
+  const Call c{x,           weight, bias,        norm_weight,
+               norm_bias,   gate,   residual,    running_mean,
+               running_var, seed,   sample_rows, recipe(take_text(text))};
+  check(c, true);
+  check_recipe(c);
+  const Recipe& r = c.recipe;
+  Where where(x);
+  const Device& device = where.device;
+  check_device(device);
+  const bool rows = save && r.has(Stage::norm) && r.norm != Norm::batch;
+  const Tensor y = where.make({c.M(), c.N()}, x.scalar_type());
+  const Tensor z = save && r.saves_z() ? where.make({c.M(), c.N()}, x.scalar_type())
+                                       : where.make({0}, x.scalar_type());
+  const Tensor stats = where.make({rows ? 2 * c.M() : 0}, ScalarType::Float);
+  if (c.M() == 0 || c.N() == 0) return {y, z, stats};
+
+  const Prepared prepared(c);
+  const Layer& layer = prepared.layer;
+  ForwardOut out = {};
+  out.y = matrix_of(y);
+  if (z.numel() > 0) out.z = matrix_of(z);
+  if (rows) out.stats = static_cast<float*>(stats.data_ptr());
+#ifdef FUSEDRES_SM90
+  if (on_hopper(layer, device)) {
+    const Tile tile = sm90::plan_forward(layer, device.multiprocessors);
+    where.give_memory(out, tile);
+    check_launch(residual_forward_sm90(layer, out, tile, where.stream), "the Hopper forward");
+    return {y, z, stats};
+  }
+#endif
+  const char* reason = why_not(layer, device.shared_limit, false);
+  STD_TORCH_CHECK(reason == nullptr, "fusedres: the CUDA kernels cannot run this layer: ", reason);
+  const Tile tile = plan_forward(layer, device.multiprocessors, device.shared_limit);
+  where.give_memory(out, tile);
+  check_launch(residual_forward_sm80(layer, out, tile, where.stream), "the forward");
+  return {y, z, stats};
+}
+
+// ---- backward
+
+std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
+                                      const Tensor& weight, const Optional& bias,
+                                      const Optional& norm_weight, const Optional& norm_bias,
+                                      const Optional& gate, const Optional& residual_any,
+                                      const Optional& running_mean, const Optional& running_var,
+                                      const Optional& seed, const Tensor& z, const Tensor& stats,
+                                      int64_t sample_rows, StringHandle text, int64_t needs) {
+  const Tensor x = adjacent_columns(x_any);
+  const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
+  const Call c{x,           weight, bias,        norm_weight,
+               norm_bias,   gate,   residual,    running_mean,
+               running_var, seed,   sample_rows, recipe(take_text(text))};
+  check(c, true);
+  check_recipe(c);
+  check_matrix("dy", dy_any, c.M(), c.N(), x);
+  const Tensor dy = adjacent_columns(dy_any);
+  const Recipe& r = c.recipe;
+  if (r.saves_z()) {
+    check_matrix("z", z, c.M(), c.N(), x);
+    STD_TORCH_CHECK(z.is_contiguous(), "fusedres: z must be contiguous");
+  }
+  const bool rows = r.has(Stage::norm) && r.norm != Norm::batch;
+  if (rows)
+    STD_TORCH_CHECK(together(stats, x) && stats.is_contiguous() && stats.numel() == 2 * c.M() &&
+                        stats.scalar_type() == ScalarType::Float,
+                    "fusedres: stats has shape ", shape_text(stats), ", expected (", 2 * c.M(),
+                    ",), float32, on x's device");
+
+  Where where(x);
+  const Device& device = where.device;
+  check_device(device);
+  // The gradients asked for, each contiguous in its tensor's shape and dtype.
+  const std::array<const Optional, kInputs> inputs = {x,         weight, bias,    norm_weight,
+                                                      norm_bias, gate,   residual};
+  std::array<Optional, kInputs> grads;
+  std::vector<Tensor> results;
+  for (int i = 0; i < kInputs; ++i) {
+    if (!(needs >> i & 1)) continue;
+    STD_TORCH_CHECK(inputs[i].has_value(), "fusedres: the gradient of input ", i,
+                    " was asked for, but there is none");
+    const Tensor& t = *inputs[i];
+    grads[i] = t.dim() == 2 ? where.make({t.size(0), t.size(1)}, t.scalar_type())
+                            : where.make({t.size(0)}, t.scalar_type());
+    results.push_back(*grads[i]);
+  }
+  if (results.empty()) return results;
+  if (c.M() == 0 || c.N() == 0 || (c.K() == 0 && !r.prologue.empty())) {
+    for (Tensor& t : results) torch::stable::fill_(t, 0.0);
+    return results;
+  }
+  if (residual && grads[kResidual] && !r.has(Stage::add))
+    torch::stable::fill_(*grads[kResidual], 0.0);
+
+  const Prepared prepared(c);
+  const Layer& layer = prepared.layer;
+  const char* reason = why_not(layer, device.shared_limit, true);
+  STD_TORCH_CHECK(reason == nullptr, "fusedres: the CUDA kernels cannot run this layer: ", reason);
+  const bool features = c.K() > 0;  // else layer.x and layer.weight are stand-ins
+  const bool sums = needs & ~(1 << kX | 1 << kResidual);
+  BackwardOut first = {};
+  first.dy = matrix_of(dy);
+  if (r.saves_z()) first.z = matrix_of(z);
+  if (rows) first.stats = static_cast<const float*>(stats.data_ptr());
+  if (features) first.dx = matrix_of(grads[kX]);
+  first.dresidual = matrix_of(grads[kResidual]);
+  if (sums || layer.prologue.count > 0)
+    first.dz = {where.scratch<void>(c.M() * c.N(), x.scalar_type()), c.N()};
+  if (layer.prologue.count > 0)
+    first.dt = {where.scratch<void>(c.M() * c.K(), x.scalar_type()), c.K()};
+  if (needs_row_means(layer)) first.row_means = where.scratch<float>(2 * c.M(), ScalarType::Float);
+  const Tile tile = plan_backward(layer, first, device.multiprocessors, device.shared_limit);
+  where.give_memory(first, tile);
+  check_launch(residual_backward_sm80(layer, first, tile, where.stream), "the backward of dx");
+  if (!sums) return results;
+
+  SumsOut second = {};
+  second.from = first;
+  if (features) second.dweight = matrix_of(grads[kWeight]);
+  second.dbias = data_of(grads[kBias]);
+  second.dnorm_weight = data_of(grads[kNormWeight]);
+  second.dnorm_bias = data_of(grads[kNormBias]);
+  second.dgate = data_of(grads[kGate]);
+  const Tile cut = plan_sums(layer, second, device.multiprocessors);
+  if (cut.programs == 0) return results;
+  where.give_memory(second, cut);
+  check_launch(residual_sums_sm80(layer, second, cut, where.stream), "the backward of parameters");
+  return results;
+}
+
+}  // namespace
+}  // namespace fusedres::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedres, m) {
+  m.def(
+      "cuda_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? "
+      "norm_bias, Tensor? gate, Tensor? residual, Tensor? running_mean, Tensor? running_var, "
+      "Tensor? seed, SymInt sample_rows, str recipe, bool save) -> (Tensor y, Tensor z, Tensor "
+      "stats)");
+  m.def(
+      "cuda_residual_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? "
+      "norm_weight, Tensor? norm_bias, Tensor? gate, Tensor? residual, Tensor? running_mean, "
+      "Tensor? running_var, Tensor? seed, Tensor z, Tensor stats, SymInt sample_rows, str recipe, "
+      "int needs) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres, CUDA, m) {
+  m.impl("cuda_residual_forward", TORCH_BOX(&fusedres::cuda::residual_forward));
+  m.impl("cuda_residual_backward", TORCH_BOX(&fusedres::cuda::residual_backward));
+}

@@ -1,0 +1,92 @@
+"""The vendor's product, then one pass: two launches, for what one launch would make slower.
+
+That is true fp32: tensor cores have no such form, and on plain cores the library's product is the
+better one. Backward is the Triton backend's.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..kernels.finish import residual_finish_kernel
+from ..spec import Spec
+from . import plan, triton
+
+NAME = "vendor"
+TILE = 4096  # elements of a tile of the pass
+
+
+def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str | None:
+    """None if a layer of N outputs and K inputs runs this way, and should; else the reason."""
+    if dtype != torch.float32 or triton._precision() != "ieee":
+        return "tensor cores multiply within the one launch"
+    if spec.prologue:
+        return "stages before linear are part of the product"
+    if spec.batch_stats:
+        return "batch statistics are gathered in the one launch"
+    return triton.why_not(spec, dtype, device, N, K)
+
+
+def residual_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    seed: Tensor | None,
+    sample_rows: int,
+    recipe: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the Triton backend's `residual_forward`, in two launches."""
+    spec = Spec.parse(recipe)
+    inputs = triton.Inputs(
+        x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed,
+        sample_rows,
+    )  # fmt: skip
+    (M, K), N = x.shape, weight.shape[0]
+    y = x.new_empty((M, N))
+    z = x.new_empty((M, N) if save and spec.saves_z else (0,))
+    stats = x.new_empty(ops.stats_shape(spec, M, N, K, save, True), dtype=torch.float32)
+    if not y.numel():
+        return y, z, stats
+    with torch.cuda.device_of(x):
+        to = z if z.numel() else y
+        if bias is None:
+            torch.mm(x, weight.t(), out=to)
+        else:
+            torch.addmm(bias, x, weight.t(), out=to)
+        if spec.epilogue:
+            _finish(spec, inputs, to, y, stats)
+    return y, z, stats
+
+
+def _finish(spec: Spec, inputs: triton.Inputs, z: Tensor, y: Tensor, stats: Tensor) -> None:
+    M, N = y.shape
+    rows = spec.norm in ("layer", "rms")
+    side = triton.Side.of(spec.epilogue)
+    width = min(plan.power_of_two(N), 1024)
+    height = max(1, TILE // width)
+    residual_finish_kernel[(plan.ceil_div(M, height),)](
+        z, inputs.operands(spec, None), y, stats if stats.numel() else None, M, N,
+        BEFORE=side.before if rows else (),
+        EPILOGUE=("norm", *side.after) if rows else spec.epilogue,
+        ROWS=rows, CENTRED=spec.norm != "rms",
+        ACT=triton.activation_functions(spec.activation, y.dtype)[0],
+        BLOCK_M=height, BLOCK_N=width, num_warps=8,
+    )  # fmt: skip
+
+
+@cache
+def register() -> None:
+    """Registers this backend's ops."""
+    triton.register()
+    ops.register_python(NAME, residual_forward, triton.residual_backward)

@@ -1,0 +1,185 @@
+"""What the benchmark counts, against counts by hand; its contenders are what they are called."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bench import contenders
+from bench.cases import FORMULAS, GRAPH, INFERENCE, MLP, STEP, TINY, Case, Job, Task
+from bench.counts import flops, launches, peak_bytes, saved_bytes, traffic
+from bench.measure import Options, check, measure
+
+CPU = torch.device("cpu")
+FP32 = 4  # bytes
+CEILINGS = {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": {"fp32": 0.1, "bf16": 0.2, "fp16": 0.001}}
+M, K = 37, 53
+COUNTED = Case("counted", M, K)
+BLOCK = Case("block", M, K, MLP, hidden=71)
+
+
+def test_flops_and_bytes_against_a_count_by_hand() -> None:
+    forward, step = Task(COUNTED, "fp32", INFERENCE), Task(COUNTED, "fp32", STEP)
+    assert flops(forward) == 2 * M * K * K and flops(step) == 6 * M * K * K
+    x = y = M * K
+    parameters = K * K + K + 2 * K  # weight, bias, gamma, beta
+    assert traffic(forward, FP32) == FP32 * (x + y + parameters)
+    assert traffic(step, 2) == 3 * 2 * (x + y + parameters)
+    other = Case("other", M, K, "bert-output", residual=True, activation=None)
+    assert traffic(Task(other, "bf16", INFERENCE), 2) == 2 * (x + x + y + parameters)
+    rms = Case("rms", M, K, norm="rms")
+    assert traffic(Task(rms, "fp32", INFERENCE), FP32) == FP32 * (x + y + parameters - K)
+    block, h = Task(BLOCK, "fp32", INFERENCE), M * 71
+    assert flops(block) == 2 * 2 * M * K * 71
+    assert traffic(block, FP32) == FP32 * (x + y + 2 * h + 2 * 71 * K + 71 + K + 2 * K)
+
+
+@pytest.mark.parametrize("case", [COUNTED, BLOCK, Case("rms", M, K, norm="rms"), TINY])
+def test_parameters_are_all_counted(case: Case) -> None:
+    """bytes(M rows) - bytes(0 rows of x) is what the parameters take."""
+    parameters = sum(p.numel() for p in Job(case, "fp32", CPU).parameters)
+    empty = Case("empty", 0, case.features, case.order, case.norm, hidden=case.hidden)
+    assert traffic(Task(empty, "fp32", INFERENCE), 1) == parameters
+
+
+def test_saved_bytes_of_eager_and_fused() -> None:
+    """note + layer norm + GELU: eager saves z, mean, rstd and h = norm(z); fused at most half."""
+    job = Job(COUNTED, "fp32", CPU)
+    z, vector = M * K * FP32, M * FP32
+    eager = 2 * z + 2 * vector
+    assert saved_bytes(job.eager, job) == eager
+    fused = saved_bytes(job.fused, job)
+    assert fused == eager if job.backend == "reference" else 0 < fused <= eager / 2
+
+
+def test_peak_bytes_against_a_count_by_hand() -> None:
+    def call() -> None:
+        a = torch.empty(1000)
+        b = torch.empty(500)
+        del a
+        c = torch.empty(700)
+        del b, c
+
+    assert peak_bytes(call, CPU) == 1500 * FP32
+
+
+def test_peak_bytes_of_eager_s_forward() -> None:
+    """Under no_grad z = f(x), h = n(z), a(h), then the sum: two of (M, N) live at a time, and in
+    the norm mean and rstd too.
+    """
+    job = Job(COUNTED, "fp32", CPU)
+    found = peak_bytes(job.call(job.eager, INFERENCE), CPU)
+    assert found == (2 * M * K + 2 * M) * FP32
+
+
+def test_a_fused_layer_is_one_op_where_eager_is_four(native: str) -> None:
+    job = Job(COUNTED, "fp32", CPU)
+    assert launches(job.call(job.eager, INFERENCE), CPU) == 4  # linear, norm, gelu, add
+    assert launches(job.call(job.fused, INFERENCE), CPU) == 1
+    assert launches(job.call(job.fused, STEP), CPU) == 2
+    block = Job(BLOCK, "fp32", CPU)
+    assert launches(block.call(block.fused, INFERENCE), CPU) == 2
+
+
+@pytest.mark.parametrize("case, products", [(COUNTED, 1), (BLOCK, 2)])
+def test_the_bare_product_is_as_many_products(case: Case, products: int) -> None:
+    job = Job(case, "fp32", CPU)
+    for mode, each in ((INFERENCE, 1), (STEP, 3)):
+        call = contenders.makers(job, Task(case, "fp32", mode), ())["matmul"]()
+        assert launches(call, CPU) == products * each
+
+
+# Layers and contenders.
+
+
+@pytest.mark.parametrize("order", FORMULAS)
+def test_the_hand_written_baseline_is_the_layer(order: str) -> None:
+    hidden = 29 if order == MLP else None
+    case = Case("small", 33, 17, order, residual=not hidden, hidden=hidden)
+    assert check(Job(case, "fp32", CPU)) == []
+
+
+def test_the_check_finds_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(COUNTED, "fp32", CPU)
+    job.fused.register_forward_hook(lambda _module, _inputs, y: y * 1.001)
+    assert any(line.startswith("y has RMS error") for line in check(job))
+    monkeypatch.setattr("bench.measure.wrong", lambda *task: ["y has RMS error 1"])
+    with pytest.raises(ArithmeticError, match=r"nothing is timed: y has RMS error 1"):
+        measure(Task(COUNTED, "fp32", INFERENCE), Options(CPU, 0.0, CEILINGS))
+
+
+def test_calls_take_turns_on_the_sets_of_inputs() -> None:
+    job, seen = Job(COUNTED, "fp32", CPU, copies=3), []
+    call = job.call(lambda x: seen.append(x) or x, INFERENCE)
+    for _ in range(4):
+        call()
+    expected = [job.sets[i].inputs[0] for i in (0, 1, 2, 0)]
+    assert [*map(id, seen)] == [*map(id, expected)]
+
+
+def test_the_product_and_the_copy_take_turns_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, seen = Job(COUNTED, "fp32", CPU, copies=2), []
+    monkeypatch.setattr(torch, "mm", lambda a, b: seen.append(a.data_ptr()))
+    found = contenders.makers(job, Task(COUNTED, "fp32", GRAPH), ())
+    product, copy = found["matmul"](), found["copy"]()
+    product(), product(), product()
+    assert seen == [job.sets[i].inputs[0].data_ptr() for i in (0, 1, 0)]
+    copy()
+    torch.testing.assert_close(copy(), job.sets[1].inputs[0], rtol=0, atol=0)
+
+
+def test_a_named_backend_runs_the_same_parameters() -> None:
+    for case in (COUNTED, BLOCK):
+        job = Job(case, "fp32", CPU)
+        twin = contenders.with_backend(job.fused, "reference")
+        layers = [twin.fc1, twin.fc2] if case.hidden else [twin]
+        assert [layer.backend for layer in layers] == ["reference"] * len(layers)
+        own = job.fused.fc1 if case.hidden else job.fused
+        assert own.backend == "auto"
+        assert {*map(id, twin.parameters())} == {*map(id, job.parameters)}
+        torch.testing.assert_close(twin(*job.inputs), job.fused(*job.inputs))
+
+
+def test_liger_s_norm_takes_the_layer_s_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LigerLayerNorm(nn.LayerNorm):
+        """The signature of Liger-Kernel 0.5 to 0.7."""
+
+        def __init__(self, hidden_size: int, eps: float = 1e-6, bias: bool = False) -> None:
+            super().__init__(hidden_size, eps=eps, bias=bias)
+
+    module = ModuleType("liger_kernel.transformers.layer_norm")
+    module.LigerLayerNorm = LigerLayerNorm
+    for name in ("liger_kernel", "liger_kernel.transformers", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    job = Job(COUNTED, "fp32", CPU)
+    liger = job.eager_with(contenders._liger(job))
+    assert liger.norm.weight is job.norm.weight and liger.norm.bias is job.norm.bias
+    torch.testing.assert_close(liger(*job.inputs), job.eager(*job.inputs), rtol=0, atol=0)
+    with pytest.raises(NotImplementedError, match="only RMSNorm"):
+        contenders._quack(job)
+
+
+def test_quack_s_norm_takes_the_layer_s_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("quack")
+    module.rmsnorm = lambda x, weight, eps: nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    monkeypatch.setitem(sys.modules, "quack", module)
+    job = Job(Case("rms", M, K, norm="rms"), "fp32", CPU)
+    quack = job.eager_with(contenders._quack(job))
+    assert [*map(id, quack.parameters())] == [*map(id, job.parameters)]
+    torch.testing.assert_close(quack(*job.inputs), job.eager(*job.inputs), rtol=0, atol=0)
+
+
+def test_a_contender_that_cannot_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(layer: nn.Module, **settings: Any) -> Any:
+        raise RuntimeError("no compiler\nlong story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    options = Options(CPU, 0.0, CEILINGS, ("compile",), "left out")
+    row, rounds = measure(Task(COUNTED, "fp32", INFERENCE), options)
+    assert row["failed"] == {"compile": "RuntimeError: no compiler", "compile-max": "left out"}
+    assert set(row["ratios"]) == {"eager", "matmul"} and len(rounds) == row["rounds"]

@@ -1,0 +1,204 @@
+"""README, pictures and pages say what the results files say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import page, pictures, report, results_file
+from results_sample import FORWARD, find, sample
+
+Results = dict[str, Any]
+PICTURE_BYTES, PAGE_BYTES = 150_000, 800_000  # what a README and a browser load at once
+
+
+@pytest.fixture
+def cpu() -> Results:
+    return sample("cpu")
+
+
+@pytest.fixture
+def gpu() -> Results:
+    return sample("cuda")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A README and a folder of results, which `report` takes for the real ones."""
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    monkeypatch.setattr(report, "RESULTS", folder)
+    monkeypatch.setattr(report, "README", readme)
+    return tmp_path
+
+
+def put(site: Path, results: Results) -> Path:
+    return results_file.save(
+        results, site / "bench" / "results" / f"{results_file.name(results)}.json"
+    )
+
+
+# The committed README, pictures and results.
+
+
+def committed() -> dict[str, Results]:
+    files = results_file.newest(results_file.RESULTS)
+    return {device: report.read(path) for device, path in files.items()}
+
+
+def test_readme_says_what_the_newest_results_say() -> None:
+    text = report.README.read_text(encoding="utf-8")
+    folder = results_file.RESULTS.relative_to(report.ROOT)
+    fresh = report.replace_part(text, report.render(committed(), folder=folder))
+    assert text == fresh, "README is out of date: python -m bench report --write"
+
+
+def test_pictures_are_drawn_from_the_newest_results() -> None:
+    found = committed()
+    expected = {name for results in found.values() for name in pictures.names(results)}
+    assert {path.name for path in results_file.RESULTS.glob("*.png")} == expected
+    for results in found.values():
+        for name in pictures.names(results):
+            path = results_file.RESULTS / name
+            assert pictures.stamp(path) == pictures.digest(results), (
+                f"{name} is out of date: python -m bench report --write"
+            )
+            assert path.stat().st_size < PICTURE_BYTES
+
+
+MEASURED = re.compile(r"\d[\d.,]*\s?(x|times|%|us|µs|ms|ns|[GT]FLOP/s|GB/s|MiB)(?!\w)", re.I)
+ABOUT_SPEED = re.compile(r"\b(faster|slower|speed|latency|throughput|overhead|eager's time)\b")
+
+
+def speed_claims(text: str) -> list[str]:
+    """Sentences and table lines with a measured number about speed."""
+    sentences = re.split(r"(?<=[.:;])\s|\n\s*\n|\n(?=[|*#])", text)
+    return [s for s in sentences if MEASURED.search(s) and ABOUT_SPEED.search(s)]
+
+
+def test_the_prose_of_readme_claims_no_speed_in_numbers() -> None:
+    """Numbers stand in the generated part, where they cannot drift."""
+    text = report.README.read_text(encoding="utf-8")
+    prose = report.replace_part(text, "")
+    assert speed_claims(prose) == []
+
+
+def test_a_claim_in_prose_would_be_found() -> None:
+    assert speed_claims("It is fast.\nIt is 1.5x faster\nthan torch. It is small.") == [
+        "It is 1.5x faster\nthan torch."
+    ]
+    assert speed_claims("Trained for 3 ms. Nothing is faster.") == []
+
+
+# Files.
+
+
+def test_newest_file_of_each_device(tmp_path: Path, cpu: Results, gpu: Results) -> None:
+    old = results_file.save(cpu | {"date": "2029-12-31"}, tmp_path / "z-old.json")
+    new = results_file.save(cpu, tmp_path / "a-new.json")
+    other = results_file.save(gpu | {"date": "2029-01-01"}, tmp_path / "gpu.json")
+    assert results_file.newest(tmp_path) == {"cpu": new, "cuda": other}
+    assert results_file.load(old)["date"] == "2029-12-31"
+
+
+def test_a_file_of_another_form_is_refused(site: Path, cpu: Results) -> None:
+    del cpu["ceilings"]
+    path = put(site, cpu)
+    with pytest.raises(SystemExit, match="is no results file:\nfile: ceilings is missing"):
+        report.main([str(path)])
+
+
+def test_report_prints_the_file_it_is_given(
+    site: Path, cpu: Results, gpu: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(site, cpu)
+    assert report.main([str(put(site, gpu))]) == 0
+    printed = capsys.readouterr().out
+    assert "### GPU" in printed and "### CPU" not in printed
+    assert report.main(["--full"]) == 0
+    printed = capsys.readouterr().out
+    assert "### GPU" in printed and "**Every row: square**" in printed
+    assert "old" in report.README.read_text()
+
+
+def test_markers_must_be_there(site: Path, cpu: Results) -> None:
+    put(site, cpu)
+    report.README.write_text("no markers")
+    with pytest.raises(SystemExit, match="README has no <!-- bench:begin -->"):
+        report.main(["--write"])
+    assert not list(report.RESULTS.glob("*.png")), "nothing is drawn where it cannot be shown"
+    report.README.write_text(f"{report.END} {report.BEGIN}")
+    with pytest.raises(SystemExit, match="after it"):
+        report.main(["--write"])
+
+
+def test_write_makes_readme_pictures_and_a_page_and_changes_nothing_twice(
+    site: Path, cpu: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "DPI", 30)  # nobody looks at them
+    file = put(site, cpu)
+    (report.RESULTS / "cpu-stale.png").write_bytes(b"of an older report")
+    report.main(["--write"])
+    first = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+    names = [f"cpu-{picture.name}.png" for picture in pictures.PICTURES]
+    drawn = [report.RESULTS / name for name in names]
+    assert set(first) == {report.README, file, file.with_suffix(".html"), *drawn}
+
+    text = report.README.read_text(encoding="utf-8")
+    assert text.startswith("# before\n\n") and text.endswith("\n\nafter\n") and "old" not in text
+    links = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert [Path(link).name for link in links] == names
+    assert all((site / link).is_file() for link in links)
+
+    report.main(["--write"])
+    assert first == {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+
+
+def test_write_takes_a_file_over(
+    site: Path, tmp_path_factory: pytest.TempPathFactory, cpu: Results
+) -> None:
+    cpu["rows"] = []  # so that there is nothing to draw
+    elsewhere = results_file.save(cpu, tmp_path_factory.mktemp("elsewhere") / "mine.json")
+    report.main([str(elsewhere), "--write"])
+    path = report.RESULTS / f"{results_file.name(cpu)}.json"
+    assert results_file.load(path) == cpu and path.with_suffix(".html").is_file()
+    assert "### CPU" in report.README.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """The pictures of a CPU and of a GPU."""
+    folder = tmp_path_factory.mktemp("drawn")
+    return {device: pictures.draw(sample(device), folder) for device in ("cpu", "cuda")}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_pictures_know_when_they_are_stale(drawn: dict[str, list[Path]], device: str) -> None:
+    results = sample(device)
+    assert len(drawn[device]) == len(pictures.PICTURES)
+    for path in drawn[device]:
+        assert path.stat().st_size < PICTURE_BYTES
+        assert pictures.stamp(path) == pictures.digest(results)
+    results["rows"][0]["rounds"] += 1
+    assert pictures.stamp(drawn[device][0]) != pictures.digest(results)
+
+
+def test_a_page_needs_nothing_from_elsewhere(
+    tmp_path: Path, drawn: dict[str, list[Path]], gpu: Results
+) -> None:
+    gpu["protocol"]["note"] = "<script>alert(1)</script>"
+    gpu["goals"] = [{"goal": "a", "row": "b", "bound": "<= 1", "value": None, "met": None}]
+    find(gpu, "digits", "fp32", FORWARD)["slower_than"] = ["eager"]
+    path = page.write(gpu, drawn["cuda"], tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
+    assert text.count("data:image/png;base64,") == 4
+    assert "alert(1)</script>" not in text
+    assert "<td class=bad>" in text
+    assert "<td>not measured</td>" in text
+    assert len(text) < PAGE_BYTES
