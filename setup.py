@@ -86,7 +86,7 @@ class Cuda:
                 sys.exit(f"fusedres: TORCH_CUDA_ARCH_LIST has '{name}', expected e.g. '8.0+PTX'")
             found += [name.removesuffix("+PTX")] + [name] * name.endswith("+PTX")
         known = run(self.nvcc, "--list-gpu-code") if listed is None else None
-        return [a for a in found if known is None or f"sm_{number(a)}\n" in known]
+        return [a for a in found if known is None or f"sm_{number(a).rstrip('af')}\n" in known]
 
     @staticmethod
     def packaged_cutlass() -> str | None:

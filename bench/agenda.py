@@ -13,7 +13,6 @@ from .cases import (
     CASES,
     DTYPES,
     GRAPH,
-    GRAPHS,
     INFERENCE,
     MODEL,
     MODELS,
@@ -42,7 +41,7 @@ SLOW_COMPILER = "compiling takes seconds a row: not here, --full times it"
 def agenda(device: str) -> list[Task]:
     """Every row, the most telling first."""
     dtypes = ("bf16", "fp32", "fp16") if device == "cuda" else tuple(DTYPES)
-    rows = [*goals(), *_rows(device, (TINY, *MODELS), dtypes[:1])] if device == "cuda" else []
+    rows = goals() if device == "cuda" else []
     rows += _rows(device, (TINY, *MODELS), dtypes[:2])
     for case in SQUARES:
         rows += _rows(device, (case,), dtypes[:2])
@@ -89,10 +88,9 @@ def estimate(task: Task, compiled: tuple[str, ...], ceilings: dict[str, Any], ro
     once = 1.5 * flops(task) / rate + 3 * moved / ceilings["copy_gb_per_s"] / 1e9
     part = min(1.0, CHECKED_ROWS[device] / task.case.rows)
     check = 3 * part * flops(Task(task.case, task.dtype, STEP)) / min(rate, double)
-    most = GRAPH if task.mode in GRAPHS else task.mode
-    seconds = sum(COMPILE.get(most, COMPILE[STEP]) for name in compiled if name == "compile")
-    seconds += COMPILE_MAX * ("compile-max" in compiled)
-    return START[device] + rounds + check + (3 + len(compiled)) * CALLS * once + seconds
+    compiling = COMPILE.get(task.mode, COMPILE[STEP]) * ("compile" in compiled)
+    compiling += COMPILE_MAX * ("compile-max" in compiled)
+    return START[device] + rounds + check + (3 + len(compiled)) * CALLS * once + compiling
 
 
 def why_not(task: Task, device: str, seconds: float) -> str | None:

@@ -43,6 +43,7 @@ ENVIRONMENT = {
 KEPT = ("LD_LIBRARY_PATH", "PYTHONPATH")  # where libraries are found
 EXTENSION = re.compile(r"/fusedres/_C\.[^/]*$")
 
+COMPILERS = ("cc", "gcc", "g++")
 MARKS = """
 #include <valgrind/callgrind.h>
 void start(void) { CALLGRIND_START_INSTRUMENTATION; }
@@ -71,13 +72,14 @@ def missing() -> str | None:
         return ops.native_missing
     if shutil.which("valgrind") is None:
         return "valgrind is not installed (Debian, Ubuntu: apt-get install valgrind)"
-    if compiler() is None:
-        return "no C compiler for the client requests (cc, gcc or g++)"
+    if not any(map(shutil.which, COMPILERS)):
+        return f"no C compiler for the client requests ({', '.join(COMPILERS)})"
+    try:
+        with TemporaryDirectory() as folder:
+            build_marks(Path(folder))
+    except subprocess.CalledProcessError as error:
+        return f"the client requests do not compile: {error.stderr.strip()}"
     return None
-
-
-def compiler() -> str | None:
-    return next(filter(None, map(shutil.which, ("cc", "gcc", "g++"))), None)
 
 
 def key() -> dict[str, str]:
@@ -114,8 +116,9 @@ def build_marks(folder: Path) -> Path:
     """The library of client requests: start, zero, dump."""
     source, library = folder / "marks.c", folder / "marks.so"
     source.write_text(MARKS)
-    command = [str(compiler()), "-x", "c", "-O1", "-shared", "-fPIC", str(source)]
-    subprocess.run([*command, "-o", str(library)], check=True)
+    compiler = next(filter(None, map(shutil.which, COMPILERS)))
+    command = [compiler, "-x", "c", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
     return library
 
 

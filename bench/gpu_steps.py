@@ -190,7 +190,7 @@ class Check:
     def benchmark(self) -> None:
         path, left = self.out / RESULTS_FILE, self.budget.left("benchmark")
         path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "bench", "--device=cuda", "--threads=1", "--seconds=0.4"]
+        command = [sys.executable, "-m", "bench", "--device=cuda", "--threads=1"]
         command += [f"--limit={left - 2 * GRACE:.0f}", f"--output={path}"]
         outcome = execute(command, self.out / "benchmark.log", left)
         results = json.loads(path.read_text()) if path.exists() else {"rows": []}

@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ TIMES, INSTRUCTIONS = "times", "instructions"
 WATCHED = ("digits", "rtdl-466", "simba-128", "deep-rl-256", "gnn-128", "bert-768")
 DTYPES = ("fp32", "bf16")
 
-Found = dict[str, dict[str, float]]
+Found = Mapping[str, Mapping[str, float]]
 
 
 class Finding(NamedTuple):
@@ -83,7 +83,7 @@ def measure(tasks: Iterable[Task], seconds: float = SECONDS) -> Found:
 def _ratio(task: Task, seconds: float) -> dict[str, float]:
     device = torch.device("cpu")
     job = Job(task.case, task.dtype, device)
-    calls = {name: job.call(getattr(job, name), task.mode) for name in ("eager", "fused")}
+    calls: Any = {name: job.call(getattr(job, name), task.mode) for name in ("eager", "fused")}
     rounds, _ = interleave(calls, device, seconds)
     return summary([r["fused"] / r["eager"] for r in rounds])
 
@@ -98,7 +98,7 @@ def compare_times(old: Found, measure: Callable[..., Found] = measure) -> list[F
     """Rows past the limit are measured again, longer; the best of the attempts counts."""
     tasks = {str(task): task for task in watched() if str(task) in old}
     limits = {row: old[row]["median"] * (1 + LIMIT) for row in tasks}
-    best = measure(tasks.values())
+    best = dict(measure(tasks.values()))
     for _ in range(ATTEMPTS - 1):
         suspects = [tasks[row] for row, found in best.items() if found["q1"] > limits[row]]
         again = measure(suspects, 3 * SECONDS) if suspects else {}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from fusedres.spec import Spec, make_spec
 
-from .cases import STEP
+from .cases import INFERENCE, STEP
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 EXACT = 4  # bytes of a statistic in fp32
@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer in training. With `residual` the shortcut is another tensor than x."""
+    """With `residual` the shortcut is another tensor than x."""
 
     M: int
     K: int
@@ -37,10 +37,11 @@ class Layer:
     activation: str | None = "gelu"
     dtype: str = "fp32"
     residual: bool = False
+    training: bool = True
 
     @cached_property
     def spec(self) -> Spec:
-        return make_spec(self.order, self.norm, self.activation, training=True)
+        return make_spec(self.order, self.norm, self.activation, training=self.training)
 
     @property
     def b(self) -> int:
@@ -50,7 +51,7 @@ class Layer:
         """Bytes of the tensor on which `stage` acts."""
         return self.M * self.spec.width(stage, self.K, self.N) * self.b
 
-    def product(self, transposed: bool = False) -> Kernel:
+    def product(self) -> Kernel:
         """M x K by K x N: 2 M N K FLOPs; each of the three matrices moves once."""
         elements = self.M * self.K + self.N * self.K + self.M * self.N
         return Kernel(2 * self.M * self.N * self.K, elements * self.b)
@@ -75,12 +76,15 @@ def of_row(row: dict[str, Any]) -> Layer:
 
 
 def eager_forward(layer: Layer) -> Iterator[Kernel]:
-    """One kernel a stage. norm and act read and write a tensor, add reads two and writes one."""
+    """One kernel a stage. norm and act read and write a tensor, add reads two and writes one; batch
+    norm's statistics take one more reading.
+    """
     for stage in layer.spec.stages:
         if stage == "linear":
             yield layer.product()
         else:
-            yield Kernel(0, (3 if stage == "add" else 2) * layer.tensor(stage))
+            three = stage == "add" or (stage == "norm" and layer.spec.batch_stats)
+            yield Kernel(0, (3 if three else 2) * layer.tensor(stage))
 
 
 def eager_backward(layer: Layer) -> Iterator[Kernel]:
@@ -141,6 +145,7 @@ def fused_backward(layer: Layer, device: str) -> Iterator[Kernel]:
 
 def kernels(layer: Layer, contender: str, mode: str, device: str) -> list[Kernel]:
     """Of one call; `mode` as in the results file."""
+    layer = replace(layer, training=mode != INFERENCE)
     if contender == "eager":
         found = list(eager_forward(layer))
         return found + list(eager_backward(layer)) if mode == STEP else found
@@ -165,10 +170,11 @@ class Machine:
 
 def seconds(layer: Layer, contender: str, mode: str, machine: Machine) -> float:
     """Kernels run one after another, each as long as the slower of its arithmetic and its traffic:
-    t = sum max(flops / peak, bytes / bandwidth) + overhead.
+    t = sum max(flops / peak, bytes / bandwidth) + overhead. On a CPU fused multiplies fp16 in fp32.
     """
     found = kernels(layer, contender, mode, machine.device)
-    peak = machine.matmul[layer.dtype]
+    in_fp32 = (layer.dtype, contender, machine.device) == ("fp16", "fused", "cpu")
+    peak = machine.matmul["fp32" if in_fp32 else layer.dtype]
     overhead = machine.host.get((contender, mode), len(found) * machine.launch)
     return sum(max(k.flops / peak, k.bytes / machine.copy) for k in found) + overhead
 

@@ -97,7 +97,9 @@ class Job:
         self.layers: dict[str, nn.Module] = {"eager": self.eager, "fused": self.fused}
         self.x = torch.randn(M, K, **where, requires_grad=True)
         self.dy = torch.randn(M, N, **where)
-        self.backend = backends.choose("auto", self.fused.spec.text, DTYPES[dtype], device, N, K)
+        small = backends.is_small(device, DTYPES[dtype], M, N, K)
+        spec = self.fused.spec.text
+        self.backend = backends.choose("auto", spec, DTYPES[dtype], device, N, K, small)
 
     def calls(self, mode: str) -> dict[str, Callable[[], None]]:
         """One call of each layer in the mode."""

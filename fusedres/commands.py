@@ -60,7 +60,7 @@ def selftest(args: argparse.Namespace) -> int:
             return f"{one.backend:8}not here: {'; '.join(one.refused)}", "dim"
         line = f"{one.backend:8}{one.good} layers agree with the reference, forward and backward"
         line += f"; {len(one.wrong)} are WRONG" if one.wrong else ""
-        line += f"; {one.refused.total()} it does not take" if one.refused else ""
+        line += f"; {sum(one.refused.values())} it does not take" if one.refused else ""
         line += f"; no time for {one.left}, give more by --seconds" if one.left else ""
         return line, "bad" if one.wrong else "good"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -30,7 +29,7 @@ class Found:
     backend: str
     good: int = 0  # layers that agree with the reference
     wrong: list[str] = field(default_factory=list)
-    refused: Counter[str] = field(default_factory=Counter)  # layers it does not take, by reason
+    refused: dict[str, int] = field(default_factory=dict)  # layers it does not take, by reason
     left: int = 0  # layers for which there was no time
 
     @property
@@ -99,7 +98,7 @@ def _one(backend: str, end: float) -> Found:
         N = settings.get("out_features", K)
         reason = backends.why_not(backend, spec, dtype, device, N, K)
         if reason is not None:
-            found.refused[reason] += 1
+            found.refused[reason] = found.refused.get(reason, 0) + 1
         elif found.here and perf_counter() > end:
             found.left += 1
         else:

@@ -28,7 +28,7 @@ PACKAGES = {  # optional ones, name to install: name to import, what it is for
     "rich": ("rich", "tables, colours and bars on a terminal"),
     "scikit-learn": ("sklearn", "`python -m fusedres demo`"),
     "matplotlib": ("matplotlib", "the demo's picture"),
-    "numpy": ("numpy", "the demo and Triton's interpreter"),
+    "numpy": ("numpy", "the demo, and Triton's interpreter (which wants numpy<2.4)"),
 }
 BUILD = "in the source repository: `pip install --no-build-isolation .`"
 GPU = "`nvidia-smi` must list one, and CUDA_VISIBLE_DEVICES must not hide it"
@@ -76,7 +76,7 @@ def report(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
+    return "none" if value is None else str(value) or "''"
 
 
 def _probe(fact: Callable[[], Any]) -> Any:

@@ -18,6 +18,13 @@ SMALL = ("bench", "--device", "cpu", "--shape", "8x16")
 QUICK = (*SMALL, "--seconds", "0.05", "--threads", "1")
 
 
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """Whatever runs the tests may want colours."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def run(capsys):
     """Runs the command; exit code, stdout, stderr."""

@@ -12,6 +12,13 @@ pytest.importorskip("sklearn")
 
 
 @pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """Whatever runs the tests may want colours."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """As the demo trains; two that wait for each other are slow on a busy machine."""
     threads = torch.get_num_threads()

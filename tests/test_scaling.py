@@ -65,6 +65,14 @@ def test_eager_forward_by_hand() -> None:
     assert sum(k.bytes for k in found) == (M * K + N * K + 8 * M * N) * FP32
 
 
+def test_the_statistics_of_batch_norm_are_a_pass_in_training_only() -> None:
+    layer = Layer(M, N, N, norm="batch")
+    for contender, count in (("fused", 3), ("eager", 4)):  # kernels of a step's forward pass
+        step = kernels(layer, contender, STEP, "cpu")[:count]
+        forward = kernels(layer, contender, INFERENCE, "cpu")
+        assert sum(k.bytes for k in step) - sum(k.bytes for k in forward) == M * N * FP32
+
+
 def test_fused_on_a_gpu_is_one_launch_and_at_most_three_back() -> None:
     layer = Layer(M, N, N)
     (forward,) = kernels(layer, "fused", INFERENCE, "cuda")

@@ -11,12 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedres import ops
 from fusedres.backends import plan as planner
 from fusedres.backends import triton as backend
+from fusedres.backends import vendor
 from fusedres.kernels import by_tanh, epilogue
 from fusedres.reference import ACTIVATION_FUNCTIONS
 from fusedres.spec import ACTIVATIONS, ORDERS
-from oracle import assert_close, eager, exact
+from oracle import assert_close, eager, exact, make_case
 from triton_run import (
     BF16,
     DEVICE,
@@ -308,6 +310,39 @@ def test_dz_and_dx_of_rows_of_any_width(N, monkeypatch):
     force(monkeypatch, 40, MOST_WALKERS=1)
     case = make(21, 70, N, activation="gelu", dtype=F16, residual=N)
     assert_close(ours(case), eager(case), exact(case), terms=10 * (70 + N))
+
+
+# The library's product, then one pass.
+
+
+@pytest.mark.parametrize("M, K, N", [(37, 24, 24), (5, 40, 700), (130, 16, 2050)])
+@pytest.mark.parametrize("norm", [None, "layer", "rms", "batch"])
+@pytest.mark.parametrize("order", ["note", "resnet-v1", "bert-output", "linear-norm", "linear-add"])
+def test_the_library_s_product_and_one_pass(order, norm, M, K, N, monkeypatch):
+    gate = "channel" if order == "note" else None
+    settings = {"order": order, "norm": norm, "training": norm != "batch", "gate": gate}
+    case = make(M, K, N, activation="gelu", eps=1e-2, drop_path=0.2, **settings)
+    assert vendor.why_not(case.spec, F32, torch.device(DEVICE), N, K) is None
+    vendor.register()
+    monkeypatch.setitem(ops.FORWARD, "triton", ops.FORWARD["vendor"])
+    assert_close(ours(case), eager(case), exact(case), terms=10 * (M + K + N))
+    with torch.no_grad():
+        assert_close(ours(case, ()), eager(case, ()), exact(case, ()), terms=10 * (M + K + N))
+
+
+def test_the_library_s_product_is_for_true_fp32():
+    def why(dtype=F32, **settings):
+        spec = make_case(**settings).spec
+        return vendor.why_not(spec, dtype, torch.device(DEVICE), 64, 64)
+
+    assert why() is None
+    assert "tensor cores" in why(F16) and "before linear" in why(order="prenorm")
+    assert "batch statistics" in why(norm="batch")
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert "tensor cores" in why()
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # Shapes and layouts.

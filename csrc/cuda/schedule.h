@@ -198,7 +198,8 @@ inline Tile cut_forward(const Layer& layer, int block_n, int multiprocessors) {
 // Narrow tiles where wide ones would leave multiprocessors or columns idle.
 inline Tile plan_forward(const Layer& layer, int multiprocessors) {
   const int64_t wide = ceil_div(layer.M, kBlockM) * ceil_div(layer.N, 256);
-  const bool narrow = wide < multiprocessors || (layer.N - 1) % 256 < 128 && layer.N < 1024;
+  const bool half_empty = (layer.N - 1) % 256 < 128 && layer.N < 1024;
+  const bool narrow = wide < multiprocessors || half_empty;
   return cut_forward(layer, narrow ? 128 : 256, multiprocessors);
 }
 

@@ -12,7 +12,7 @@
 // Of functions that would take a kernel's registers where they are hardly ever, or not always,
 // called. Calls take registers too, so a kernel may define it as __forceinline__.
 #ifndef FUSEDRES_APART
-#define FUSEDRES_APART __noinline__
+#define FUSEDRES_APART inline __noinline__
 #endif
 
 namespace fusedres::cuda {

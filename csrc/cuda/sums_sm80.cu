@@ -150,10 +150,10 @@ struct ColumnSums {
 
   const SumsCall& call;
   const Layer& layer;
-  int which;  // side
-  int64_t block, part;
+  int which;        // side
+  int block, part;  // of columns, of the rows
   Place at;        // of this thread's strip
-  int64_t begin, end;  // this thread's rows, every kRows-th
+  int64_t end;     // of its rows: it has every kRows-th from `begin` on
 
   __device__ __forceinline__ ColumnSums(const SumsCall& c, int64_t program)
       : call(c), layer(c.layer), which(0) {
@@ -162,12 +162,11 @@ struct ColumnSums {
       which = 1;
       program -= after;
     }
-    block = program % c.cut.blocks[which];
-    part = program / c.cut.blocks[which];
+    block = static_cast<int>(program % c.cut.blocks[which]);
+    part = static_cast<int>(program / c.cut.blocks[which]);
     const int lane = threadIdx.x % kLanes;
-    at = {0, static_cast<int>(block * kSumTile) + lane * kStrip, side().width, true};
-    begin = part * c.cut.sum_rows + threadIdx.x / kLanes;
-    end = least((part + 1) * c.cut.sum_rows, layer.M);
+    at = {0, block * kSumTile + lane * kStrip, side().width, true};
+    end = least((part + int64_t{1}) * c.cut.sum_rows, layer.M);
   }
 
   __device__ __forceinline__ const Side& side() const { return call.sides[which]; }
@@ -175,26 +174,34 @@ struct ColumnSums {
 
   // ---- this thread's rows
 
+  __device__ __forceinline__ int64_t begin() const {
+    return part * call.cut.sum_rows + threadIdx.x / kLanes;
+  }
+
   __device__ __forceinline__ void add_dz() {
     const BackwardOut& from = call.out.from;
     const Rows<T> dz = rows_of<T>(call.sides[0].stages.count > 0 ? from.dz : from.dy);
     Strip total = {};
-    for (at.m = begin; at.m < end; at.m += kRows) total = plus(total, load(dz, at));
+    for (at.m = begin(); at.m < end; at.m += kRows) total = plus(total, load(dz, at));
     share(0, total);
   }
 
-  // The gradients of row at.m, as the first launch walked them back.
+  // Row at.m's dh * c and dh, or, for the gate, what sums up to dgate: walked back as by the first
+  // launch.
+  template <bool kGate>
   __device__ __forceinline__ void add_row(const Rows<T>& input, const Rows<T>& gradient,
-                                          Strip& dhc, Strip& dh, Strip& dgate) const {
+                                          Strip& first, Strip& second) const {
     const Side& s = side();
     const int norm = s.norm_at, count = s.stages.count, after = norm < count ? norm + 1 : 0;
     const RowStats row = load_stats(s.over_rows ? call.out.from.stats : nullptr, layer, at);
     const Tape tape = replay<T>(layer, s, at, s.replay > 0 ? load(input, at) : Strip{}, row);
     Noted noted = {};
     Strip d = walk_back(layer, s.stages, count, after, at, load(gradient, at), tape, noted);
-    dhc = plus(dhc, d * tape.c);
-    dh = plus(dh, d);
-    if (!wanted(3)) return;
+    if constexpr (!kGate) {
+      first = plus(first, d * tape.c);
+      second = plus(second, d);
+      return;
+    }
     if (call.gate_at[which] < norm && norm < count) {
       RowMeans means = {0.0f, 0.0f};
       if (s.over_rows)
@@ -202,18 +209,18 @@ struct ColumnSums {
       d = norm_back(layer, at, d, tape.c, row, means);
       walk_back(layer, s.stages, norm, 0, at, d, tape, noted);
     }
-    dgate = plus(dgate, noted.gate * tape.gate);
+    first = plus(first, noted.gate * tape.gate);
   }
 
+  template <bool kGate>
   __device__ __forceinline__ void add_gradients() {
     const BackwardOut& from = call.out.from;
     const Rows<T> input = rows_of<T>(which == 0 ? from.z : layer.x);
     const Rows<T> gradient = rows_of<T>(which == 0 ? from.dy : from.dt);
-    Strip dhc = {}, dh = {}, dgate = {};
-    for (at.m = begin; at.m < end; at.m += kRows) add_row(input, gradient, dhc, dh, dgate);
-    share(1, dhc);
-    share(2, dh);
-    share(3, dgate);
+    Strip first = {}, second = {};
+    for (at.m = begin(); at.m < end; at.m += kRows) add_row<kGate>(input, gradient, first, second);
+    share(kGate ? 3 : 1, first);
+    if (!kGate) share(2, second);
   }
 
   // ---- this program's
@@ -257,7 +264,7 @@ struct ColumnSums {
 
   __device__ __forceinline__ void add_parts() const {
     const int i = threadIdx.x / kSumTile;
-    const int64_t column = block * kSumTile + threadIdx.x % kSumTile;
+    const int column = block * kSumTile + threadIdx.x % kSumTile;
     if (!wanted(i) || column >= side().width) return;
     float total = 0.0f;
     for (int p = 0; p < call.cut.sum_parts; ++p) total += load_past_l1(cell(p, i, column));
@@ -286,7 +293,8 @@ struct ColumnSums {
   __device__ __forceinline__ void run() {
     int32_t* arrived = call.out.arrived + call.cut.tiles;
     if (wanted(0)) add_dz();
-    if (wanted(1) || wanted(2) || wanted(3)) add_gradients();
+    if (wanted(1) || wanted(2)) add_gradients<false>();
+    if (wanted(3)) add_gradients<true>();
     store_part();
     if (!last_to_arrive(arrived + (which == 0 ? 0 : call.cut.blocks[0]) + block,
                         call.cut.sum_parts))
