@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from .results_file import ROOT
 
-GPU_TESTS, OWN_TESTS = "tests/test_triton_gpu.py", "test_gpu_check.py"
+GPU_TESTS, OWN_TESTS = "tests/test_gpu.py", "test_gpu_check.py"
 ALONE = "2_to_the_31"  # these tests take 20 GiB each
 # Processes side by side: most of a test's time is compiling its kernels, on one core.
 SHARDS = {

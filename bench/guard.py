@@ -38,7 +38,7 @@ SECONDS, ATTEMPTS, UPDATES = 0.3, 3, 5
 # 10 % once in 270. Beside twelve medians were up to 19 % off, a lower quartile never past 10 %, and
 # 10 us more a call of the tiny layer still failed.
 LIMIT = 0.10
-COUNT_LIMIT = 0.03  # six times callgrind.REPEATABILITY
+COUNT_LIMIT = 0.03  # more than twice callgrind.REPEATABILITY
 OTHER_LIMIT = 0.25  # other versions have other paths for eager and for fused; unmeasured
 TIMES, INSTRUCTIONS = "times", "instructions"
 WATCHED = ("digits", "rtdl-466", "simba-128", "deep-rl-256", "gnn-128", "bert-768")

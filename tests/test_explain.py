@@ -109,7 +109,7 @@ def test_triton_plan():
     from fusedres.backends import plan
 
     x = torch.empty(4096, 512, device="meta", dtype=torch.bfloat16)
-    layer = FusedResidual(512, device="meta", dtype=torch.bfloat16)
+    layer = FusedResidual(512, device="meta", dtype=torch.bfloat16, backend="triton")
     told = explain(layer, x, device="cuda")
     call = told.calls[0]
     assert told.backend == "triton" and call.kernel == "residual_forward_wide_kernel (wide)"
@@ -128,6 +128,31 @@ def test_triton_plan():
     double = FusedResidual(512, gate="scalar", device="meta", dtype=torch.float64)
     refused = explain(double, x.double(), device="cuda")
     assert refused.backend == "reference" and "float64" in refused.calls[0].why_not["triton"]
+
+
+@pytest.mark.parametrize(
+    "settings, rows, dtype, backend, launches",
+    [
+        ({}, 4096, torch.bfloat16, "cuda", (1, 2)),
+        ({}, 4097, torch.bfloat16, "triton", (1, 3)),
+        ({"norm": "batch"}, 256, torch.bfloat16, "triton", (1, 3)),
+        ({}, 256, torch.float32, "cuda", (1, 2)),
+        ({}, 4096, torch.float32, "vendor", (2, 3)),
+        ({"order": "prenorm"}, 4096, torch.float32, "triton", (1, 3)),
+    ],
+)
+def test_what_auto_takes_on_a_gpu(settings, rows, dtype, backend, launches):
+    pytest.importorskip("triton")
+    if backend == "cuda" and "cuda" not in backends.ops.FORWARD:
+        pytest.skip("built without CUDA kernels")
+    layer = FusedResidual(512, device="meta", dtype=dtype, **settings)
+    told = explain(layer, torch.empty(rows, 512, device="meta", dtype=dtype), device="cuda")
+    assert told.backend == backend
+    assert (told.calls[0].forward_launches, told.calls[0].backward_launches) == launches
+    assert "vendor" not in told.calls[0].why_not
+    if backend == "cuda":
+        assert told.calls[0].kernel == "residual_forward_sm80_kernel"
+        assert {"BLOCK_M", "BLOCK_N", "programs", "waves"} <= told.calls[0].tiles.keys()
 
 
 def test_what_is_not_fused():

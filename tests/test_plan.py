@@ -365,7 +365,7 @@ def test_generic_has_every_family():
 @pytest.mark.parametrize("path", sorted(planner.CONFIGS.glob("*.json")), ids=lambda path: path.name)
 def test_shipped_files(path):
     read = json.loads(path.read_text())
-    assert read.keys() <= {"device", "note", "date", "torch", "triton", "tiles", "tuned"}
+    assert read.keys() <= {"device", "note", "date", "torch", "triton", "tiles", "tuned", "auto"}
     assert planner.config_file(read["device"]) == path or path.stem == "generic"
     for family, bits, rows in rows_in(path):
         tiles = [Tile(*row) for row in rows]

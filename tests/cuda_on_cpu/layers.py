@@ -97,9 +97,6 @@ STRUCTS = (Stages, Vector, Matrix, Layer, Tile, ForwardOut, BackwardOut, SumsOut
 def kernels(watched: bool = False, root=ROOT) -> ctypes.CDLL:
     """The sm_80 kernels as a library."""
     sources = [HERE / "launchers.cpp", *(root / "csrc" / "cuda" / name for name in KERNELS)]
-    from pathlib import Path
-
-    sources = [p if p.exists() else Path("stub_" + p.name) for p in sources]
     return prepared(load("kernels", *sources, watched=watched, root=root))
 
 

@@ -1,15 +1,17 @@
 // Walks through csrc/cuda/schedule.h: the roles of all blocks, one thread for each of their warps, in
 // random order. Nothing is computed; what would go wrong on a GPU stops the walk.
+//
+// The test includes this several times, after texts of schedule.h with mistakes, whose namespace it
+// gives other names.
 #include <vector>
 
+#ifndef FUSEDRES_WALK
+#define FUSEDRES_WALK walk_schedule
 #include "cuda/schedule.h"
+#endif
 #include "machine.h"
 
-using namespace fusedres;
-using namespace fusedres::cuda;
-using namespace fusedres::cuda::sm90;
-
-namespace {
+namespace fusedres::cuda::sm90 {
 
 constexpr int kWarps = kLoadWarps + kSurveyWarps + kMultiplyWarps + kFinishWarps;
 
@@ -170,12 +172,8 @@ const char* outcome(const Walk& w) {
   return nullptr;
 }
 
-}  // namespace
-
-extern "C" {
-
 // nullptr, or what goes wrong.
-const char* walk_schedule(int64_t M, int64_t N, int64_t K, int block_n, int blocks, int resident,
+extern "C" const char* FUSEDRES_WALK(int64_t M, int64_t N, int64_t K, int block_n, int blocks, int resident,
                           bool rows_before, bool shared_rows, uint64_t seed) {
   Layer layer = {};
   layer.M = M, layer.N = N, layer.K = K;
@@ -195,19 +193,4 @@ const char* walk_schedule(int64_t M, int64_t N, int64_t K, int block_n, int bloc
   return error ? error : outcome(w);
 }
 
-// The planner's cut for fp16 rows: block_n, programs, shared memory, floats, counters.
-const char* plan(int64_t M, int64_t N, int64_t K, bool norm_first, int norm, int multiprocessors,
-                 int64_t* out) {
-  Layer layer = {};
-  layer.dtype = DType::float16;
-  layer.M = M, layer.N = N, layer.K = K;
-  layer.x.stride = layer.weight.stride = K;
-  layer.norm = static_cast<Norm>(norm);
-  (norm_first ? layer.prologue : layer.epilogue) = {{Stage::norm}, norm ? 1 : 0};
-  const Tile tile = sm90::plan_forward(layer, multiprocessors);
-  out[0] = tile.block_n, out[1] = tile.programs, out[2] = tile.shared_bytes;
-  out[3] = tile.partial_floats, out[4] = tile.counters;
-  return sm90::why_not(layer);
-}
-
-}  // extern "C"
+}  // namespace fusedres::cuda::sm90

@@ -1,5 +1,5 @@
-"""What only a GPU can show of the Triton backend: bf16, many programs at once, streams, graphs,
-more than 2^31 elements, memory.
+"""What only a GPU can show of the Triton and the CUDA backend: bf16, many programs at once,
+streams, graphs, more than 2^31 elements, memory.
 
 A kernel always runs once before a CUDA graph is captured: compiling it loads a module, which a
 capture does not allow.
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from cases import ALIASES, DIFFERENTIABLE, STATISTICS, make_case
-from fusedres import ORDERS, FusedResidual, Residual, explain, fused_residual
+from fusedres import ACTIVATIONS, ORDERS, FusedResidual, Residual, explain, fused_residual
+from fusedres.backends import choose, cuda
 from fusedres.backends import plan as planner
 from oracle import assert_as_accurate, assert_close, double, eager, exact, fused, without_kinks
 
@@ -56,6 +57,23 @@ FAMILIES = {
     "algebraic": ({"order": "prenorm"}, (1031, 384)),
     "prebatch": ({"order": "preact", "norm": "batch"}, (1031, 384)),
 }
+# The same for the CUDA backend; those of Hopper's kernels need one.
+CUDA_FAMILIES = {
+    "cuda": ({}, (1031, 128)),
+    "cuda, none": ({"norm": None, "order": "linear-act-add"}, (1031, 339)),
+    "cuda, many tiles": ({"order": "postnorm", "norm": "rms"}, (1031, 512)),
+    "cuda, odd": ({"order": "resnet-v1", "gate": "channel"}, (515, 339)),
+    "cuda, before": ({"order": "preact"}, (1031, 200)),
+    "cuda, prenorm": ({"order": "prenorm"}, (1031, 384)),
+    "cuda, given": ({"norm": "batch", "training": False}, (1031, 384)),
+    "cuda, hopper": ({}, (20011, 1024)),
+    "cuda, hopper none": ({"norm": None}, (20011, 1000)),
+    "cuda, hopper prenorm": ({"order": "prenorm"}, (20011, 512)),
+}
+without_cuda = pytest.mark.skipif(not cuda.built(), reason="built without CUDA kernels")
+BACKENDS = ("triton", pytest.param("cuda", marks=without_cuda))
+EVERY = (*FAMILIES, *(pytest.param(name, marks=without_cuda) for name in CUDA_FAMILIES))
+FAMILIES |= CUDA_FAMILIES
 LARGE = {"rows": (4099, 200), "wide": (4099, 2048), "batch": (4099, 1024), "tile": (4099, 339)}
 
 
@@ -83,6 +101,10 @@ def on_device(case, device=None):
     return case.with_tensors(dy=case.dy.to(device), **tensors)
 
 
+def backend_of(name):
+    return "cuda" if name.startswith("cuda") else "triton"
+
+
 def force(family, case, monkeypatch, rows=None):
     """The planner chooses `family` for this case of so many rows, by default its own."""
     for constant, value in FORCE.get(family, {}).items():
@@ -99,20 +121,27 @@ def make_family(name, monkeypatch, sizes=None, dtype=BF16, **settings):
     given, modest = FAMILIES[name]
     M, N = sizes or modest
     case = make_case(M, N, **{"activation": "gelu", "dtype": dtype, **given, **settings})
-    force(name.split(",")[0], case, monkeypatch)
+    if "hopper" in name and sizes is None:
+        if torch.cuda.get_device_capability()[0] != 9 or dtype == F32:
+            pytest.skip("Hopper's kernels need one, and 16-bit types")
+        kernel, _ = cuda.kernel(case.spec, dtype, M, N, N, torch.device(DEVICE, 0))
+        if "sm90" not in kernel:
+            pytest.skip(f"built without Hopper's kernels: {kernel} would run")
+    if backend_of(name) == "triton":
+        force(name.split(",")[0], case, monkeypatch)
     return on_device(case)
 
 
-def check(case):
+def check(case, backend="triton"):
     what = f"'{case.spec}', {case.x.dtype}"
-    results = fused(case, "triton"), eager(case), exact(case)
+    results = fused(case, backend), eager(case), exact(case)
     if case.spec.gate == "scalar":  # a sum over everything: one number has no RMS
         gates = [{"dgate": result.pop("dgate")} for result in results]
         assert_close(*gates, terms=case.dy.numel(), what=what)
     assert_as_accurate(*results, what)
 
 
-def step_of(case):
+def step_of(case, backend="triton"):
     """leaves, dy, and a call that makes y and every gradient from them; no running statistics."""
     leaves = {
         name: t.detach().clone().requires_grad_(name in DIFFERENTIABLE)
@@ -123,7 +152,7 @@ def step_of(case):
     wanted, dy = [leaves[name] for name in case.asked], case.dy.clone()
 
     def run():
-        y = fused_residual(**leaves, **settings, backend="triton")
+        y = fused_residual(**leaves, **settings, backend=backend)
         return (y.detach(), *torch.autograd.grad(y, wanted, dy))
 
     return leaves, dy, run
@@ -156,25 +185,25 @@ def compile_kernels(run):
 # Accuracy: NUMERICS 1.
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_small_shapes(name, monkeypatch, nan_filled):
     """Few rows and columns, no power of two: also what compute-sanitizer looks at."""
     if name == "wide, both ways":
         monkeypatch.setattr(planner, "BACKWARD_ROW", 0, raising=False)
     case = make_family(name, monkeypatch, (67, 70), residual=70)
     if SANITIZER:
-        fused(case, "triton")
+        fused(case, backend_of(name))
         torch.cuda.synchronize()
     else:
-        check(case)
+        check(case, backend_of(name))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_family_is_as_accurate_as_eager(name, dtype, monkeypatch, nan_filled):
     if name == "algebraic" and dtype == F32:
         pytest.skip("this family is for 16-bit types")
-    check(make_family(name, monkeypatch, LARGE.get(name), dtype))
+    check(make_family(name, monkeypatch, LARGE.get(name), dtype), backend_of(name))
 
 
 def any_case(order, norm, training, dtype, turn=0):
@@ -190,31 +219,61 @@ def any_case(order, norm, training, dtype, turn=0):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm, training", NORMS)
 @pytest.mark.parametrize("order", ALIASES)
-def test_every_order_is_as_accurate_as_eager_in_bf16(order, norm, training, nan_filled):
-    check(on_device(any_case(order, norm, training, BF16)))
+def test_every_order_is_as_accurate_as_eager_in_bf16(order, norm, training, backend, nan_filled):
+    if backend == "cuda" and (norm, training) == ("batch", True):
+        pytest.skip("batch statistics are the Triton backend's")
+    check(on_device(any_case(order, norm, training, BF16)), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [F16, F32])
 @pytest.mark.parametrize("order", ALIASES)
-def test_every_order_is_as_accurate_as_eager_in_other_types(order, dtype, nan_filled):
+def test_every_order_is_as_accurate_as_eager_in_other_types(order, dtype, backend, nan_filled):
     i = ALIASES.index(order) + 2 * (dtype == F32)
-    check(on_device(any_case(order, *NORMS[i % len(NORMS)], dtype, i)))
+    norms = NORMS if backend == "triton" else NORMS[:-1]
+    check(on_device(any_case(order, *norms[i % len(norms)], dtype, i)), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
-def test_relu_is_as_accurate_as_eager(dtype, nan_filled):
-    check(on_device(without_kinks(make_case(2053, 256, dtype=dtype))))
+def test_relu_is_as_accurate_as_eager(dtype, backend, nan_filled):
+    check(on_device(without_kinks(make_case(2053, 256, dtype=dtype))), backend)
+
+
+@without_cuda
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_every_activation_of_the_cuda_backend(dtype, nan_filled):
+    for activation in ACTIVATIONS:
+        case = without_kinks(make_case(515, 160, activation=activation, dtype=dtype))
+        check(on_device(case), "cuda")
+
+
+@without_cuda
+def test_wide_layers_go_back_by_triton(nan_filled):
+    """Rows too wide for shared memory: the forward is C++, the backward Triton's."""
+    case = on_device(make_case(67, 64, 40000, activation="gelu", dtype=BF16))
+    assert cuda.name(case.spec, BF16, torch.device(DEVICE, 0), 40000, 64) == cuda.WITH_TRITON
+    check(case, "cuda")
+
+
+@pytest.mark.parametrize("order", ["note", "postnorm", "linear-act-add"])
+def test_the_library_s_product_and_one_pass(order, nan_filled):
+    """What "auto" takes in true fp32 where a layer is not small."""
+    case = on_device(make_case(4099, 512, order=order, activation="gelu"))
+    assert choose("auto", str(case.spec), F32, torch.device(DEVICE, 0), 512, 512) == "vendor"
+    check(case, "auto")
 
 
 # Nothing depends on which program comes first.
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_thousand_calls_are_bitwise_equal(name, monkeypatch):
     """Another stream keeps some of the GPU busy, so programs start and end in ever other orders."""
-    _, _, run = step_of(make_family(name, monkeypatch))
+    _, _, run = step_of(make_family(name, monkeypatch), backend_of(name))
     first = run()
     assert all(t.isfinite().all() for t in first)
     other, noise = torch.cuda.Stream(), torch.randn(512, 512, device=DEVICE)
@@ -227,9 +286,10 @@ def test_a_thousand_calls_are_bitwise_equal(name, monkeypatch):
     assert not unequal.any(), f"elements that differ, by tensor: {unequal.tolist()}"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_two_streams_at_once(name, monkeypatch):
-    runs = [step_of(make_family(name, monkeypatch, draw=draw))[2] for draw in (0, 1)]
+    backend = backend_of(name)
+    runs = [step_of(make_family(name, monkeypatch, draw=draw), backend)[2] for draw in (0, 1)]
     alone = [run() for run in runs]
     streams = [torch.cuda.Stream() for _ in runs]
     for stream in streams:
@@ -247,10 +307,10 @@ def test_two_streams_at_once(name, monkeypatch):
 # CUDA graphs.
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_graph_replays_are_bitwise_the_ordinary_calls(name, monkeypatch):
     """New data each time. No arrival counters exist when the capture begins."""
-    leaves, dy, run = step_of(make_family(name, monkeypatch))
+    leaves, dy, run = step_of(make_family(name, monkeypatch), backend_of(name))
     compile_kernels(run)
     backend._slots.clear()
     graph = torch.cuda.CUDAGraph()
@@ -398,7 +458,8 @@ def test_auto_takes_the_kernels(order, norm):
     x = torch.zeros(4, 339, device=DEVICE)
     for extra in ({}, {"gate": "scalar"}, {"gate": "channel", "dropout": 0.1, "drop_path": 0.1}):
         layer = FusedResidual(339, order=order, norm=norm, device=DEVICE, **extra)
-        assert explain(layer, x).backend == "triton"
+        own = cuda.built() and not layer.spec.batch_stats
+        assert explain(layer, x).backend == ("cuda" if own else "triton")
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
