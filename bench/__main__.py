@@ -13,7 +13,7 @@ COMMANDS = {"report": "report", "scaling": "scaling", "check": "guard"}
 LAYERS = Path(__file__).with_name("test_layers.py")
 QUIET = ("-q", "--no-header", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider")
 EPILOG = """other commands: `report` makes tables, pictures and a page of a results file, `scaling`
-predicts from its ceilings, `check` compares ratios with it; each has a --help.
+predicts from its ceilings, `check` compares ratios with bench/baseline.json; each has a --help.
 Other options go to pytest, those of pytest-benchmark among them: --benchmark-json FILE."""
 
 

@@ -35,7 +35,7 @@ BASELINE = ROOT / "bench" / "baseline.json"
 SECONDS, ATTEMPTS, UPDATES = 0.3, 3, 5
 # Measured on 2 cores of an AMD EPYC, the 27 rows ten times. Beside one busy process medians were
 # within 5 % in most rows, and up to 16 % off in those bound by memory; a lower quartile was past
-# 10 % once in 270. Beside twelve medians were up to 19 % off, a lower quartile never past 10 %, and
+# 10 % once in 270. Beside twelve medians were up to 28 % off, a lower quartile never past 10 %, and
 # 10 us more a call of the tiny layer still failed.
 LIMIT = 0.10
 COUNT_LIMIT = 0.03  # more than twice callgrind.REPEATABILITY

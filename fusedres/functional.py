@@ -96,7 +96,7 @@ def run(
 
     name = "reference"
     if not inner:
-        small = backends.is_small(x.device, x.dtype, rows.shape[0], N, K)
+        small = x.is_cuda and backends.is_small(x.device, x.dtype, rows.shape[0], N, K)
         name = backends.choose(backend, spec.text, x.dtype, x.device, N, K, small)
     if name == "reference":
         if unchecked:

@@ -91,8 +91,9 @@ def test_any_order(number, order):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, dtype):
-    for order in ("note", "preact"):
-        check(make_case(96, 64, order=order, activation=activation, dtype=dtype))
+    check(make_case(64, 64, activation=activation, dtype=dtype))
+    if dtype == F32:
+        check(make_case(64, 64, order="preact", activation=activation))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6, 1e12, 1e36])
@@ -124,13 +125,17 @@ def test_shapes(number, shape, order):
     check(case)
 
 
+TILED = ("note", "prenorm", "linear-act-add", "gate-act-norm-linear")
+
+
 @pytest.mark.parametrize("block", TILES)
-@pytest.mark.parametrize("order", ["note", "prenorm", "linear-act-add", "gate-act-norm-linear"])
+@pytest.mark.parametrize("order", TILED)
 def test_every_tile(block, order):
-    for dtype in DTYPES:
-        for M, K, N in ((block[0] + 1, 129, 2 * block[1]), (block[0], block[1], block[1] - 1)):
-            case = make_case(M, K, N, order=order, activation="gelu", gate="channel", dtype=dtype)
-            check(case, Settings(block=block, parts=(2, 3), shared_limit=227 << 10))
+    given = Settings(block=block, parts=(2, 3), shared_limit=227 << 10)
+    m, n = block
+    for number, shape in enumerate([(m + 1, 129, 2 * n), (m, n, n - 1), (2 * m - 1, 64, n + 8)]):
+        dtype = DTYPES[(number + TILED.index(order)) % 3]
+        check(make_case(*shape, order=order, activation="gelu", gate="channel", dtype=dtype), given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,21 +227,21 @@ def make_recipe(name, dtype, M=70, K=120, N=264):
     return make_case(M, K, N, activation="gelu", dtype=dtype, **RECIPES[name])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_order_of_threads_or_blocks_changes_a_bit(name, dtype):
     case, first = make_recipe(name, dtype), Settings(block=(16, 64), parts=(3, 2))
     expected = emulated(case, first)
-    for seed in range(1, 6):
-        again = replace(first, seed=seed, resident=1 + seed % 4)
+    for seed in range(1, 5):
+        again = replace(first, seed=seed, resident=seed)
         check_same(emulated(case, again), expected, f"seed {seed}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("name", RECIPES)
 def test_strides_change_no_bit(name, dtype):
     for N in (264, 257):
-        case = make_recipe(name, dtype, M=35, N=N)
+        case = make_recipe(name, dtype, M=19, N=N)
         expected = emulated(case)
         for gap, shift in ((8, 0), (1, 0), (8, 1), (3, 3), (16, 8)):
             check_same(emulated(case, Settings(gap=gap, shift=shift)), expected, f"{gap}, {shift}")
@@ -288,8 +293,8 @@ def test_nan_and_inf_stay_in_their_row(name, dtype, bad):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_races(name, dtype):
-    """Every access to shared memory is watched: see cuda_on_cpu/races.h."""
-    for block, parts in (((16, 64), (2, 2)), ((64, 128), (1, 1))):
-        case = make_recipe(name, dtype, M=block[0] + 1, K=72, N=136)
-        large = 227 << 10
-        emulated(case, Settings(block=block, parts=parts, shared_limit=large, watched=True))
+    """Every access to memory is watched: see cuda_on_cpu/races.h and visits.h."""
+    for block, parts, K in (((16, 64), (2, 2), 72), ((64, 128), (1, 1), 136)):
+        case = make_recipe(name, dtype, M=block[0] + 1, K=K, N=136)  # at K = 136 x is the residual
+        given = Settings(block=block, parts=parts, shared_limit=227 << 10, watched=True)
+        emulated(case, given)

@@ -154,10 +154,10 @@ def test_refusals(order, dtype, K, reason):
         assert reason in call.refusal()
 
 
-# file, what stands there, what stands there instead: each must show in y or in what is checked of it
+# File, what stands there, what stands there instead: each must show in what forward gives.
 BREAKS = {
     "tiles are swizzled": ("roles_sm90.h", "(chunk ^ (row & 7))", "(chunk ^ (row & 3))"),
-    "finish reads z past others": ("roles_sm90.h", "sync_warps(kFinishWarps);\n    return", "return"),
+    "all have stored": ("roles_sm90.h", "    sync_warps(kFinishWarps);  // the stores", "    //"),
     "the last one merges": ("roles_sm90.h", "column_tiles - 1;", "column_tiles - 2;"),
     "tails of K are not surveyed": ("roles_sm90.h", ">= call.layer.K) break;", "< 0) break;"),
     "g is summed up as rounded": ("roles_sm90.h", "total += sum(g);", "total += sum(weight);"),

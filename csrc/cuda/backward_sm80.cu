@@ -11,9 +11,11 @@
 namespace fusedres::cuda {
 namespace {
 
+template <class T>
 struct BackwardCall {
   Layer layer;
   BackwardOut out;
+  Rows<T> dy, z, x, dz, dt, dx, dresidual;
   Side prologue, epilogue;
   int tiles;       // of columns of dt; 1 where only dz and dresidual are asked for
   int steps;       // along N
@@ -27,7 +29,7 @@ struct Backward {
   using Tile = Product<T, kM, kN, true, false>;
   static constexpr int kPanel = kM * kStride<T, kBlockK<T>>, kWeights = kBlockK<T> * kStride<T, kN>;
 
-  const BackwardCall& call;
+  const BackwardCall<T>& call;
   const Layer& layer;
   const BackwardOut& out;
   int64_t block;  // of rows
@@ -37,7 +39,7 @@ struct Backward {
   T *dz, *weight;  // in shared memory: dz by blocks of kBlockK columns
   float* dt;       // [kM, kTileStride], in their place once the product is done
 
-  __device__ __forceinline__ explicit Backward(const BackwardCall& c)
+  __device__ __forceinline__ explicit Backward(const BackwardCall<T>& c)
       : call(c),
         layer(c.layer),
         out(c.out),
@@ -62,27 +64,24 @@ struct Backward {
 
   __device__ __forceinline__ void walk_z() const {
     const Side& side = call.epilogue;
-    const Rows<T> z = rows_of<T>(out.z), dy = rows_of<T>(out.dy);
-    const Rows<T> kept = rows_of<T>(out.dz), dresidual = rows_of<T>(out.dresidual);
-    const Rows<T> dx = rows_of<T>(out.dx);
-    const bool to_residual = tile == 0 && dresidual.data && has_add(side);
+    const bool wanted = tile == 0 && out.dresidual.data && has_add(side);
     const Team team = team_of(side.width);
     for (int r = team.row; r < kM; r += team.rows) {
       const Place start = place(r, 0, side.width);
       const auto strip = [&](int n) {
         return dz + n / kBlockK<T> * kPanel + r * kStride<T, kBlockK<T>> + n % kBlockK<T>;
       };
-      const auto emit = [&](const Place& at, const Strip& d, const Noted& noted) {
+      const auto emit = [&](const Place& at, const Strip& d, const Strip& to_residual) {
         store_packed(strip(at.n), inside(at, d));
-        if (tile == 0 && kept.data) store(kept, at, d);
-        if (to_residual) store(dresidual, columns(at, layer.R), noted.residual);
+        if (tile == 0 && out.dz.data) store(call.dz, at, d);
+        if (wanted) store(call.dresidual, columns(at, layer.R), to_residual);
         if (call.skip && at.n >= k0 && at.n < k0 + kN)
-          store(dx, columns(at, layer.K), noted.residual);
+          store(call.dx, columns(at, layer.K), to_residual);
       };
       const RowStats row = load_stats(side.over_rows ? out.stats : nullptr, layer, start);
       const RowMeans means = walk_row_back<T>(
-          layer, side, team, start, row, [&](const Place& at) { return load(z, at); },
-          [&](const Place& at) { return load(dy, at); }, emit);
+          layer, side, team, start, row, [&](const Place& at) { return load(call.z, at); },
+          [&](const Place& at) { return load(call.dy, at); }, emit);
       if (tile == 0 && side.over_rows) store_means(team, start, means);
       const int end = (side.width + kStrip - 1) / kStrip * kStrip;
       for (int n = end + team.lane * kStrip; n < call.steps * kBlockK<T>; n += team.size * kStrip)
@@ -130,7 +129,7 @@ struct Backward {
   // The tile is dt, or dx where nothing stands before `linear`; then what `add` sends lies in dx.
   __device__ __forceinline__ void finish_tile() const {
     const bool last = call.prologue.stages.count == 0;
-    const Rows<T> to = rows_of<T>(last ? out.dx : out.dt);
+    const Rows<T>& to = last ? call.dx : call.dt;
     const Team team = team_of(kN);
     for (int r = team.row; r < kM; r += team.rows) {
       const Place at = place(r, k0 + team.lane * kStrip, static_cast<int>(layer.K));
@@ -144,23 +143,21 @@ struct Backward {
 
   __device__ __forceinline__ void walk_x() const {
     const Side& side = call.prologue;
-    const Rows<T> x = rows_of<T>(layer.x), from = rows_of<T>(out.dt);
-    const Rows<T> dx = rows_of<T>(out.dx), dresidual = rows_of<T>(out.dresidual);
     const bool add = has_add(side);
     const Team team = team_of(side.width);
     for (int r = team.row; r < kM; r += team.rows) {
       const Place start = place(r, 0, side.width);
-      const auto emit = [&](const Place& at, Strip d, const Noted& noted) {
-        if (add && dresidual.data) store(dresidual, columns(at, layer.R), noted.residual);
-        if (!dx.data) return;
-        if (add && layer.residual_is_x) d = plus(d, noted.residual);
-        if (call.skip) d = plus(d, load<T, true>(dx, at));
-        store(dx, at, d);
+      const auto emit = [&](const Place& at, Strip d, const Strip& to_residual) {
+        if (add && out.dresidual.data) store(call.dresidual, columns(at, layer.R), to_residual);
+        if (!out.dx.data) return;
+        if (add && layer.residual_is_x) d = plus(d, to_residual);
+        if (call.skip) d = plus(d, load<T, true>(call.dx, at));
+        store(call.dx, at, d);
       };
       const RowStats row = load_stats(side.over_rows ? out.stats : nullptr, layer, start);
       const RowMeans means = walk_row_back<T>(
-          layer, side, team, start, row, [&](const Place& at) { return load(x, at); },
-          [&](const Place& at) { return load<T, true>(from, at); }, emit);
+          layer, side, team, start, row, [&](const Place& at) { return load(call.x, at); },
+          [&](const Place& at) { return load<T, true>(call.dt, at); }, emit);
       if (side.over_rows) store_means(team, start, means);
     }
   }
@@ -175,7 +172,7 @@ struct Backward {
 
 template <class T, int kM, int kN>
 __global__ __launch_bounds__(kThreads, kResident<kM>) void residual_backward_sm80_kernel(
-    const __grid_constant__ BackwardCall call) {
+    const __grid_constant__ BackwardCall<T> call) {
   Backward<T, kM, kN>(call).run();
 }
 
@@ -185,22 +182,21 @@ const char* residual_backward_sm80(const Layer& layer, const BackwardOut& out, c
                                    void* stream) {
   const Side prologue = side_of(layer, true), epilogue = side_of(layer, false);
   const bool product = out.dx.data || out.dt.data;
-  const BackwardCall call = {
-      layer,
-      out,
-      prologue,
-      epilogue,
-      static_cast<int>(product ? ceil_div(layer.K, tile.block_n) : 1),
-      static_cast<int>(ceil_div(layer.N, block_k(layer.dtype))),
-      product,
-      out.dx.data && layer.residual_is_x && has(epilogue.stages, Stage::add),
-      prologue.stages.count > 0 &&
-          (out.dx.data || needs_row_means(prologue) ||
-           (out.dresidual.data && has(prologue.stages, Stage::add)))};
+  const bool skip = out.dx.data && layer.residual_is_x && has(epilogue.stages, Stage::add);
+  const bool walk_x = prologue.stages.count > 0 &&
+                      (out.dx.data || needs_row_means(prologue) ||
+                       (out.dresidual.data && has(prologue.stages, Stage::add)));
+  const auto tiles = static_cast<int>(product ? ceil_div(layer.K, tile.block_n) : 1);
+  const auto steps = static_cast<int>(ceil_div(layer.N, block_k(layer.dtype)));
   return with_element(layer.dtype, [&](auto type) {
-    return with_tile<decltype(type)>(tile, [&](auto element, auto m, auto n) {
-      return launch(residual_backward_sm80_kernel<decltype(element), m.value, n.value>,
-                    tile.programs, kThreads, tile.shared_bytes, stream, call);
+    using T = decltype(type);
+    const BackwardCall<T> call = {
+        layer, out, rows_of<T>(out.dy), rows_of<T>(out.z), rows_of<T>(layer.x), rows_of<T>(out.dz),
+        rows_of<T>(out.dt), rows_of<T>(out.dx), rows_of<T>(out.dresidual), prologue, epilogue,
+        tiles, steps, product, skip, walk_x};
+    return with_tile<T>(tile, [&](auto, auto m, auto n) {
+      return launch(residual_backward_sm80_kernel<T, m.value, n.value>, tile.programs, kThreads,
+                    tile.shared_bytes, stream, call);
     });
   });
 }

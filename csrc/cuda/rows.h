@@ -104,7 +104,8 @@ __device__ __forceinline__ Strip norm_back(const Layer& layer, const Place& at, 
   return map(g, c, [&](float v, float u) { return row.rstd * (v - means.g - u * means.gc); });
 }
 
-// Walks a row back: emit(place, d, noted) gets each strip's gradient of the side's input. input(at)
+// Walks a row back: emit(place, d, to_residual) gets each strip's gradients of the side's
+// input and of its residual. input(at)
 // and gradient(at) give the strips of the side's input and of the gradient of its result. The first
 // of two passes sums up for a norm over rows.
 template <class T, class Input, class Gradient, class Emit>
@@ -118,8 +119,8 @@ __device__ __forceinline__ RowMeans walk_row_back(const Layer& layer, const Side
     for (at.n = team.lane * kStrip; at.n < side.width; at.n += team.size * kStrip) {
       const Strip t = side.replay > 0 ? input(at) : Strip{};
       const Tape tape = replay<T>(layer, side, at, t, row);
-      Noted noted = {};
-      Strip d = walk_back(layer, side.stages, count, after, at, gradient(at), tape, noted);
+      Strip to_residual = {};
+      Strip d = walk_back(layer, side.stages, count, after, at, gradient(at), tape, to_residual);
       if (pass == 0) {
         const Strip g = inside(at, load(layer.norm_weight, at, 1.0f) * d);
         sum_g += sum(g);
@@ -128,9 +129,9 @@ __device__ __forceinline__ RowMeans walk_row_back(const Layer& layer, const Side
       }
       if (norm < count) {
         d = norm_back(layer, at, d, tape.c, row, means);
-        d = walk_back(layer, side.stages, norm, 0, at, d, tape, noted);
+        d = walk_back(layer, side.stages, norm, 0, at, d, tape, to_residual);
       }
-      emit(at, d, noted);
+      emit(at, d, to_residual);
     }
     if (pass == 0) {
       means.gc = sum(team, sum_gc) / static_cast<float>(side.width);

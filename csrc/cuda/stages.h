@@ -78,7 +78,7 @@ struct alignas(16) Pack {
   T v[kCount];
 };
 
-__device__ __forceinline__ bool is_aligned(const void* p, int64_t bytes = 0) {
+FUSEDRES_HD bool is_aligned(const void* p, int64_t bytes = 0) {
   return ((reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(bytes)) & 15) == 0;
 }
 
@@ -90,7 +90,7 @@ struct Rows {
 };
 
 template <class T>
-__device__ __forceinline__ Rows<T> rows_of(const Matrix& m) {
+FUSEDRES_HD Rows<T> rows_of(const Matrix& m) {
   return {static_cast<T*>(m.data), m.stride, is_aligned(m.data, m.stride * sizeof(T))};
 }
 
@@ -354,20 +354,15 @@ __device__ __forceinline__ Tape replay(const Layer& layer, const Side& side, con
 }
 
 // The gradient of what stages `first` to `last` - 1, none of them a norm, act on, from d, that of
-// their result. Notes on the way the gradient of a gate's result and that of the residual.
-struct Noted {
-  Strip gate, residual;
-};
-
+// their result. An `add` on the way sets `to_residual`, the gradient of the residual.
 __device__ __forceinline__ Strip walk_back(const Layer& layer, const Stages& stages, int last,
                                            int first, const Place& at, Strip d, const Tape& tape,
-                                           Noted& noted) {
+                                           Strip& to_residual) {
   for (int i = last - 1; i >= first; --i) switch (stages.stage[i]) {
       case Stage::act:
         d = activate_grad(layer.act, d, tape.act);
         break;
       case Stage::gate:
-        noted.gate = d;
         d = multiply_gate(layer, at, d);
         break;
       case Stage::dropout:
@@ -377,7 +372,7 @@ __device__ __forceinline__ Strip walk_back(const Layer& layer, const Stages& sta
         d = drop_sample(layer, at, d);
         break;
       case Stage::add:
-        noted.residual = map(d, [&](float v) { return layer.residual_scale * v; });
+        to_residual = map(d, [&](float v) { return layer.residual_scale * v; });
         break;
       case Stage::norm:
       case Stage::linear:

@@ -12,10 +12,12 @@
 namespace fusedres::cuda {
 namespace {
 
+template <class T>
 struct SumsCall {
   Layer layer;
   SumsOut out;
   SumsCut cut;
+  Rows<T> dz, dweight, input[2], gradient[2];
   Side sides[2];  // after and before `linear`
   Wanted wanted[2];
   int gate_at[2];
@@ -46,14 +48,14 @@ struct WeightTile {
   using Tile = Product<T, kSumTile, kSumTile, false, false>;
   static constexpr int kRow = kStride<T, kSumTile>, kOperand = kBlockK<T> * kRow;
 
-  const SumsCall& call;
+  const SumsCall<T>& call;
   const Layer& layer;
   int64_t tile, part, begin, end;
   int n0, k0;
   T *dz, *x;    // in shared memory, by blocks of rows
   float* sums;  // [kSumTile, kTileStride], in their place once the product is done
 
-  __device__ __forceinline__ WeightTile(const SumsCall& c, int64_t program)
+  __device__ __forceinline__ WeightTile(const SumsCall<T>& c, int64_t program)
       : call(c),
         layer(c.layer),
         tile(program % c.cut.tiles),
@@ -83,9 +85,7 @@ struct WeightTile {
   }
 
   __device__ __forceinline__ void multiply() const {
-    const BackwardOut& from = call.out.from;
-    const Source<T> left =
-        source<T>(call.sides[0].stages.count > 0 ? from.dz : from.dy, end, layer.N);
+    const Source<T> left = source<T>({call.dz.data, call.dz.stride}, end, layer.N);
     const Source<T> right = source<T>(layer.x, end, layer.K);
     const auto copy = [&](int step) {
       const int slot = step % kDepth * kOperand;
@@ -120,7 +120,7 @@ struct WeightTile {
 
   __device__ __forceinline__ void run() const {
     multiply();
-    const Rows<T> dweight = rows_of<T>(call.out.dweight);
+    const Rows<T>& dweight = call.dweight;
     if (call.cut.parts == 1)
       return for_each_strip(
           [&](const Place& at, const float* strip) { store(dweight, at, load_packed(strip)); });
@@ -148,14 +148,14 @@ struct ColumnSums {
   static constexpr int kLanes = kSumTile / kStrip;  // that share a row
   static constexpr int kRows = kThreads / kLanes;   // at a time
 
-  const SumsCall& call;
+  const SumsCall<T>& call;
   const Layer& layer;
   int which;        // side
   int block, part;  // of columns, of the rows
   Place at;        // of this thread's strip
   int64_t end;     // of its rows: it has every kRows-th from `begin` on
 
-  __device__ __forceinline__ ColumnSums(const SumsCall& c, int64_t program)
+  __device__ __forceinline__ ColumnSums(const SumsCall<T>& c, int64_t program)
       : call(c), layer(c.layer), which(0) {
     const int64_t after = c.cut.blocks[0] * c.cut.sum_parts;
     if (program >= after) {
@@ -179,46 +179,39 @@ struct ColumnSums {
   }
 
   __device__ __forceinline__ void add_dz() {
-    const BackwardOut& from = call.out.from;
-    const Rows<T> dz = rows_of<T>(call.sides[0].stages.count > 0 ? from.dz : from.dy);
     Strip total = {};
-    for (at.m = begin(); at.m < end; at.m += kRows) total = plus(total, load(dz, at));
+    for (at.m = begin(); at.m < end; at.m += kRows) total = plus(total, load(call.dz, at));
     share(0, total);
   }
 
-  // Row at.m's dh * c and dh, or, for the gate, what sums up to dgate: walked back as by the first
-  // launch.
+  // Row at.m, walked back as by the first launch, as far as need be: adds dh * c to `first` and dh to
+  // `second`, or, for the gate, what sums up to dgate to `first`.
   template <bool kGate>
-  __device__ __forceinline__ void add_row(const Rows<T>& input, const Rows<T>& gradient,
-                                          Strip& first, Strip& second) const {
+  __device__ __forceinline__ void add_row(Strip& first, Strip& second) const {
     const Side& s = side();
-    const int norm = s.norm_at, count = s.stages.count, after = norm < count ? norm + 1 : 0;
+    const int norm = s.norm_at, count = s.stages.count, gate = call.gate_at[which];
+    const bool before_norm = kGate && gate < norm && norm < count;
     const RowStats row = load_stats(s.over_rows ? call.out.from.stats : nullptr, layer, at);
-    const Tape tape = replay<T>(layer, s, at, s.replay > 0 ? load(input, at) : Strip{}, row);
-    Noted noted = {};
-    Strip d = walk_back(layer, s.stages, count, after, at, load(gradient, at), tape, noted);
-    if constexpr (!kGate) {
-      first = plus(first, d * tape.c);
-      second = plus(second, d);
-      return;
-    }
-    if (call.gate_at[which] < norm && norm < count) {
+    const Strip t = s.replay > 0 ? load(call.input[which], at) : Strip{};
+    const Tape tape = replay<T>(layer, s, at, t, row);
+    const int stop = norm < count && (!kGate || before_norm) ? norm + 1 : kGate ? gate + 1 : 0;
+    Strip d = load(call.gradient[which], at), unused;
+    d = walk_back(layer, s.stages, count, stop, at, d, tape, unused);
+    if (before_norm) {
       RowMeans means = {0.0f, 0.0f};
       if (s.over_rows)
         means = {call.out.from.row_means[at.m], call.out.from.row_means[layer.M + at.m]};
       d = norm_back(layer, at, d, tape.c, row, means);
-      walk_back(layer, s.stages, norm, 0, at, d, tape, noted);
+      d = walk_back(layer, s.stages, norm, gate + 1, at, d, tape, unused);
     }
-    first = plus(first, noted.gate * tape.gate);
+    first = plus(first, d * (kGate ? tape.gate : tape.c));
+    if (!kGate) second = plus(second, d);
   }
 
   template <bool kGate>
   __device__ __forceinline__ void add_gradients() {
-    const BackwardOut& from = call.out.from;
-    const Rows<T> input = rows_of<T>(which == 0 ? from.z : layer.x);
-    const Rows<T> gradient = rows_of<T>(which == 0 ? from.dy : from.dt);
     Strip first = {}, second = {};
-    for (at.m = begin(); at.m < end; at.m += kRows) add_row<kGate>(input, gradient, first, second);
+    for (at.m = begin(); at.m < end; at.m += kRows) add_row<kGate>(first, second);
     share(kGate ? 3 : 1, first);
     if (!kGate) share(2, second);
   }
@@ -309,7 +302,7 @@ struct ColumnSums {
 
 template <class T>
 __global__ __launch_bounds__(kThreads, 2) void residual_sums_sm80_kernel(
-    const __grid_constant__ SumsCall call) {
+    const __grid_constant__ SumsCall<T> call) {
   const int64_t program = blockIdx.x, of_weight = call.cut.tiles * call.cut.parts;
   if (program < of_weight)
     WeightTile<T>(call, program).run();
@@ -321,16 +314,23 @@ __global__ __launch_bounds__(kThreads, 2) void residual_sums_sm80_kernel(
 
 const char* residual_sums_sm80(const Layer& layer, const SumsOut& out, const Tile& tile,
                                void* stream) {
-  SumsCall call = {layer, out, cut_of(layer, out, tile), {}, {}, {}, 0};
-  for (int side = 0; side < 2; ++side) {
-    call.sides[side] = side_of(layer, side == 1);
-    call.wanted[side] = wanted_sums(layer, out, side == 1);
-    call.gate_at[side] = position(call.sides[side].stages, Stage::gate);
-  }
-  if (call.cut.parts > 1 && call.cut.tiles > 0) call.sums_from = layer.N * layer.K * call.cut.parts;
+  const BackwardOut& from = out.from;
   return with_element(layer.dtype, [&](auto type) {
-    return launch(residual_sums_sm80_kernel<decltype(type)>, tile.programs, kThreads,
-                  tile.shared_bytes, stream, call);
+    using T = decltype(type);
+    SumsCall<T> call = {layer, out, cut_of(layer, out, tile)};
+    call.dz = rows_of<T>(layer.epilogue.count > 0 ? from.dz : from.dy);
+    call.dweight = rows_of<T>(out.dweight);
+    for (int side = 0; side < 2; ++side) {
+      call.input[side] = rows_of<T>(side == 0 ? from.z : layer.x);
+      call.gradient[side] = rows_of<T>(side == 0 ? from.dy : from.dt);
+      call.sides[side] = side_of(layer, side == 1);
+      call.wanted[side] = wanted_sums(layer, out, side == 1);
+      call.gate_at[side] = position(call.sides[side].stages, Stage::gate);
+    }
+    if (call.cut.parts > 1 && call.cut.tiles > 0)
+      call.sums_from = layer.N * layer.K * call.cut.parts;
+    return launch(residual_sums_sm80_kernel<T>, tile.programs, kThreads, tile.shared_bytes, stream,
+                  call);
   });
 }
 

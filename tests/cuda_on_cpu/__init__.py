@@ -19,7 +19,7 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_on_cpu"
-KEPT = 8  # libraries in the cache
+KEPT = 24  # libraries in the cache: all that the tests build, and mutants
 
 # -march=native for fused multiply-add, which nvcc's code has too. -fno-gnu-unique: two libraries
 # are loaded at once, each with a machine of its own. What the two sanitizers find is an illegal
@@ -31,7 +31,7 @@ FLAGS = [
 ]  # fmt: skip
 CHECKED = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
 WATCHED = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
-MACHINE = (HERE / "machine.cpp", HERE / "exports.cpp")
+MACHINE = [HERE / f"{name}.cpp" for name in ("machine", "threads", "memory", "exports")]
 
 
 def missing() -> str | None:
@@ -53,22 +53,22 @@ def _key(sources, flags, root: Path) -> str:
 
 def _compile(library: Path, sources, flags, root: Path, watched: bool) -> None:
     include = [f"-I{root / 'csrc'}", f"-I{HERE}"]
+    objects = [library.with_suffix(f".{source.stem}.o") for source in sources]
 
-    def compile_one(source: Path) -> Path:
+    def compile_one(source: Path, out: Path) -> None:
         kernel = source.parent != HERE or source.name == "selftest.cpp"
         extra = [*CHECKED, *(WATCHED if watched else [])] if kernel else []
-        out = library.with_suffix(f".{source.stem}.o")
-        command = ["g++", *FLAGS, *flags, *extra, *include, "-x", "c++", "-c", source, "-o", out]
-        _run(command)
-        return out
+        _run(["g++", *FLAGS, *flags, *extra, *include, "-x", "c++", "-c", source, "-o", out])
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    unfinished = library.with_suffix(".unfinished")
-    _run(["g++", *FLAGS, *objects, "-o", unfinished])
-    unfinished.rename(library)
-    for path in objects:
-        path.unlink()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compile_one, sources, objects))
+        unfinished = library.with_suffix(".unfinished")
+        _run(["g++", *FLAGS, *objects, "-o", unfinished])
+        unfinished.rename(library)
+    finally:
+        for path in objects:
+            path.unlink(missing_ok=True)
 
 
 def _run(command) -> None:

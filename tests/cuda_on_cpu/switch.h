@@ -14,7 +14,7 @@ using Stack = void*;
 extern "C" void fusedres_switch_stack(Stack* from, Stack to);
 asm(R"(
 .text
-.globl fusedres_switch_stack
+.weak fusedres_switch_stack
 .hidden fusedres_switch_stack
 .type fusedres_switch_stack, @function
 fusedres_switch_stack:
