@@ -7,7 +7,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: help demo test bench bench-check gpu-check mutate lint clean FORCE
@@ -39,7 +39,7 @@ mutate: $(VENV)/built ## break the kernels on purpose and count how many breaks 
 lint: $(VENV)/installed ## ruff, clang-format and mypy
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run -Werror $(SOURCES)
+	clang-format --dry-run -Werror $(SOURCES) tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h
 	mypy
 
 clean: ## remove .venv and everything built

@@ -74,7 +74,7 @@ class Cuda:
         version = re.search(r"release ([\d.]+)", run(self.nvcc, "--version"))
         self.version = version[1]
         self.architectures = self.wanted()
-        self.cutlass = os.environ.get("FUSEDRES_CUTLASS") or self.packaged_cutlass()
+        self.cutlass = self.find_cutlass()
         self.sources = [s for s in sorted(glob("csrc/cuda/*.cu")) if self.architectures_of(s)]
 
     def wanted(self) -> list[str]:
@@ -89,9 +89,14 @@ class Cuda:
         return [a for a in found if known is None or f"sm_{number(a).rstrip('af')}\n" in known]
 
     @staticmethod
-    def packaged_cutlass() -> str | None:
+    def find_cutlass() -> str | None:
+        folder = os.environ.get("FUSEDRES_CUTLASS")
         package = importlib.util.find_spec("cutlass_library")
-        return package and str(Path(package.origin).parent / "source" / "include")
+        if not folder and package:
+            folder = str(Path(package.origin).parent / "source" / "include")
+        if folder and not Path(folder, "cutlass", "cutlass.h").exists():
+            sys.exit(f"fusedres: no cutlass/cutlass.h in {folder}, expected CUTLASS' headers there")
+        return folder or None
 
     def architectures_of(self, source: str) -> list[str]:
         """By the file's name: ..._sm80.cu for every GPU, ..._sm90.cu for Hopper alone."""

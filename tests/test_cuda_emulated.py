@@ -22,6 +22,15 @@ TILES = ((64, 128), (32, 128), (32, 64), (16, 128), (16, 64))
 FEW = 64  # elements: fewer have no RMS error worth the name
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """On tensors as small as these, torch's threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def check(case, settings=None, rounded=False):
     """NUMERICS 1 for y and every gradient. `rounded`: compare gradients in the layer's dtype."""
     case = without_kinks(case)

@@ -211,7 +211,7 @@ __device__ __forceinline__ Strip scale_shift(const Layer& layer, const Place& at
 
 // sin (shift 0) or cos (1) of any |x| >= kSinLimit: x = M 2^e, so that of the bits of 2 / pi only
 // 96 count, those whose product with M is neither a multiple of 4 nor small (Payne and Hanek).
-__device__ FUSEDRES_APART float sin_of_large(float x, int shift) {
+__device__ __forceinline__ float sin_of_large(float x, int shift) {
   static constexpr uint32_t kTwoOverPi[] = {0,          0xA2F9836E, 0x4E441529, 0xFC2757D1,
                                             0xF534DDC0, 0xDB629599, 0x3C439041, 0xFE5163AB};
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
@@ -237,7 +237,7 @@ __device__ FUSEDRES_APART float sin_of_large(float x, int shift) {
   return sign * sin_of_quadrant(static_cast<float>(r), quadrant + shift);
 }
 
-__device__ __forceinline__ float sin_of(float x, int shift) {
+__device__ FUSEDRES_APART float sin_of(float x, int shift) {
   return fabsf(x) < kSinLimit ? sin_quadrant(x, shift) : sin_of_large(x, shift);
 }
 

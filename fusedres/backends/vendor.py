@@ -7,6 +7,7 @@ better one. Backward is the Triton backend's.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,27 +36,11 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
     return triton.why_not(spec, dtype, device, N, K)
 
 
-def residual_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    seed: Tensor | None,
-    sample_rows: int,
-    recipe: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the Triton backend's `residual_forward`, in two launches."""
-    spec = Spec.parse(recipe)
-    inputs = triton.Inputs(
-        x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed,
-        sample_rows,
-    )  # fmt: skip
+def residual_forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton backend's `residual_forward` in two launches, with the same arguments."""
+    *operands, recipe, save = call
+    spec, inputs = Spec.parse(recipe), triton.Inputs(*operands)
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
     (M, K), N = x.shape, weight.shape[0]
     y = x.new_empty((M, N))
     z = x.new_empty((M, N) if save and spec.saves_z else (0,))

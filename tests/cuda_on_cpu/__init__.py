@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +37,8 @@ MACHINE = [HERE / f"{name}.cpp" for name in ("machine", "threads", "memory", "ex
 
 def missing() -> str | None:
     """Why there is no emulation here; None if there is."""
+    if not sys.platform.startswith("linux"):
+        return "needs Linux"
     return None if shutil.which("g++") else "needs g++"
 
 
