@@ -116,8 +116,10 @@ class Cuda:
         for name in self.architectures_of(source):
             kind = "compute" if name.endswith("+PTX") else "sm"
             codes.append(f"-gencode=arch=compute_{number(name)},code={kind}_{number(name)}")
-        include = [f"-isystem={self.cutlass}"] if "_sm90" in source else []
-        return [self.nvcc, "-c", source, "-o", str(target), *NVCC_FLAGS, *codes, *include]
+        options = [f"-isystem={self.cutlass}"] if "_sm90" in source else []
+        if tuple(map(int, self.version.split("."))) >= (12, 8):
+            options.append("--compress-mode=size")  # a sixth of it
+        return [self.nvcc, "-c", source, "-o", str(target), *NVCC_FLAGS, *codes, *options]
 
     def compile(self, folder: Path) -> list[str]:
         """The object files of all sources; those that are up to date stay as they are."""

@@ -69,6 +69,13 @@ TABLE = {
     ("layouts", "the stride of a vector is ignored", "to_float(data[i * stride])",
      "to_float(data[i])"),
 ],
+"csrc/params.h": [
+    ("ways", "kept elements are not scaled up", "p < 1 ? 1 / (1 - p) : 0", "1"),
+],
+"csrc/call.h": [
+    ("step", "two bits of `needs` swapped", "kNormWeight, kNormBias, kGate,",
+     "kNormBias, kNormWeight, kGate,"),
+],
 "csrc/cpu/storage.h": [
     ("half", "bf16 is cut off, not rounded", "(u + 0x7FFF + ((u >> 16) & 1)) >> 16", "u >> 16"),
     ("half", "fp16 has no subnormals", "m < 0x38800000u ? subnormal : normal", "normal"),
@@ -92,7 +99,6 @@ TABLE = {
      "drop_elements(t, n, p.seed, static_cast<uint64_t>(m) * n,", "drop_elements(t, n, p.seed, 0,"),
     ("masks", "drop-path drops rows, not samples", "drop_sample(t, n, p.seed, m / p.sample_rows",
      "drop_sample(t, n, p.seed, m"),
-    ("ways", "kept elements are not scaled up", "p < 1 ? 1 / (1 - p) : 0", "1"),
 ],
 "csrc/cpu/backward.cpp": [
     ("batch", "batch norm's gradient divides by M - 1", "static_cast<A>(p.M)",
@@ -116,8 +122,6 @@ TABLE = {
 ],
 "csrc/ops.cpp": [
     ("ways", "saves y for z", "save && r.saves_z() ? z", "save && r.saves_z() ? y"),
-    ("step", "two bits of `needs` swapped", "kNormWeight, kNormBias, kGate,",
-     "kNormBias, kNormWeight, kGate,"),
     ("batch", "backward gets rstd for the variance", "side.var.begin(), side.var.end()",
      "side.rstd.begin(), side.rstd.end()"),
     ("ways", "a wrong stride of the skip", "skip->stride(0)", "c.K()"),
@@ -239,7 +243,8 @@ class Tree:
 
     def __init__(self, path: Path):
         self.path, self.log = path, path / "log"
-        self.sources = sorted([*path.glob("csrc/*.cpp"), *path.glob("csrc/cpu/*.cpp")])
+        self.sources = sorted({*path.glob("csrc/*.cpp"), *path.glob("csrc/cpu/*.cpp")})
+        self.sources.remove(path / "csrc/cuda_ops.cpp")  # its kernels are tested by emulation
 
     def run(self, command: list[str], **environment: str) -> int:
         """The exit code, or -1 after LIMIT seconds."""

@@ -155,6 +155,13 @@ def test_rows_in_parts(parts, dtype):
     check(case, Settings(parts=parts))
 
 
+def test_sums_of_many_rows():
+    """A long chain of additions would lose more than eager's tree."""
+    settings = {"norm": "layer", "activation": "tanh", "gate": "channel"}
+    for parts in ((1, 1), (0, 0), (8, 64)):
+        check(make_case(2500, 16, 136, **settings), Settings(parts=parts, processors=64))
+
+
 # ---- operands
 
 RESIDUALS = {
@@ -186,6 +193,9 @@ def test_scales(order, scale):
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_a_large_mean(order, norm):
     check(make_case(40, 300, order=order, norm=norm, activation="tanh", mean=1e3))
+    if norm == "layer":  # the mean's own rounding is a tenth of sigma
+        settings = {"activation": "tanh", "mean": 1e3, "scale": 1e-3, "eps": 1e-12}
+        check(make_case(40, 129, order=order, **settings))
 
 
 @pytest.mark.parametrize("order", ["note", "prenorm"])
@@ -224,7 +234,7 @@ def test_nothing_kept_and_everything_dropped():
 # ---- the same bytes, however it runs
 
 RECIPES = {
-    "note": {"order": "note"},
+    "note": {"order": "note", "dropout": 0.3},
     "prenorm": {"order": "prenorm", "gate": "scalar"},
     "postnorm": {"order": "postnorm", "dropout": 0.2},
     "before": {"order": "gate-norm-act-add-linear", "gate": "channel"},

@@ -17,11 +17,11 @@ struct BackwardCall {
   BackwardOut out;
   Rows<T> dy, z, x, dz, dt, dx, dresidual;
   Side prologue, epilogue;
-  int tiles;       // of columns of dt; 1 where only dz and dresidual are asked for
-  int steps;       // along N
-  bool product;    // dt or dx is asked for
-  bool skip;       // `add` after `linear` sends a part of dx
-  bool walk_x;     // something is asked for of the stages before `linear`
+  int tiles;     // of columns of dt; 1 where only dz and dresidual are asked for
+  int steps;     // along N
+  bool product;  // dt or dx is asked for
+  bool skip;     // `add` after `linear` sends a part of dx
+  bool walk_x;   // something is asked for of the stages before `linear`
 };
 
 template <class T, int kM, int kN>
@@ -48,8 +48,11 @@ struct Backward {
         m0(block * kM),
         k0(tile * kN),
         dz(static_cast<T*>(static_cast<void*>(shared_memory()))),
-        weight(dz + (c.epilogue.stages.count > 0 ? c.steps : kDepth) * kPanel),
+        weight(dz + (streamed() ? kDepth : c.steps) * kPanel),
         dt(static_cast<float*>(static_cast<void*>(shared_memory()))) {}
+
+  // Without stages after `linear`, dz is dy.
+  __device__ __forceinline__ bool streamed() const { return call.epilogue.stages.count == 0; }
 
   __device__ __forceinline__ Place place(int row, int n, int width) const {
     return {m0 + row, n, width, m0 + row < layer.M};
@@ -105,23 +108,23 @@ struct Backward {
 
   // ---- dt
 
+  __device__ __forceinline__ void copy(int step) const {
+    if (streamed())
+      copy_tile<T, kM, kBlockK<T>>(dz + step % kDepth * kPanel, source<T>(out.dy, layer.M, layer.N),
+                                   m0, step * kBlockK<T>);
+    copy_tile<T, kBlockK<T>, kN>(weight + step % kDepth * kWeights,
+                                 source<T>(layer.weight, layer.N, layer.K),
+                                 int64_t{step} * kBlockK<T>, k0);
+  }
+
   __device__ __forceinline__ void multiply() const {
-    const bool streamed = call.epilogue.stages.count == 0;  // then dz is dy
-    const auto copy = [&](int step) {
-      if (streamed)
-        copy_tile<T, kM, kBlockK<T>>(dz + step % kDepth * kPanel,
-                                     source<T>(out.dy, layer.M, layer.N), m0, step * kBlockK<T>);
-      copy_tile<T, kBlockK<T>, kN>(weight + step % kDepth * kWeights,
-                                   source<T>(layer.weight, layer.N, layer.K),
-                                   int64_t{step} * kBlockK<T>, k0);
-    };
-    begin_copies(call.steps, copy);
-    if (!streamed) walk_z();
     Tile product;
-    run_steps(call.steps, copy, [&](int step) {
-      product.step(dz + (streamed ? step % kDepth : step) * kPanel,
-                   weight + step % kDepth * kWeights);
-    });
+    run_steps(
+        call.steps, [&](int step) { copy(step); },
+        [&](int step) {
+          product.step(dz + (streamed() ? step % kDepth : step) * kPanel,
+                       weight + step % kDepth * kWeights);
+        });
     product.store(dt);
     sync_threads();
   }
@@ -163,7 +166,9 @@ struct Backward {
   }
 
   __device__ __forceinline__ void run() const {
-    if (!call.product) return walk_z();
+    if (call.product) begin_copies(call.steps, [&](int step) { copy(step); });
+    if (!streamed()) walk_z();
+    if (!call.product) return;
     multiply();
     finish_tile();
     if (call.walk_x && last_to_arrive(out.arrived + block, call.tiles)) walk_x();
@@ -183,17 +188,29 @@ const char* residual_backward_sm80(const Layer& layer, const BackwardOut& out, c
   const Side prologue = side_of(layer, true), epilogue = side_of(layer, false);
   const bool product = out.dx.data || out.dt.data;
   const bool skip = out.dx.data && layer.residual_is_x && has(epilogue.stages, Stage::add);
-  const bool walk_x = prologue.stages.count > 0 &&
-                      (out.dx.data || needs_row_means(prologue) ||
-                       (out.dresidual.data && has(prologue.stages, Stage::add)));
+  const bool walk_x =
+      prologue.stages.count > 0 && (out.dx.data || needs_row_means(prologue) ||
+                                    (out.dresidual.data && has(prologue.stages, Stage::add)));
   const auto tiles = static_cast<int>(product ? ceil_div(layer.K, tile.block_n) : 1);
   const auto steps = static_cast<int>(ceil_div(layer.N, block_k(layer.dtype)));
   return with_element(layer.dtype, [&](auto type) {
     using T = decltype(type);
-    const BackwardCall<T> call = {
-        layer, out, rows_of<T>(out.dy), rows_of<T>(out.z), rows_of<T>(layer.x), rows_of<T>(out.dz),
-        rows_of<T>(out.dt), rows_of<T>(out.dx), rows_of<T>(out.dresidual), prologue, epilogue,
-        tiles, steps, product, skip, walk_x};
+    const BackwardCall<T> call = {layer,
+                                  out,
+                                  rows_of<T>(out.dy),
+                                  rows_of<T>(out.z),
+                                  rows_of<T>(layer.x),
+                                  rows_of<T>(out.dz),
+                                  rows_of<T>(out.dt),
+                                  rows_of<T>(out.dx),
+                                  rows_of<T>(out.dresidual),
+                                  prologue,
+                                  epilogue,
+                                  tiles,
+                                  steps,
+                                  product,
+                                  skip,
+                                  walk_x};
     return with_tile<T>(tile, [&](auto, auto m, auto n) {
       return launch(residual_backward_sm80_kernel<T, m.value, n.value>, tile.programs, kThreads,
                     tile.shared_bytes, stream, call);

@@ -3,7 +3,7 @@
 //
 // The language: __global__, __device__, __forceinline__, __noinline__, __launch_bounds__,
 //   __grid_constant__, threadIdx.x, blockIdx.x, `#pragma unroll`.
-// Of a block:   void* shared_memory()   dynamic shared memory, 128-byte aligned
+// Of a block:   void* shared_memory()   dynamic shared memory, 1024-byte aligned
 //               sync_threads(), bool sync_threads_or(bool)   barrier; true where any thread says so
 // Of a warp:    sync_warp(), float shuffle_xor(float, int lanes)   all 32 lanes take part
 // Copies to shared memory that run on: cp_async_16(to, from, bytes), cp_async_4(to, from, bytes)

@@ -132,7 +132,8 @@ struct Forward {
       t = run_stages<T>(layer, stages, 0, norm, at, t, {});
       RowStats row = {0.0f, 0.0f};
       if (side.over_rows) {
-        const Moments part = moments(team, width, layer.norm == Norm::layer, [&](int) { return t; });
+        const Moments part =
+            moments(team, width, layer.norm == Norm::layer, [&](int) { return t; });
         if (shared_rows) {
           store_part(team, at, part);
           continue;

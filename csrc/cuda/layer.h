@@ -36,12 +36,12 @@ struct Matrix {
 struct Layer {
   DType dtype;  // of every Matrix: float32, float16 or bfloat16
   int64_t M, N, K;
-  int64_t R;  // features of the residual; beyond them it counts as 0
+  int64_t R;                   // features of the residual; beyond them it counts as 0
   Matrix x, weight, residual;  // (M, K), (N, K), (M, R); residual's is x's where it is x
   Vector bias;                 // (N)
   Vector norm_weight, norm_bias, running_mean, running_var, gate;  // (C), the gate (1) or (C)
-  const int64_t* seed;         // (1), for dropout and drop-path
-  int64_t sample_rows;         // rows a sample, for drop-path
+  const int64_t* seed;                                             // (1), for dropout and drop-path
+  int64_t sample_rows;                                             // rows a sample, for drop-path
   Stages prologue, epilogue;
   Norm norm;  // batch: by running_mean and running_var
   Act act;
@@ -54,28 +54,28 @@ struct Layer {
 
 // How a launch is cut, and what it needs of memory. Made by the planner (plan.h), on the host.
 struct Tile {
-  int block_m, block_n;       // rows and columns of a program's tile
-  int parts, sum_parts;       // residual_sums: of the M rows, for dweight and for the sums
+  int block_m, block_n;  // rows and columns of a program's tile
+  int parts, sum_parts;  // residual_sums: of the M rows, for dweight and for the sums
   int64_t programs;
   int shared_bytes;
-  int64_t partial_floats;     // of the workspace `partial`
-  int64_t counters;           // of `arrived`, which are 0 before and after a launch
+  int64_t partial_floats;  // of the workspace `partial`
+  int64_t counters;        // of `arrived`, which are 0 before and after a launch
 };
 
 struct ForwardOut {
-  Matrix z;        // (M, N) contiguous; data is null where nobody needs it
-  Matrix y;        // (M, N) contiguous
-  float* stats;    // (2, M): mean and rstd of each row of a norm over rows; or null
+  Matrix z;      // (M, N) contiguous; data is null where nobody needs it
+  Matrix y;      // (M, N) contiguous
+  float* stats;  // (2, M): mean and rstd of each row of a norm over rows; or null
   float* partial;
   int32_t* arrived;
 };
 
 // First launch of backward: dz, dx and dresidual from dy. What is not asked for is null.
 struct BackwardOut {
-  Matrix dy;         // (M, N), an input
-  Matrix z;          // (M, N), an input, as forward saved it
+  Matrix dy;           // (M, N), an input
+  Matrix z;            // (M, N), an input, as forward saved it
   const float* stats;  // (2, M), an input, as forward saved it
-  Matrix dz;         // (M, N): gradient of z, for the second launch
+  Matrix dz;           // (M, N): gradient of z, for the second launch
   Matrix dt;         // (M, K): gradient of prologue(x), for the second launch; only with a prologue
   Matrix dx;         // (M, K)
   Matrix dresidual;  // (M, R), where the residual is not x

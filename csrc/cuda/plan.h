@@ -82,13 +82,13 @@ inline int64_t forward_bytes(const Layer& layer, BlockSize size) {
 }
 inline int64_t backward_bytes(const Layer& layer, BlockSize size) {
   const int b_bytes = block_k(layer.dtype) * (size.n * element_bytes(layer.dtype) + kPad);
-  return std::max(
-      product_bytes(layer.dtype, size.m, layer.epilogue.count > 0, layer.N, b_bytes),
-      tile_bytes(size));
+  return std::max(product_bytes(layer.dtype, size.m, layer.epilogue.count > 0, layer.N, b_bytes),
+                  tile_bytes(size));
 }
 inline int64_t sums_bytes(const Layer& layer) {
   const int rows = block_k(layer.dtype);
-  return int64_t{2} * kDepth * rows * (kSumTile * element_bytes(layer.dtype) + kPad);
+  const int64_t operands = 2 * kDepth * rows * (kSumTile * element_bytes(layer.dtype) + kPad);
+  return std::max<int64_t>(operands, kSums * 8 * kThreads * sizeof(float));  // see sums.h
 }
 
 // Why family sm_80 cannot run the layer on a device whose blocks may have `shared_limit` bytes of
@@ -97,6 +97,7 @@ inline const char* why_not(const Layer& layer, int shared_limit, bool gradients)
   const BlockSize least = kTiles[std::size(kTiles) - 1];
   if (layer.dtype == DType::float64) return "float64: tensor cores have no such form here";
   if (layer.N > kWidest || layer.K > kWidest) return "more than 2^20 features";
+  if (layer.M > INT32_MAX) return "more than 2^31 - 1 rows";
   if (forward_bytes(layer, least) > shared_limit)
     return "rows of x do not fit in shared memory, where stages before linear transform them";
   if (gradients && backward_bytes(layer, least) > shared_limit)
@@ -175,6 +176,10 @@ struct Wanted {
   bool any() const {
     return std::any_of(out, out + kSums, [](const void* p) { return p != nullptr; });
   }
+  int stop(const Stages& stages) const {  // the first stage that any of them is about
+    const int norm = out[1] || out[2] ? position(stages, Stage::norm) : stages.count;
+    return std::min(norm, out[3] ? position(stages, Stage::gate) : stages.count);
+  }
 };
 inline Wanted wanted_sums(const Layer& layer, const SumsOut& out, bool prologue) {
   const Stages& stages = prologue ? layer.prologue : layer.epilogue;
@@ -184,24 +189,27 @@ inline Wanted wanted_sums(const Layer& layer, const SumsOut& out, bool prologue)
 }
 
 struct SumsCut {
-  int64_t tiles_k, tiles;      // of dweight; 0 where it is not asked for
-  int64_t blocks[2];           // of columns, after and before linear; 0: no sums there
+  int tiles_k, tiles;  // of dweight; 0 where it is not asked for
+  int blocks[2];       // of columns, after and before linear; 0: no sums there
   int parts, sum_parts;
-  int64_t rows, sum_rows;      // in a part
-  int64_t programs() const { return tiles * parts + (blocks[0] + blocks[1]) * sum_parts; }
+  int rows, sum_rows;  // in a part
+  int64_t programs() const {
+    return int64_t{tiles} * parts + int64_t{blocks[0] + blocks[1]} * sum_parts;
+  }
 };
 
 inline SumsCut cut_of(const Layer& layer, const SumsOut& out, const Tile& tile) {
+  const auto count = [](int64_t a, int64_t b) { return static_cast<int>(ceil_div(a, b)); };
   SumsCut cut = {};
-  cut.tiles_k = ceil_div(layer.K, kSumTile);
-  cut.tiles = out.dweight.data ? ceil_div(layer.N, kSumTile) * cut.tiles_k : 0;
+  cut.tiles_k = count(layer.K, kSumTile);
+  cut.tiles = out.dweight.data ? count(layer.N, kSumTile) * cut.tiles_k : 0;
   for (int side = 0; side < 2; ++side)
     if (wanted_sums(layer, out, side == 1).any())
-      cut.blocks[side] = ceil_div(side == 1 ? layer.K : layer.N, kSumTile);
+      cut.blocks[side] = count(side == 1 ? layer.K : layer.N, kSumTile);
   cut.parts = tile.parts;
   cut.sum_parts = tile.sum_parts;
-  cut.rows = ceil_div(layer.M, tile.parts);
-  cut.sum_rows = ceil_div(layer.M, tile.sum_parts);
+  cut.rows = count(layer.M, tile.parts);
+  cut.sum_rows = count(layer.M, tile.sum_parts);
   return cut;
 }
 
@@ -214,7 +222,8 @@ inline Tile cut_sums(const Layer& layer, const SumsOut& out, int parts, int sum_
   tile.programs = cut.programs();
   tile.shared_bytes = static_cast<int>(sums_bytes(layer));
   const int64_t dweight = parts > 1 && cut.tiles > 0 ? layer.N * layer.K * parts : 0;
-  tile.partial_floats = dweight + (cut.blocks[0] + cut.blocks[1]) * kSumTile * kSums * sum_parts;
+  const int64_t columns = int64_t{cut.blocks[0] + cut.blocks[1]} * kSumTile;
+  tile.partial_floats = dweight + columns * kSums * sum_parts;
   tile.counters = cut.tiles + cut.blocks[0] + cut.blocks[1] + 1;
   return tile;
 }

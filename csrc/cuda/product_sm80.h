@@ -3,7 +3,7 @@
 // the reduction at a time.
 #pragma once
 
-#include "cuda/stages.h"
+#include "cuda/strip.h"
 
 namespace fusedres::cuda {
 
@@ -53,7 +53,10 @@ __device__ __forceinline__ void copy_pack(T* to, const T* from, int count, int b
 #pragma unroll
     for (int i = 0; i < 16; i += 4) {
       const int left = count * kSize - i;
-      cp_async_4(to + i / kSize, left > 0 ? from + i / kSize : from, left < 0 ? 0 : left > 4 ? 4 : left);
+      cp_async_4(to + i / kSize, left > 0 ? from + i / kSize : from,
+                 left < 0   ? 0
+                 : left > 4 ? 4
+                            : left);
     }
   } else {
     Pack<T> pack;
@@ -112,8 +115,8 @@ template <class T, int kM, int kN, bool kRowA, bool kRowB>
 struct Product {
   static constexpr int kWarpsM = kM == 16 ? 1 : 2, kWarpsN = kWarps / kWarpsM;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
-  static constexpr int kA = kStride<T, kRowA ? kBlockK<T> : kM>;
-  static constexpr int kB = kStride<T, kRowB ? kBlockK<T> : kN>;
+  static constexpr int kA = kStride < T, kRowA ? kBlockK<T> : kM > ;
+  static constexpr int kB = kStride < T, kRowB ? kBlockK<T> : kN > ;
   static constexpr int kTileStride = kN + kTilePad;
   static_assert(kWarpM % 16 == 0 && kWarpN % 8 == 0);
 
@@ -187,8 +190,8 @@ template <int kM, int kN, bool kRowA, bool kRowB>
 struct Product<float, kM, kN, kRowA, kRowB> {
   static constexpr int kWarpsM = kM == 16 ? 1 : 2, kWarpsN = kWarps / kWarpsM;
   static constexpr int kRows = kM / kWarpsM / 4, kColumns = kN / kWarpsN / 8;
-  static constexpr int kA = kStride<float, kRowA ? kBlockK<float> : kM>;
-  static constexpr int kB = kStride<float, kRowB ? kBlockK<float> : kN>;
+  static constexpr int kA = kStride < float, kRowA ? kBlockK<float> : kM > ;
+  static constexpr int kB = kStride < float, kRowB ? kBlockK<float> : kN > ;
   static constexpr int kTileStride = kN + kTilePad;
 
   float sums[kRows][kColumns] = {};

@@ -40,7 +40,7 @@ __device__ __forceinline__ T from_float(float v) {
 // ---- of a block and a warp
 
 __device__ __forceinline__ void* shared_memory() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];  // as boxes of TMA need it
   return memory;
 }
 
@@ -147,8 +147,8 @@ const char* launch(void (*kernel)(Parameters...), int64_t programs, int threads,
   constexpr int kWithoutAsking = 48 * 1024;
   if (programs > INT32_MAX) return "more than 2^31 - 1 programs";
   if (shared_bytes > kWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};

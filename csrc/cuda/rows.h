@@ -44,8 +44,8 @@ __device__ __forceinline__ Moments moments(const Team& team, int width, bool cen
   for (int pass = centred ? 0 : 1; pass < 2; ++pass) {
     float total = 0.0f, squares = 0.0f;
     for (int n = team.lane * kStrip; n < width; n += team.size * kStrip) {
-      const Strip d = inside({0, n, width, true},
-                             map(get(n), [&](float v) { return v - row.mean; }));
+      const Strip d =
+          inside({0, n, width, true}, map(get(n), [&](float v) { return v - row.mean; }));
       total += sum(d);
       squares += sum(d * d);
     }

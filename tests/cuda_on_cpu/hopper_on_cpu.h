@@ -10,7 +10,7 @@
 namespace fusedres::cuda::sm90 {
 
 inline void wait_until(const char* what, const auto& come) {
-  constexpr int kMostTries = 4 << 20;
+  constexpr int kMostTries = 1 << 18;
   for (int tries = 0; !come(); ++tries) {
     if (tries == kMostTries) emulator::fail("deadlock: %s does not come", what);
     emulator::maybe_yield();

@@ -173,8 +173,9 @@ const char* outcome(const Walk& w) {
 }
 
 // nullptr, or what goes wrong.
-extern "C" const char* FUSEDRES_WALK(int64_t M, int64_t N, int64_t K, int block_n, int blocks, int resident,
-                          bool rows_before, bool shared_rows, uint64_t seed) {
+extern "C" const char* FUSEDRES_WALK(int64_t M, int64_t N, int64_t K, int block_n, int blocks,
+                                     int resident, bool rows_before, bool shared_rows,
+                                     uint64_t seed) {
   Layer layer = {};
   layer.M = M, layer.N = N, layer.K = K;
   Walk w = {};
