@@ -91,8 +91,11 @@ struct Where {
       Resident& here = resident(index);
       if (!here.counters) {
         const size_t bytes = Resident::kSlots * Resident::kSlot * sizeof(int32_t);
-        check_cuda(cudaMalloc(reinterpret_cast<void**>(&here.counters), bytes), "allocating arrival counters");
+        check_cuda(cudaMalloc(reinterpret_cast<void**>(&here.counters), bytes),
+                   "allocating arrival counters");
         check_cuda(cudaMemset(here.counters, 0, bytes), "clearing arrival counters");
+        // Other streams do not wait for the default one.
+        check_cuda(cudaStreamSynchronize(nullptr), "clearing arrival counters");
       }
       const int64_t slot = here.slots.emplace(stream, here.slots.size()).first->second;
       if (slot < Resident::kSlots) return here.counters + slot * Resident::kSlot;
