@@ -493,6 +493,7 @@ def test_nothing_outside_is_written_and_nothing_inside_is_left(M, N, family, mon
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_gradient_alone_is_the_same(family, monkeypatch):
+    force(monkeypatch, WIDEST_PRODUCT=0)  # else whether dx is asked for decides how sums are cut
     case = make_family(family, monkeypatch, 37, 48, gate="channel", dropout=0.2, residual=48)
     names = ("x", "weight", "bias", "norm_weight", "norm_bias", "gate", "residual")
     bits = [i for i, name in enumerate(names) if name in case.tensors]
@@ -504,6 +505,16 @@ def test_each_gradient_alone_is_the_same(family, monkeypatch):
             torch.testing.assert_close(alone, grad, **close)  # then dt is the library's product
         else:
             assert torch.equal(alone, grad), names[i]
+
+
+@pytest.mark.parametrize("family", ["tile", "rows", "wide"])
+def test_dx_alone_is_the_same_where_one_launch_makes_it(family, monkeypatch):
+    case = make_family(family, monkeypatch, 37, 48, gate="channel", dropout=0.2, residual=48)
+    N, K = case.tensors["weight"].shape
+    device = planner.device_of(case.x.device)
+    assert backend.plan_whole(case.spec, case.x.dtype, 37, N, K, device)
+    _, (together, *_) = call(case)
+    assert torch.equal(call(case, 1)[1][0], together)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
