@@ -94,6 +94,11 @@ class FusedResidualFunction(torch.autograd.Function):
         return tuple(next(grads) if need else None for need in needs) + rest
 
 
+# What Function.apply comes down to where no functorch transform is at work and dynamo does not trace.
+# The caller knows both already; to have them asked again, in Python, would take a sixth of a call.
+apply_plainly = super(torch.autograd.Function, FusedResidualFunction).apply
+
+
 def _composite_gradients(
     saved: tuple[Any, ...], needs: tuple[bool, ...], dy: Tensor, recipe: str, sample_rows: int
 ) -> tuple[Tensor | None, ...]:

@@ -165,3 +165,25 @@ def test_three_derivatives(note):
         return results
 
     both(note, check)
+
+
+def test_tensor_that_outlived_its_transform(note):
+    """torch.autograd.Function.apply unwraps such tensors; apply_plainly leaves that to torch."""
+    kept = []
+
+    def keep(x):
+        kept.append(2 * x)
+        return x.sum()
+
+    def check(layer):
+        kept.clear()
+        start = torch.randn(M, K)
+        grad(keep)(start)
+        x = kept[0]
+        assert torch._C._functorch.is_functorch_wrapped_tensor(x)
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+        assert_same(x, 2 * start)
+        return y.detach(), [p.grad for p in layer.parameters()]
+
+    both(note, check)
