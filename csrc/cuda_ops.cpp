@@ -54,6 +54,14 @@ Resident& resident(int index) {
                             : all.emplace(index, Resident{make_device(index)}).first->second;
 }
 
+// Lets this thread allocate while another one captures a CUDA graph, as torch's allocator does.
+struct Relaxed {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  Relaxed() { exchange(); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  void exchange() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "asking the thread"); }
+};
+
 // The device and stream of one call, its workspace.
 struct Where {
   int index;
@@ -90,6 +98,7 @@ struct Where {
       const std::lock_guard<std::mutex> lock(resident_mutex);
       Resident& here = resident(index);
       if (!here.counters) {
+        const Relaxed while_another_thread_captures;
         const size_t bytes = Resident::kSlots * Resident::kSlot * sizeof(int32_t);
         check_cuda(cudaMalloc(reinterpret_cast<void**>(&here.counters), bytes),
                    "allocating arrival counters");

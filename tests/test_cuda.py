@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedres import ACTIVATIONS, ORDERS, FusedResidual, backends, fused_residual, ops
 from fusedres.backends import cuda
@@ -115,3 +116,31 @@ def test_what_is_small(dtype, M, N, small):
     assert not backends.is_small(CPU, dtype, M, N, N)
     first = backends.candidates(torch.device("cuda"), small)[0]
     assert first == ("cuda" if small else "vendor")
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A GPU on which nothing runs: tensors without data, for what only looks at them."""
+    from fusedres.backends import triton
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(triton, "prepare", lambda device: None)
+    backends.choose.__wrapped__.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield torch.device("cuda")
+    backends.choose.__wrapped__.cache_clear()
+
+
+def test_dynamo_traces_a_layer_on_a_gpu(fake_gpu):
+    """In one graph, guarded by what "auto" asks of the batch size and by nothing else of it."""
+    layer = FusedResidual(64, 64, activation="gelu", device=fake_gpu, dtype=BF16)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=count, fullgraph=True, dynamic=True)
+    for M, traced in ((32, 1), (4096, 1), (4097, 2), (8192, 2), (64, 2)):
+        y = compiled(torch.empty(M, 64, device=fake_gpu, dtype=BF16))
+        assert y.shape == (M, 64) and y.device.type == "cuda" and len(graphs) == traced, M

@@ -11,6 +11,7 @@ import torch
 import cuda_on_cpu
 from cases import ALIASES, make_case
 from cuda_on_cpu.layers import Call, Settings, emulated, same_bytes
+from cuda_on_cpu.structs import BackwardOut
 from fusedres.spec import ACTIVATIONS, STAGES
 from oracle import assert_as_accurate, assert_close, eager, exact, without_kinks
 
@@ -256,6 +257,31 @@ def test_no_order_of_threads_or_blocks_changes_a_bit(name, dtype):
         check_same(emulated(case, again), expected, f"seed {seed}")
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("name", RECIPES)
+def test_programs_that_take_several_tiles_change_no_bit(name, dtype):
+    for block, K, N in (((16, 64), 264, 257), ((64, 128), 120, 264)):
+        case = make_recipe(name, dtype, K=K, N=N)
+        given = Settings(block=block, parts=(1, 1), shared_limit=227 << 10)
+        expected = emulated(case, given)
+        for groups in (1, 2, 3):
+            got = emulated(case, replace(given, groups=groups, seed=groups))
+            check_same(got, expected, f"{groups} programs a row block")
+
+
+@pytest.mark.parametrize(
+    "processors, M, programs",
+    [(132, 64, 4 * 8), (132, 1024, 32 * 8), (132, 16384, 256 * 1), (8, 100, 2 * 4)],
+)
+def test_programs_take_several_tiles_once_the_device_is_full(processors, M, programs):
+    """Row blocks of 16, 32, 64 and 64 rows; x has 8 tiles of columns."""
+    case = make_case(8, 1024, 512, order="note", dtype=BF16)
+    with Call(case, Settings(processors=processors, shared_limit=227 << 10)) as call:
+        call.layer.M = M
+        wanted = BackwardOut(dx=call.layer.x)
+        assert call.plan("backward", wanted).programs == programs
+
+
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("name", RECIPES)
 def test_strides_change_no_bit(name, dtype):
@@ -313,7 +339,7 @@ def test_nan_and_inf_stay_in_their_row(name, dtype, bad):
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_races(name, dtype):
     """Every access to memory is watched: see cuda_on_cpu/races.h and visits.h."""
-    for block, parts, K in (((16, 64), (2, 2), 72), ((64, 128), (1, 1), 136)):
+    for block, groups, parts, K in (((16, 64), 1, (2, 2), 72), ((64, 128), 0, (1, 1), 136)):
         case = make_recipe(name, dtype, M=block[0] + 1, K=K, N=136)  # at K = 136 x is the residual
-        given = Settings(block=block, parts=parts, shared_limit=227 << 10, watched=True)
+        given = Settings(0, 3, 4, 227 << 10, block, groups, parts, watched=True)
         emulated(case, given)

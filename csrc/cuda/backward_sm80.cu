@@ -1,9 +1,10 @@
 // First launch of backward: dz from dy, back through the stages after `linear`; dt = dz @ weight,
 // the gradient of prologue(x); dx from dt, back through the stages before `linear`.
 //
-// A program owns kM rows by kN columns of dt. It walks its rows of dz back into shared memory (every
-// program of a row block does, one stores them), then multiplies. With stages before `linear`, the
-// last program of a row block to arrive walks the rows of dt back.
+// A program owns kM rows, and of their tiles of kN columns of dt one, or each `groups`-th. It walks its
+// rows of dz back into shared memory (every program of a row block does, one stores them), then
+// multiplies. With stages before `linear`, the last program of a row block to arrive walks the rows
+// of dt back.
 #include "cuda/dispatch.h"
 #include "cuda/product_sm80.h"
 #include "cuda/rows.h"
@@ -18,6 +19,7 @@ struct BackwardCall {
   Rows<T> dy, z, x, dz, dt, dx, dresidual;
   Side prologue, epilogue;
   int tiles;     // of columns of dt; 1 where only dz and dresidual are asked for
+  int groups;    // programs that share them
   int steps;     // along N
   bool product;  // dt or dx is asked for
   bool skip;     // `add` after `linear` sends a part of dx
@@ -33,23 +35,25 @@ struct Backward {
   const Layer& layer;
   const BackwardOut& out;
   int64_t block;  // of rows
-  int tile;       // of columns
+  int group;      // the program's among those of the block
   int64_t m0;
-  int k0;
+  int tile, k0;    // of columns
   T *dz, *weight;  // in shared memory: dz by blocks of kBlockK columns
-  float* dt;       // [kM, kTileStride], in their place once the product is done
+  float* dt;       // [kM, kTileStride], in the weight's place once the product is done
+  static_assert(kM * Tile::kTileStride * sizeof(float) <= kDepth * kWeights * sizeof(T));
 
   __device__ __forceinline__ explicit Backward(const BackwardCall<T>& c)
       : call(c),
         layer(c.layer),
         out(c.out),
-        block(blockIdx.x / c.tiles),
-        tile(blockIdx.x % c.tiles),
+        block(blockIdx.x / c.groups),
+        group(blockIdx.x % c.groups),
         m0(block * kM),
+        tile(group),
         k0(tile * kN),
         dz(static_cast<T*>(static_cast<void*>(shared_memory()))),
         weight(dz + (streamed() ? kDepth : c.steps) * kPanel),
-        dt(static_cast<float*>(static_cast<void*>(shared_memory()))) {}
+        dt(static_cast<float*>(static_cast<void*>(weight))) {}
 
   // Without stages after `linear`, dz is dy.
   __device__ __forceinline__ bool streamed() const { return call.epilogue.stages.count == 0; }
@@ -67,7 +71,8 @@ struct Backward {
 
   __device__ __forceinline__ void walk_z() const {
     const Side& side = call.epilogue;
-    const bool wanted = tile == 0 && out.dresidual.data && has_add(side);
+    const bool first = group == 0;
+    const bool wanted = first && out.dresidual.data && has_add(side);
     const Team team = team_of(side.width);
     for (int r = team.row; r < kM; r += team.rows) {
       const Place start = place(r, 0, side.width);
@@ -76,16 +81,16 @@ struct Backward {
       };
       const auto emit = [&](const Place& at, const Strip& d, const Strip& to_residual) {
         store_packed(strip(at.n), inside(at, d));
-        if (tile == 0 && out.dz.data) store(call.dz, at, d);
+        if (first && out.dz.data) store(call.dz, at, d);
         if (wanted) store(call.dresidual, columns(at, layer.R), to_residual);
-        if (call.skip && at.n >= k0 && at.n < k0 + kN)
+        if (call.skip && at.n / kN % call.groups == group)
           store(call.dx, columns(at, layer.K), to_residual);
       };
       const RowStats row = load_stats(side.over_rows ? out.stats : nullptr, layer, start);
       const RowMeans means = walk_row_back<T>(
           layer, side, team, start, row, [&](const Place& at) { return load(call.z, at); },
           [&](const Place& at) { return load(call.dy, at); }, emit);
-      if (tile == 0 && side.over_rows) store_means(team, start, means);
+      if (first && side.over_rows) store_means(team, start, means);
       const int end = (side.width + kStrip - 1) / kStrip * kStrip;
       for (int n = end + team.lane * kStrip; n < call.steps * kBlockK<T>; n += team.size * kStrip)
         store_packed(strip(n), Strip{});
@@ -165,18 +170,29 @@ struct Backward {
     }
   }
 
-  __device__ __forceinline__ void run() const {
-    if (call.product) begin_copies(call.steps, [&](int step) { copy(step); });
+  __device__ __forceinline__ void begin() const {
+    begin_copies(call.steps, [&](int step) { copy(step); });
+  }
+
+  __device__ __forceinline__ void run() {
+    if (call.product) begin();
     if (!streamed()) walk_z();
     if (!call.product) return;
-    multiply();
-    finish_tile();
-    if (call.walk_x && last_to_arrive(out.arrived + block, call.tiles)) walk_x();
+    for (;;) {
+      multiply();
+      finish_tile();
+      tile += call.groups;
+      if (tile >= call.tiles) break;
+      k0 = tile * kN;
+      sync_threads();  // dt has been read
+      begin();
+    }
+    if (call.walk_x && last_to_arrive(out.arrived + block, call.groups)) walk_x();
   }
 };
 
 template <class T, int kM, int kN>
-__global__ __launch_bounds__(kThreads, kResident<kM>) void residual_backward_sm80_kernel(
+__global__ __launch_bounds__(kThreads, resident(kM)) void residual_backward_sm80_kernel(
     const __grid_constant__ BackwardCall<T> call) {
   Backward<T, kM, kN>(call).run();
 }
@@ -207,6 +223,7 @@ const char* residual_backward_sm80(const Layer& layer, const BackwardOut& out, c
                                   prologue,
                                   epilogue,
                                   tiles,
+                                  tile.groups,
                                   steps,
                                   product,
                                   skip,

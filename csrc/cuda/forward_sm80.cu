@@ -1,8 +1,8 @@
 // A whole layer in one launch: z = prologue(x) @ weight.T + bias ; y = epilogue(z).
 //
-// A program owns kM rows by kN columns. Stages before `linear` transform its rows of x in shared
-// memory, the product streams the weight past them, and its result goes through shared memory once
-// more, to be finished row by row. Where a norm after `linear` sees rows that several programs
+// A program owns kM rows, and of their tiles of kN columns one, or each `groups`-th. Stages before
+// `linear` transform its rows of x in shared memory, the product streams the weight past them, and
+// its result goes through shared memory once more, to be finished row by row. Where a norm after `linear` sees rows that several programs
 // share, each stores its part of z and of the rows' moments, and the last to arrive finishes them.
 #include "cuda/dispatch.h"
 #include "cuda/product_sm80.h"
@@ -15,8 +15,9 @@ struct ForwardCall {
   Layer layer;
   ForwardOut out;
   Side prologue, epilogue;
-  int tiles;  // of columns
-  int steps;  // along K
+  int tiles;   // of columns
+  int groups;  // programs that share them
+  int steps;   // along K
 };
 
 template <class T, int kM, int kN>
@@ -27,22 +28,24 @@ struct Forward {
   const ForwardCall& call;
   const Layer& layer;
   int64_t block;  // of rows
-  int tile;       // of columns
+  int group;      // the program's among those of the block
   int64_t m0;
-  int n0;
+  int tile, n0;   // of columns
   T *x, *weight;  // in shared memory: x by blocks of kBlockK columns
-  float* z;       // [kM, kTileStride], in their place once the product is done
+  float* z;       // [kM, kTileStride], in the weight's place once the product is done
+  static_assert(kM * Tile::kTileStride * sizeof(float) <= kDepth * kWeights * sizeof(T));
 
   __device__ __forceinline__ explicit Forward(const ForwardCall& c)
       : call(c),
         layer(c.layer),
-        block(blockIdx.x / c.tiles),
-        tile(blockIdx.x % c.tiles),
+        block(blockIdx.x / c.groups),
+        group(blockIdx.x % c.groups),
         m0(block * kM),
+        tile(group),
         n0(tile * kN),
         x(static_cast<T*>(static_cast<void*>(shared_memory()))),
         weight(x + (c.prologue.stages.count > 0 ? c.steps : kDepth) * kPanel),
-        z(static_cast<float*>(static_cast<void*>(shared_memory()))) {}
+        z(static_cast<float*>(static_cast<void*>(weight))) {}
 
   __device__ __forceinline__ Place place(int row, int n, int width) const {
     return {m0 + row, n, width, m0 + row < layer.M};
@@ -66,12 +69,13 @@ struct Forward {
       if (streamed) copy_x(step, step % kDepth);
       copy_weight(step);
     };
-    if (!streamed) {
+    const bool to_transform = !streamed && tile == group;
+    if (to_transform) {
       for (int step = 0; step < call.steps; ++step) copy_x(step, step);
       cp_async_commit();
     }
     begin_copies(call.steps, copy);
-    if (!streamed) {
+    if (to_transform) {
       cp_async_wait<kDepth - 1>();
       sync_threads();
       transform_x();
@@ -103,7 +107,7 @@ struct Forward {
         };
         row = stats_of(moments(team, side.width, layer.norm == Norm::layer, before), side.width,
                        layer.eps);
-        if (tile == 0) store_stats(call.out.stats, layer, team, at, row);
+        if (group == 0) store_stats(call.out.stats, layer, team, at, row);
       }
       for (at.n = team.lane * kStrip; at.n < side.width; at.n += team.size * kStrip) {
         const Strip t = load_packed(strip(at.n));
@@ -190,16 +194,22 @@ struct Forward {
     }
   }
 
-  __device__ __forceinline__ void run() const {
+  __device__ __forceinline__ void run() {
     const bool shared_rows = call.epilogue.over_rows && call.tiles > 1;
-    multiply();
-    finish_tile(shared_rows);
-    if (shared_rows && last_to_arrive(call.out.arrived + block, call.tiles)) finish_rows();
+    for (;;) {
+      multiply();
+      finish_tile(shared_rows);
+      if (shared_rows && last_to_arrive(call.out.arrived + block, call.tiles)) finish_rows();
+      tile += call.groups;
+      if (tile >= call.tiles) break;
+      n0 = tile * kN;
+      sync_threads();  // z has been read
+    }
   }
 };
 
 template <class T, int kM, int kN>
-__global__ __launch_bounds__(kThreads, kResident<kM>) void residual_forward_sm80_kernel(
+__global__ __launch_bounds__(kThreads, resident(kM)) void residual_forward_sm80_kernel(
     const __grid_constant__ ForwardCall call) {
   Forward<T, kM, kN>(call).run();
 }
@@ -213,6 +223,7 @@ const char* residual_forward_sm80(const Layer& layer, const ForwardOut& out, con
                             side_of(layer, true),
                             side_of(layer, false),
                             static_cast<int>(ceil_div(layer.N, tile.block_n)),
+                            tile.groups,
                             static_cast<int>(ceil_div(layer.K, block_k(layer.dtype)))};
   return with_element(layer.dtype, [&](auto type) {
     return with_tile<decltype(type)>(tile, [&](auto element, auto m, auto n) {

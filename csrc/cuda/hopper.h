@@ -195,8 +195,8 @@ template <class... Parameters, class... Arguments>
 const char* launch_together(void (*kernel)(Parameters...), int64_t programs, int threads,
                             int shared_bytes, void* stream, const Arguments&... arguments) {
   static_assert((std::is_same_v<Parameters, Arguments> && ...));
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = allow_shared(entry, shared_bytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchAttribute together = {};
   together.id = cudaLaunchAttributeCooperative;
@@ -209,7 +209,7 @@ const char* launch_together(void (*kernel)(Parameters...), int64_t programs, int
   config.attrs = &together;
   config.numAttrs = 1;
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
+  error = cudaLaunchKernelExC(&config, entry, pointers);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

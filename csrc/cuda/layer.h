@@ -55,6 +55,7 @@ struct Layer {
 // How a launch is cut, and what it needs of memory. Made by the planner (plan.h), on the host.
 struct Tile {
   int block_m, block_n;  // rows and columns of a program's tile
+  int groups;            // forward, backward: programs that share a row block's tiles
   int parts, sum_parts;  // residual_sums: of the M rows, for dweight and for the sums
   int64_t programs;
   int shared_bytes;

@@ -25,6 +25,10 @@ struct BlockSize {
 };
 constexpr BlockSize kTiles[] = {{64, 128}, {32, 128}, {32, 64}, {16, 128}, {16, 64}};
 
+// Programs on a multiprocessor that registers must suffice for: 128 a thread are too few where it
+// has 32 sums.
+constexpr int resident(int block_m) { return block_m == 64 ? 1 : 2; }
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 constexpr int block_k(DType dtype) { return kLine / element_bytes(dtype); }
@@ -69,21 +73,19 @@ inline bool needs_row_means(const Layer& layer) {
 // ---- shared memory
 
 // Operands of a product, A in lines along the reduction. A is whole where a program makes it itself.
+// Results lie in B's place.
 inline int64_t product_bytes(DType dtype, int block_m, bool whole, int64_t reduction, int b_bytes) {
   const int64_t blocks = whole ? ceil_div(reduction, block_k(dtype)) : kDepth;
   return blocks * block_m * (kLine + kPad) + int64_t{kDepth} * b_bytes;
 }
-inline int64_t tile_bytes(BlockSize size) { return int64_t{4} * size.m * (size.n + kTilePad); }
 
 inline int64_t forward_bytes(const Layer& layer, BlockSize size) {
-  return std::max(product_bytes(layer.dtype, size.m, layer.prologue.count > 0, layer.K,
-                                size.n * (kLine + kPad)),
-                  tile_bytes(size));
+  return product_bytes(layer.dtype, size.m, layer.prologue.count > 0, layer.K,
+                       size.n * (kLine + kPad));
 }
 inline int64_t backward_bytes(const Layer& layer, BlockSize size) {
   const int b_bytes = block_k(layer.dtype) * (size.n * element_bytes(layer.dtype) + kPad);
-  return std::max(product_bytes(layer.dtype, size.m, layer.epilogue.count > 0, layer.N, b_bytes),
-                  tile_bytes(size));
+  return product_bytes(layer.dtype, size.m, layer.epilogue.count > 0, layer.N, b_bytes);
 }
 inline int64_t sums_bytes(const Layer& layer) {
   const int rows = block_k(layer.dtype);
@@ -107,29 +109,33 @@ inline const char* why_not(const Layer& layer, int shared_limit, bool gradients)
 
 // ---- cuts
 
-inline Tile cut_forward(const Layer& layer, BlockSize size) {
+// A program's rows, times `groups` programs that take their tiles in turn.
+inline Tile cut_rows(const Layer& layer, BlockSize size, int64_t groups, int64_t bytes) {
   Tile tile = {};
-  const int64_t blocks = ceil_div(layer.M, size.m), tiles = ceil_div(layer.N, size.n);
   tile.block_m = size.m;
   tile.block_n = size.n;
-  tile.programs = blocks * tiles;
-  tile.shared_bytes = static_cast<int>(forward_bytes(layer, size));
-  if (side_of(layer, false).over_rows && tiles > 1) {  // see Finish in forward_sm80.cu
+  tile.groups = static_cast<int>(groups);
+  tile.programs = ceil_div(layer.M, size.m) * groups;
+  tile.shared_bytes = static_cast<int>(bytes);
+  return tile;
+}
+
+inline Tile cut_forward(const Layer& layer, BlockSize size, int64_t groups) {
+  Tile tile = cut_rows(layer, size, groups, forward_bytes(layer, size));
+  const int64_t tiles = ceil_div(layer.N, size.n);
+  if (side_of(layer, false).over_rows && tiles > 1) {  // see finish_rows in forward_sm80.cu
     tile.partial_floats = 3 * tiles * layer.M;
-    tile.counters = blocks;
+    tile.counters = ceil_div(layer.M, size.m);
   }
   return tile;
 }
 
-inline Tile cut_backward(const Layer& layer, const BackwardOut& out, BlockSize size) {
-  Tile tile = {};
-  const bool product = out.dx.data || out.dt.data;
-  const int64_t blocks = ceil_div(layer.M, size.m);
-  tile.block_m = size.m;
-  tile.block_n = size.n;
-  tile.programs = blocks * (product ? ceil_div(layer.K, size.n) : 1);
-  tile.shared_bytes = static_cast<int>(backward_bytes(layer, size));
-  if (layer.prologue.count > 0) tile.counters = blocks;
+// Without dx and dt there is no product, and nothing to share.
+inline Tile cut_backward(const Layer& layer, const BackwardOut& out, BlockSize size,
+                         int64_t groups) {
+  if (!out.dx.data && !out.dt.data) groups = 1;
+  Tile tile = cut_rows(layer, size, groups, backward_bytes(layer, size));
+  if (layer.prologue.count > 0) tile.counters = ceil_div(layer.M, size.m);
   return tile;
 }
 
@@ -148,23 +154,46 @@ BlockSize choose(int64_t M, int64_t columns, int64_t least_n, int multiprocessor
   return best;
 }
 
-// Rows that one tile holds need no second visit; where every tile of a row block transforms its
-// rows of x again, wide tiles do that less often.
+// How many programs share a row block's tiles. Where each of them first walks the rows through stages,
+// fewer do so less often; it ends when the last wave of programs does. Time is counted in tiles of
+// the product; what a walk takes is an estimate.
+inline int64_t share(const Layer& layer, int64_t columns, BlockSize size, bool walks, int64_t bytes,
+                     int multiprocessors, int shared_limit) {
+  constexpr int64_t kWalk = 2;
+  const int64_t blocks = ceil_div(layer.M, size.m), tiles = ceil_div(columns, size.n);
+  const int64_t fitting = std::max<int64_t>(shared_limit / bytes, 1);
+  const int64_t slots = multiprocessors * std::min<int64_t>(fitting, resident(size.m));
+  int64_t best = tiles, least = INT64_MAX;
+  for (int64_t each = 1; walks && each < 2 * tiles; each *= 2) {
+    const int64_t groups = ceil_div(tiles, each), waves = ceil_div(blocks * groups, slots);
+    const int64_t time = waves * (kWalk + ceil_div(tiles, groups));
+    if (time <= least) least = time, best = groups;
+  }
+  return best;
+}
+
+// Rows that one tile holds need no second visit; where programs transform rows of x, wide tiles make
+// that rarer.
 inline Tile plan_forward(const Layer& layer, int multiprocessors, int shared_limit) {
   const auto bytes = [&](BlockSize size) { return forward_bytes(layer, size); };
   int64_t least_n = 0;
-  if (layer.prologue.count > 0) least_n = std::min<int64_t>(layer.N, 128);
+  const bool walks = layer.prologue.count > 0;
+  if (walks) least_n = std::min<int64_t>(layer.N, 128);
   if (side_of(layer, false).over_rows && layer.N <= 128) least_n = layer.N;
-  return cut_forward(layer,
-                     choose(layer.M, layer.N, least_n, multiprocessors, shared_limit, bytes));
+  const BlockSize size = choose(layer.M, layer.N, least_n, multiprocessors, shared_limit, bytes);
+  return cut_forward(
+      layer, size, share(layer, layer.N, size, walks, bytes(size), multiprocessors, shared_limit));
 }
 
 inline Tile plan_backward(const Layer& layer, const BackwardOut& out, int multiprocessors,
                           int shared_limit) {
   const auto bytes = [&](BlockSize size) { return backward_bytes(layer, size); };
-  const int64_t least_n = layer.epilogue.count > 0 ? std::min<int64_t>(layer.K, 128) : 0;
-  return cut_backward(layer, out,
-                      choose(layer.M, layer.K, least_n, multiprocessors, shared_limit, bytes));
+  const bool walks = layer.epilogue.count > 0;
+  const int64_t least_n = walks ? std::min<int64_t>(layer.K, 128) : 0;
+  const BlockSize size = choose(layer.M, layer.K, least_n, multiprocessors, shared_limit, bytes);
+  return cut_backward(
+      layer, out, size,
+      share(layer, layer.K, size, walks, bytes(size), multiprocessors, shared_limit));
 }
 
 // ---- residual_sums: tiles of dweight, each in `parts` of the rows, then blocks of columns of the

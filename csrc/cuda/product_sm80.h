@@ -9,11 +9,6 @@ namespace fusedres::cuda {
 
 constexpr int kWarps = kThreads / 32;
 
-// Programs on a multiprocessor that registers must suffice for: 128 a thread are too few where it
-// has 32 sums.
-template <int kM>
-constexpr int kResident = kM == 64 ? 1 : 2;
-
 template <class T>
 constexpr int kPack = 16 / static_cast<int>(sizeof(T));  // elements in 16 bytes
 template <class T>
@@ -109,7 +104,8 @@ __device__ __forceinline__ void run_steps(int steps, Copy copy, Step step) {
 
 // ---- the product
 
-// How operands lie in shared memory, each row followed by 16 bytes. row_a: A [kM, kBlockK], else
+// How operands lie in shared memory, each row followed by 16 bytes; the results take the place of B's
+// kDepth tiles. row_a: A [kM, kBlockK], else
 // its transpose [kBlockK, kM]. row_b: B's transpose [kN, kBlockK], else B [kBlockK, kN].
 template <class T, int kM, int kN, bool kRowA, bool kRowB>
 struct Product {

@@ -6,7 +6,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 namespace fusedres::cuda {
 
@@ -140,21 +143,35 @@ __device__ __forceinline__ int arrive(int32_t* counter) {
 
 // ---- from the host
 
+// Lets a kernel have more shared memory than it gets unasked. Asked once for each device, as the
+// question takes as long as a third of a launch.
+inline cudaError_t allow_shared(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> allowed;
+  constexpr int kUnasked = 48 * 1024;
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || bytes <= kUnasked) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{device, kernel}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t set =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (set == cudaSuccess) most = bytes;
+  return set;
+}
+
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t programs, int threads, int shared_bytes,
                    void* stream, const Arguments&... arguments) {
   static_assert((std::is_same_v<Parameters, Arguments> && ...));
-  constexpr int kWithoutAsking = 48 * 1024;
   if (programs > INT32_MAX) return "more than 2^31 - 1 programs";
-  if (shared_bytes > kWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-  }
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = allow_shared(entry, shared_bytes);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(programs)),
-                       dim3(threads), pointers, shared_bytes, static_cast<cudaStream_t>(stream));
+  error = cudaLaunchKernel(entry, dim3(static_cast<unsigned>(programs)), dim3(threads), pointers,
+                           shared_bytes, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

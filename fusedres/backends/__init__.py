@@ -46,15 +46,27 @@ def candidates(device: torch.device, small: bool) -> tuple[str, ...]:
 def is_small(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> bool:
     """Whether a layer of x (M, K) and N outputs is small for a GPU: "auto" then chooses otherwise.
 
-    Where that ends stands in kernels/configs, by device. A compiled graph is guarded by this, and
-    by nothing else of the batch size.
+    A compiled graph is guarded by this, and by nothing else of the batch size.
+    """
+    return M <= most_rows(device, dtype, N, K)
+
+
+@constant_when_compiled
+@lru_cache(maxsize=4096)
+def most_rows(device: torch.device, dtype: torch.dtype, N: int, K: int) -> int:
+    """Up to how many rows a layer is small: by the tables of kernels/configs, in which
+    ``python -m fusedres tune`` puts what it has measured, else by their general limits.
     """
     if device.type != "cuda":
-        return False
+        return -1
     limits = plan.limits_of_auto(device)
-    if max(N, K) > limits["features"] or limits["rows"] < M:
-        return False
-    return dtype != torch.float32 or limits["fp32 products"] >= M * N * K
+    measured = limits["rows by size"].get(plan.size_key(dtype.itemsize, N, K))
+    if measured is not None:
+        return measured
+    if max(N, K) > limits["features"]:
+        return -1
+    few = limits["fp32 products"] // max(N * K, 1)
+    return min(limits["rows"], few) if dtype == torch.float32 else limits["rows"]
 
 
 @constant_when_compiled

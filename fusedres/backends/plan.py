@@ -154,12 +154,19 @@ def config(name: str, architecture: str) -> dict[str, Any]:
     return found
 
 
-def limits_of_auto(device: torch.device) -> dict[str, int]:
+def limits_of_auto(device: torch.device) -> dict[str, Any]:
     """Up to how many "rows", "features" and, in true fp32, products of numbers the CUDA C++ kernels
-    go before others.
+    go before others; "rows by size": measured ones by `size_key`.
     """
     found = device_of(device)
     return config(found.name, found.architecture)["auto"]
+
+
+def size_key(size: int, N: int, K: int) -> str:
+    """What measured limits of rows are filed under: bits of an element, and the sizes of weight
+    rounded up to a power of two.
+    """
+    return f"{8 * size} {power_of_two(N)}x{power_of_two(K)}"
 
 
 def family_of(spec: Spec, size: int, M: int, N: int) -> str:

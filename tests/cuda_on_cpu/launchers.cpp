@@ -7,7 +7,13 @@ using namespace fusedres::cuda;
 
 // What a launch is planned for. Sizes that are not 0 are taken in place of the planner's.
 struct Device {
-  int multiprocessors, shared_limit, block_m, block_n, parts, sum_parts;
+  int multiprocessors, shared_limit, block_m, block_n, groups, parts, sum_parts;
+
+  // One program for each tile of `columns`, or as few as asked for where they `walk`.
+  int64_t groups_of(int64_t columns, bool walk) const {
+    const int64_t tiles = ceil_div(columns, block_n);
+    return walk && groups ? std::min<int64_t>(groups, tiles) : tiles;
+  }
 };
 
 extern "C" {
@@ -34,12 +40,14 @@ bool wants_row_means(const Layer& layer) { return needs_row_means(layer); }
 
 // The planner's tile, or one of a size asked for.
 void plan_of_forward(const Layer& layer, const ForwardOut&, const Device& device, Tile* tile) {
-  *tile = device.block_m ? cut_forward(layer, {device.block_m, device.block_n})
+  *tile = device.block_m ? cut_forward(layer, {device.block_m, device.block_n},
+                                       device.groups_of(layer.N, layer.prologue.count > 0))
                          : plan_forward(layer, device.multiprocessors, device.shared_limit);
 }
 void plan_of_backward(const Layer& layer, const BackwardOut& out, const Device& device,
                       Tile* tile) {
-  *tile = device.block_m ? cut_backward(layer, out, {device.block_m, device.block_n})
+  *tile = device.block_m ? cut_backward(layer, out, {device.block_m, device.block_n},
+                                        device.groups_of(layer.K, layer.epilogue.count > 0))
                          : plan_backward(layer, out, device.multiprocessors, device.shared_limit);
 }
 void plan_of_sums(const Layer& layer, const SumsOut& out, const Device& device, Tile* tile) {

@@ -4,7 +4,7 @@
 using namespace fusedres::cuda;
 
 struct Device {
-  int multiprocessors, shared_limit, block_m, block_n, parts, sum_parts;
+  int multiprocessors, shared_limit, block_m, block_n, groups, parts, sum_parts;
 };
 
 extern "C" {

@@ -42,6 +42,7 @@ class Settings:
     processors: int = 4
     shared_limit: int = 99 << 10  # the smallest of the GPUs from sm_80 on
     block: tuple[int, int] = (0, 0)  # rows and columns of a tile; 0: as planned
+    groups: int = 0  # of programs that share a row block; 0: one for each tile
     parts: tuple[int, int] = (0, 0)  # of the rows in residual_sums; 0: as planned
     gap: int = 0  # columns between the rows of x, residual, weight and dy
     shift: int = 0  # elements from the 16-byte boundary on where they start
@@ -140,13 +141,20 @@ class Call:
         text = self.library.refusal(byref(self.layer), self.settings.shared_limit, gradients)
         return text and text.decode()
 
-    def _launch(self, name, out) -> Tile:
-        """Plans, gives it a workspace, launches, and looks at all that must be as before."""
+    def plan(self, name, out) -> Tile:
         tile, given = Tile(), self.settings
-        device = Device(given.processors, given.shared_limit, *given.block, *given.parts)
-        plan, launch = (getattr(self.library, n) for n in (f"plan_of_{name}", name))
+        device = Device(
+            given.processors, given.shared_limit, *given.block, given.groups, *given.parts
+        )
+        plan = getattr(self.library, f"plan_of_{name}")
         plan(byref(self.layer), byref(out), byref(device), byref(tile))
         assert 0 <= tile.shared_bytes <= given.shared_limit
+        return tile
+
+    def _launch(self, name, out) -> Tile:
+        """Plans, gives it a workspace, launches, and looks at all that must be as before."""
+        tile, given = self.plan(name, out), self.settings
+        launch = getattr(self.library, name)
         out.partial = address(self._empty(tile.partial_floats, dtype=torch.float32))
         arrived = self._empty(tile.counters, dtype=torch.int32).zero_()
         out.arrived = address(arrived)

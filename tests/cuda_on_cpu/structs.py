@@ -41,9 +41,9 @@ class Layer(Structure):
 
 class Tile(Structure):
     _fields_ = [
-        ("block_m", c_int), ("block_n", c_int), ("parts", c_int), ("sum_parts", c_int),
-        ("programs", c_int64), ("shared_bytes", c_int), ("partial_floats", c_int64),
-        ("counters", c_int64),
+        ("block_m", c_int), ("block_n", c_int), ("groups", c_int), ("parts", c_int),
+        ("sum_parts", c_int), ("programs", c_int64), ("shared_bytes", c_int),
+        ("partial_floats", c_int64), ("counters", c_int64),
     ]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ class Device(Structure):
 
     _fields_ = [
         (name, c_int)
-        for name in ["processors", "shared_limit", "block_m", "block_n", "parts", "sum_parts"]
+        for name in "processors shared_limit block_m block_n groups parts sum_parts".split()
     ]
 
 
