@@ -42,7 +42,8 @@ struct Resident {
   static constexpr int64_t kSlot = 1 << 16, kSlots = 16;
   Device device;
   int32_t* counters = nullptr;
-  std::map<void*, int64_t> slots;
+  int32_t* slot(int64_t i) const { return counters + i * kSlot; }
+  std::map<unsigned long long, int64_t> slots;  // by the stream's id: handles are used again
 };
 
 std::mutex resident_mutex;
@@ -57,10 +58,17 @@ Resident& resident(int index) {
 // Lets this thread allocate while another one captures a CUDA graph, as torch's allocator does.
 struct Relaxed {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  Relaxed() { exchange(); }
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
   ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
-  void exchange() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "asking the thread"); }
 };
+
+int32_t* allocate_counters() {
+  const Relaxed while_another_thread_captures;
+  void* memory = nullptr;
+  check_cuda(cudaMalloc(&memory, Resident::kSlots * Resident::kSlot * sizeof(int32_t)),
+             "allocating arrival counters");
+  return static_cast<int32_t*>(memory);
+}
 
 // The device and stream of one call, its workspace.
 struct Where {
@@ -70,7 +78,10 @@ struct Where {
   Device device;
   std::vector<Tensor> workspace;  // until the launches are enqueued
 
+  // The guard leaves a thread that never used CUDA without a context, which encoding boxes for TMA
+  // needs.
   explicit Where(const Tensor& x) : index(x.get_device_index()), guard(index) {
+    check_cuda(cudaSetDevice(index), "choosing the device");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     const std::lock_guard<std::mutex> lock(resident_mutex);
     device = resident(index).device;
@@ -97,22 +108,27 @@ struct Where {
     if (count <= Resident::kSlot && capturing == cudaStreamCaptureStatusNone) {
       const std::lock_guard<std::mutex> lock(resident_mutex);
       Resident& here = resident(index);
-      if (!here.counters) {
-        const Relaxed while_another_thread_captures;
-        const size_t bytes = Resident::kSlots * Resident::kSlot * sizeof(int32_t);
-        check_cuda(cudaMalloc(reinterpret_cast<void**>(&here.counters), bytes),
-                   "allocating arrival counters");
-        check_cuda(cudaMemset(here.counters, 0, bytes), "clearing arrival counters");
-        // Other streams do not wait for the default one.
-        check_cuda(cudaStreamSynchronize(nullptr), "clearing arrival counters");
+      unsigned long long id = 0;
+      check_cuda(cudaStreamGetId(cuda_stream, &id), "asking the stream");
+      const auto known = here.slots.find(id);
+      if (known != here.slots.end()) return here.slot(known->second);
+      if (here.slots.size() < Resident::kSlots) {
+        if (!here.counters) here.counters = allocate_counters();
+        int32_t* const first = here.slot(here.slots.size());
+        clear(first, Resident::kSlot);
+        here.slots.emplace(id, here.slots.size());
+        return first;
       }
-      const int64_t slot = here.slots.emplace(stream, here.slots.size()).first->second;
-      if (slot < Resident::kSlots) return here.counters + slot * Resident::kSlot;
     }
-    int32_t* fresh = scratch<int32_t>(count, ScalarType::Int);
-    check_cuda(cudaMemsetAsync(fresh, 0, count * sizeof(int32_t), cuda_stream),
-               "clearing arrival counters");
+    int32_t* const fresh = scratch<int32_t>(count, ScalarType::Int);
+    clear(fresh, count);
     return fresh;
+  }
+
+  void clear(int32_t* counters, int64_t count) const {
+    check_cuda(
+        cudaMemsetAsync(counters, 0, count * sizeof(int32_t), static_cast<cudaStream_t>(stream)),
+        "clearing arrival counters");
   }
 
   template <class Out>

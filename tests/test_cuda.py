@@ -85,6 +85,7 @@ def test_hopper_takes_wide_layers_of_many_rows():
     assert not on_hopper(M=256) and not on_hopper(N=128) and not on_hopper(dtype="float32")
     assert not on_hopper(device=AMPERE) and not on_hopper(order="preact")
     assert not on_hopper(K=339)  # rows that TMA cannot take
+    assert not on_hopper(N=40000)  # rows of more tiles than multiprocessors
 
 
 def test_registered_activations_are_not_for_these_kernels():

@@ -31,6 +31,11 @@ BREAKS = {
     "the ring turns": ("slot = 0, parity ^= 1;", "slot = 0;"),
     "all who read a slot free it": ("kMultiplyWarps + (survey_rows ? kSurveyWarps : 0)", "2"),
     "blocks share out the tiles": ("for (int tile = block; ", "for (int tile = 0; "),
+    "tiles are posted before they are waited for": (
+        "complete(s.at(tile - blocks))",
+        "complete(s.at(std::min(tile, s.tiles - 1)))",
+    ),
+    "the last tile is completed": ("(shared_rows ? blocks : 0)", "0"),
 }
 
 
@@ -70,9 +75,11 @@ def walks(count):
         M = draw.choice([1, 127, 128, 129, 300, 640])
         N = draw.choice([1, 128, 255, 256, 257, 700, 1100])
         K = draw.choice([8, 64, 72, 128, 192, 200, 520])
-        blocks = draw.choice([1, 2, 3, 5, 8, 132])
+        blocks, columns = draw.choice([1, 2, 3, 5, 8, 132]), draw.choice([128, 256])
         resident = draw.choice([1, 2, blocks])
-        yield M, N, K, draw.choice([128, 256]), blocks, resident, seed % 2 == 0, seed % 3 > 0, seed
+        if shared := seed % 3 > 0:  # as a cooperative launch sees to
+            resident = blocks = max(blocks, -(-N // columns))
+        yield M, N, K, columns, blocks, resident, seed % 2 == 0, shared, seed
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -86,6 +93,14 @@ def test_walks(library, part):
 def test_a_walk_sees(library, number, name):
     walk = walker(library, f"walk_{number}")
     assert any(walk(*arguments) is not None for arguments in walks(60)), name
+
+
+@pytest.mark.parametrize("blocks, resident", [(5, 1), (3, 3), (4, 4)])
+def test_blocks_that_share_rows_must_all_be_there(library, blocks, resident):
+    """Nine tiles of columns: nine blocks are enough, if all are resident."""
+    error = walker(library)(640, 1100, 64, 128, blocks, resident, False, True, 0)
+    assert error and b"deadlock" in error
+    assert walker(library)(640, 1100, 64, 128, 9, 9, False, True, 0) is None
 
 
 def planner(library):
@@ -111,7 +126,7 @@ def test_plans(library):
         if norm and norm_first:
             assert floats == 2 * N and counters == 2  # without a norm_weight
         elif norm and block_n < N:
-            assert floats == 3 * -(-N // block_n) * M and counters == -(-M // 128)
+            assert floats == 3 * -(-N // block_n) * M and counters == 2 * -(-M // 128)
         else:
             assert floats == counters == 0
 

@@ -24,9 +24,11 @@ inline bool built_for_hopper() {
 }
 
 // Hopper's family stays on all multiprocessors with tiles of 128 rows: that takes wide rows, and
-// enough of them.
+// enough of them; but none of more tiles than can be in work at once, as these may wait for each
+// other (schedule.h).
 inline bool on_hopper(const Layer& layer, const Device& device) {
   return built_for_hopper() && device.major == 9 && layer.N >= kWideColumns &&
+         ceil_div(layer.N, 256) <= device.multiprocessors &&
          ceil_div(layer.M, sm90::kBlockM) * ceil_div(layer.N, 256) >= device.multiprocessors &&
          sm90::why_not(layer) == nullptr;
 }

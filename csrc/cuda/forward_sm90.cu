@@ -49,8 +49,8 @@ __global__ __launch_bounds__(kBlockThreads, 1) void residual_forward_sm90_kernel
     set_registers<Registers<kBlockN>::kFinish>();
     const Finish<T, kBlockN> finish(call, shared);
     finish_tiles(
-        schedule, barriers, block, blocks, [&](TileAt tile) { finish.take(tile); },
-        [&](TileAt tile) { finish.after(tile); });
+        schedule, barriers, block, blocks, call.shared_rows,
+        [&](TileAt tile) { finish.take(tile); }, [&](TileAt tile) { finish.complete(tile); });
   } else {
     set_registers<Registers<kBlockN>::kMultiply>();
     Multiplier<T, kBlockN> sums;
@@ -71,7 +71,7 @@ const char* launch_tiles(Call& call, const Tile& tile, void* stream) {
   if (!error) error = map_boxes(call.weight, weight, layer.dtype, layer.N, layer.K, kBlockN);
   if (error) return error;
   const auto kernel = residual_forward_sm90_kernel<T, kBlockN>;
-  return call.norm_before
+  return call.norm_before || call.shared_rows
              ? launch_together(kernel, tile.programs, kBlockThreads, tile.shared_bytes, stream,
                                call)
              : launch(kernel, tile.programs, kBlockThreads, tile.shared_bytes, stream, call);
@@ -92,7 +92,9 @@ const char* residual_forward_sm90(const Layer& layer, const ForwardOut& out, con
   call.epilogue = side_of(layer, false);
   call.add_at = position(layer.epilogue, Stage::add);
   call.norm_before = sm90::norm_before(layer);
-  call.shared_rows = call.epilogue.over_rows && call.schedule.column_tiles > 1;
+  call.shared_rows = sm90::blocks_share_rows(layer, tile.block_n);
+  if (call.shared_rows && call.schedule.column_tiles > tile.programs)
+    return "more tiles in a row block than programs, which wait for each other";
   call.kept = call.shared_rows && !out.z.data ? out.y : out.z;
   const bool wide = tile.block_n == 256, half = layer.dtype == DType::float16;
   if (!wide && tile.block_n != 128) return "Hopper's tiles have 128 or 256 columns";

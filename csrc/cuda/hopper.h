@@ -25,14 +25,21 @@ namespace fusedres::cuda::sm90 {
 
 // ---- barriers
 
+// CUTLASS's barriers tell the compiler nothing of memory: it might move loads and stores past them.
+__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
+
 // A barrier of schedule.h. What a warp did before it arrived is seen after a wait.
 struct Barrier {
   alignas(8) uint64_t state;
 
   using Mbarrier = cutlass::arch::ClusterTransactionBarrier;
   __device__ __forceinline__ void init(int arrivals) { Mbarrier::init(&state, arrivals); }
-  __device__ __forceinline__ void wait(uint32_t parity) { Mbarrier::wait(&state, parity); }
+  __device__ __forceinline__ void wait(uint32_t parity) {
+    Mbarrier::wait(&state, parity);
+    keep_order();
+  }
   __device__ __forceinline__ void arrive() {
+    keep_order();
     sync_warp();
     if (threadIdx.x % 32 == 0) Mbarrier::arrive(&state);
   }
@@ -50,15 +57,14 @@ __device__ __forceinline__ void sync_warps(int warps) {
   asm volatile("bar.sync 1, %0;" ::"r"(32 * warps) : "memory");
 }
 
-// One thread of each block calls it. Returns when all have come; counters (2) are 0 before and
-// after.
-__device__ __forceinline__ void meet(int32_t* counters, int blocks) {
-  arrive(counters);
+// Returns when `count` blocks have arrived at counters[0]. One thread of each of them calls it; when
+// all have, counters (2) are 0 as at first.
+__device__ __forceinline__ void wait_for_blocks(int32_t* counters, int count) {
   int come;
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(come) : "l"(counters) : "memory");
-  } while (come < blocks);
-  if (arrive(counters + 1) == blocks - 1) counters[0] = counters[1] = 0;  // nobody looks any more
+  } while (come < count);
+  if (arrive(counters + 1) == count - 1) counters[0] = counters[1] = 0;  // nobody looks any more
 }
 
 // ---- copies by TMA
@@ -72,9 +78,13 @@ __device__ __forceinline__ void load_box(const BoxMap& map, Barrier& barrier, vo
   cute::SM90_TMA_LOAD_2D::copy(&map, &barrier.state, kHint, to, column, row);
 }
 
-// TMA reads by a way of its own: this stands between stores to global memory and its loads.
+// TMA reads and writes by a way of its own. This stands between stores to global memory and boxes
+// loaded from there, the other between loads from shared memory and boxes that overwrite it.
 __device__ __forceinline__ void fence_stores_before_boxes() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+__device__ __forceinline__ void fence_loads_before_boxes() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // The driver's, looked up when first asked for: the library must load where there is no driver.

@@ -36,9 +36,8 @@ struct Shared {
   alignas(1024) T z[kBlockM * kBlockN];
   float column_sum[kBlockN], column_shift[kBlockN];
   float scale[kBlockM], shift[kBlockM];
-  RowStats rows[kBlockM];  // of a row block that `finish` finishes
+  RowStats rows[kBlockM];  // of the tile that `finish` completes
   Barriers<Barrier> barriers;
-  bool last;
 };
 
 // Rows of tiles in shared memory are made of chunks of 8 elements, exchanged by row so that a column
@@ -90,7 +89,10 @@ __device__ __forceinline__ void prepare(const Call& call) {
   }
   fence_stores_before_boxes();
   sync_threads();
-  if (threadIdx.x == 0) meet(call.out.arrived, gridDim.x);
+  if (threadIdx.x == 0) {
+    arrive(call.out.arrived);
+    wait_for_blocks(call.out.arrived, gridDim.x);
+  }
   sync_threads();
   fence_stores_before_boxes();
 }
@@ -104,38 +106,52 @@ struct Survey {
   const Call& call;
   Shared<T, kBlockN>& shared;
   int thread;
-  float first[kRows], total[kRows], squares[kRows];  // of x less its row's first element
+  float middle[kRows];                 // the mean of the row's first elements
+  float total[kRows], squares[kRows];  // of x less `middle`
 
   __device__ __forceinline__ Survey(const Call& c, Shared<T, kBlockN>& s)
       : call(c), shared(s), thread(threadIdx.x - 32 * kFirstSurveyWarp) {}
 
   __device__ __forceinline__ void add(int k_step, int slot) {
+    const int left = (static_cast<int>(call.layer.K) - k_step * kBlockK) / kStrip;
+    const bool whole = left >= kBlockK / kStrip;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = thread + i * kThreads;
       const T* x = &shared.x[slot][row * kBlockK];
+      const auto chunk = [&](int at) { return load_packed(x + swizzled(row, at)); };
       if (k_step == 0) {
-        first[i] = call.layer.norm == Norm::layer ? to_float(x[swizzled(row, 0)]) : 0.0f;
-        total[i] = squares[i] = 0.0f;
+        const int chunks = whole ? kBlockK / kStrip : left;
+        middle[i] = total[i] = squares[i] = 0.0f;
+        if (call.layer.norm == Norm::layer) {
+#pragma unroll 1
+          for (int at = 0; at < chunks; ++at) middle[i] += sum(chunk(at));
+          middle[i] /= static_cast<float>(chunks * kStrip);
+        }
       }
-#pragma unroll 2
-      for (int chunk = 0; chunk < kBlockK / kStrip; ++chunk) {
-        if (k_step * kBlockK + chunk * kStrip >= call.layer.K) break;
-        const Strip d =
-            map(load_packed(x + swizzled(row, chunk)), [&](float v) { return v - first[i]; });
+      const auto add_chunk = [&](int at) {
+        const Strip d = map(chunk(at), [&](float v) { return v - middle[i]; });
         total[i] += sum(d);
         squares[i] += sum(d * d);
+      };
+      if (whole) {
+#pragma unroll 2
+        for (int at = 0; at < kBlockK / kStrip; ++at) add_chunk(at);
+      } else {
+#pragma unroll 1
+        for (int at = 0; at < left; ++at) add_chunk(at);
       }
     }
+    fence_loads_before_boxes();
   }
 
-  // The first element is one of the row, so total * total <= K * squares: what the difference loses
-  // stays small beside the rounding of 16-bit types.
+  // With d = middle - mean, squares = m2 + K d^2: what the difference loses is little as long as d is
+  // no more than a few sigma. Of 64 elements, not of one, so that an outlier among them does no harm.
   __device__ __forceinline__ RowStats stats(int i) const {
     const float count = static_cast<float>(call.layer.K);
     if (call.layer.norm == Norm::rms) return {0.0f, rstd_of(squares[i] / count, call.layer.eps)};
     const float mean = total[i] / count, m2 = squares[i] - total[i] * mean;
-    return {first[i] + mean, rstd_of((m2 < 0 ? 0.0f : m2) / count, call.layer.eps)};
+    return {middle[i] + mean, rstd_of((m2 < 0 ? 0.0f : m2) / count, call.layer.eps)};
   }
 
   __device__ __forceinline__ void publish(TileAt tile) {
@@ -194,30 +210,16 @@ __device__ __forceinline__ void park(Shared<T, kBlockN>& shared,
 
 // ---- finish
 
-// Rows of a tile, some at once, then the next columns of them, then the next rows.
-struct Walk {
-  int row, rows, n, first, step, end;
-
-  __device__ __forceinline__ bool inside() const { return row < kBlockM; }
-  __device__ __forceinline__ Walk next() const {
-    Walk out = *this;
-    out.n += step;
-    if (out.n >= end) out.n = first, out.row += rows;
-    return out;
-  }
-};
-
-// use(walk, load(walk)) all along `walk`; each load one step ahead, so that its way is hidden.
+// use(row, load(row)) for the rows of a tile from `row` on; each load one step ahead, so that its way is
+// hidden.
 template <class Load, class Use>
-__device__ __forceinline__ void walk_ahead(Walk walk, Load load, Use use) {
-  auto ahead = load(walk);
+__device__ __forceinline__ void walk_ahead(int row, int step, Load load, Use use) {
+  auto ahead = load(row);
 #pragma unroll 1
-  while (walk.inside()) {
+  for (; row < kBlockM; row += step) {
     const auto loaded = ahead;
-    const Walk next = walk.next();
-    ahead = load(next);
-    use(walk, loaded);
-    walk = next;
+    ahead = load(row + step);
+    use(row, loaded);
   }
 }
 
@@ -269,50 +271,54 @@ struct Finish {
     return {m, n, width, row < kBlockM && m < layer.M};
   }
 
-  // The residual's strip at `at`, for `run`; nothing where there is no `add`.
-  __device__ __forceinline__ Pack<T> load_residual(Place at) const {
+  // The residual's strip at `at`; nothing where stages up to `last` do not add it.
+  __device__ __forceinline__ Pack<T> load_residual(Place at, int last) const {
     at.width = static_cast<int>(layer.R);
-    at.live = at.live && call.add_at < side.stages.count;
+    at.live = at.live && call.add_at < last;
     return load_pack<T, false>(rows_of<T>(layer.residual), at);
   }
 
   // y of the parked tile, or, where others share its rows, what they need of it.
   __device__ __forceinline__ void take(TileAt tile) const {
-    const int n0 = tile.column_tile * kBlockN, row = thread / kLanes, rows = kThreads / kLanes;
-    make_y<false>(tile, thread % kLanes, {row, rows, n0, n0, kBlockN, n0 + kBlockN});
+    make_y<false>(tile);
+    if (!call.shared_rows) return;
+    sync_warps(kFinishWarps);  // the stores of all threads come before what one thread does
+    if (thread == 0) arrive(call.out.arrived + 2 * tile.row_block);
   }
 
-  // y of all tiles in these rows, if this block is the last to have stored its part of them.
-  __device__ __forceinline__ void after(TileAt tile) const {
-    if (!call.shared_rows || !last_to_store(tile.row_block)) return;
-    merge_rows(tile.row_block);
-    make_y<true>(tile, thread % 32, {thread / 32, kFinishWarps, 0, 0, 32 * kStrip, side.width});
+  // y of a tile that shares its rows, once all have stored their part of them.
+  __device__ __forceinline__ void complete(TileAt tile) const {
+    if (thread == 0)
+      wait_for_blocks(call.out.arrived + 2 * tile.row_block, call.schedule.column_tiles);
+    sync_warps(kFinishWarps);
+    merge_rows(tile);
+    make_y<true>(tile);
   }
 
-  // kMerged: from z as stored and the statistics of whole rows, else from the parked tile.
+  // kMerged: from z as stored, by this very thread, and the statistics of whole rows, else from the
+  // parked tile.
   template <bool kMerged>
-  __device__ __forceinline__ void make_y(TileAt tile, int lane, const Walk& rows) const {
+  __device__ __forceinline__ void make_y(TileAt tile) const {
+    const int lane = thread % kLanes, n = tile.column_tile * kBlockN + lane * kStrip;
+    const int last = kMerged || !call.shared_rows ? side.stages.count : side.norm_at;
     struct Loaded {
       Pack<T> z, skip;
     };
-    const auto at_of = [&](const Walk& walk) {
-      return place(tile.row_block, walk.row, walk.n + lane * kStrip, side.width);
-    };
-    const auto load = [&](const Walk& walk) {
-      const Place at = at_of(walk);
-      Loaded out = {{}, load_residual(at)};
+    const auto load = [&](int row) {
+      const Place at = place(tile.row_block, row, n, side.width);
+      Loaded out = {{}, load_residual(at, last)};
       if (kMerged) out.z = load_pack<T, true>(rows_of<T>(call.kept), at);
       return out;
     };
-    walk_ahead(rows, load, [&](const Walk& walk, const Loaded& loaded) {
-      const Place at = at_of(walk);
+    walk_ahead(thread / kLanes, kThreads / kLanes, load, [&](int walk, const Loaded& loaded) {
+      const Place at = place(tile.row_block, walk, n, side.width);
       RowStats row = {0.0f, 0.0f};
       Strip t;
       if (kMerged) {
         t = unpack(loaded.z);
-        row = shared.rows[walk.row];
+        row = shared.rows[walk];
       } else {
-        t = load_packed(&shared.z[walk.row * kBlockN + swizzled(walk.row, lane)]);
+        t = load_packed(&shared.z[walk * kBlockN + swizzled(walk, lane)]);
         if (call.kept.data) store(rows_of<T>(call.kept), at, t);
       }
 #pragma unroll 1
@@ -352,22 +358,12 @@ struct Finish {
     cell[2 * plane] = part.m2;
   }
 
-  __device__ __forceinline__ bool last_to_store(int row_block) const {
-    sync_warps(kFinishWarps);  // the stores of all threads come before what one thread does
-    if (thread == 0) {
-      int32_t* counter = call.out.arrived + row_block;
-      shared.last = arrive(counter) == call.schedule.column_tiles - 1;
-      if (shared.last) *counter = 0;
-    }
-    sync_warps(kFinishWarps);
-    return shared.last;
-  }
-
-  // A row a thread: shared.rows, and stats where they are asked for.
-  __device__ __forceinline__ void merge_rows(int row_block) const {
-    const Place at = place(row_block, thread, 0, side.width);
+  // A row a thread: shared.rows, and stats where they are asked for, once.
+  __device__ __forceinline__ void merge_rows(TileAt tile) const {
+    const Place at = place(tile.row_block, thread, 0, side.width);
     const int64_t plane = call.schedule.column_tiles * layer.M;
     Moments row = {0.0f, 0.0f, 0.0f};
+#pragma unroll 4
     for (int i = 0; at.live && i < call.schedule.column_tiles; ++i) {
       const float* cell = call.out.partial + i * layer.M + at.m;
       const Moments part = {load_past_l1(cell), load_past_l1(cell + plane),
@@ -376,7 +372,8 @@ struct Finish {
       row = merge(row, static_cast<float>(seen), part, static_cast<float>(width));
     }
     shared.rows[thread] = stats_of(row, side.width, layer.eps);
-    store_stats(call.out.stats, layer, {0, 1, 0, 0}, at, shared.rows[thread]);
+    if (tile.column_tile == 0)
+      store_stats(call.out.stats, layer, {0, 1, 0, 0}, at, shared.rows[thread]);
     sync_warps(kFinishWarps);
   }
 };

@@ -6,12 +6,17 @@
 //   multiply  eight warps  z = x @ weight.T, slot by slot; parks the tile of z in shared memory
 //   finish    four warps   makes y of the parked tile while the next one is multiplied
 //
-// Where a norm over rows follows `linear` and rows are wider than a tile, `finish` stores its tile
-// of z and the moments of its rows; the last block to store a tile of a row block merges the moments
-// in the order of the tiles and makes y. It waits for nobody. Roles wait for each other by the
-// barriers below, each for roles of its own block. Blocks wait for each other only where a norm
-// stands before `linear`, once, at the start (`meet`): each comes before it waits, and all are
-// resident, which a cooperative launch sees to.
+// Roles wait for each other by the barriers below, each for roles of its own block. Blocks wait for
+// each other in two cases, where all are resident, which a cooperative launch sees to. Each posts
+// before it waits.
+// - A norm over rows follows `linear` and rows are wider than a tile (`blocks_share_rows`). `finish`
+//   stores its tile of z and the moments of its rows; one tile later, when the others should have done
+//   so too, it merges the moments in the order of the tiles and makes y of its own tile. A block that
+//   has posted its tile number s waits for tiles that stand in its row block with its tile number
+//   s - 1. As a row block has no more tiles than there are blocks, none of these comes later than
+//   their blocks' number s, and to post that a block need only have waited for earlier ones: nobody
+//   waits forever.
+// - A norm stands before `linear`: all meet once, at the start.
 #pragma once
 
 #include <algorithm>
@@ -80,11 +85,13 @@ struct Ring {
 template <class B, class Load>
 FUSEDRES_HD void load_tiles(const Schedule& s, Barriers<B>& b, int block, int blocks, Load load) {
   Ring ring;
-  for (int tile = block; tile < s.tiles; tile += blocks)
+  for (int tile = block; tile < s.tiles; tile += blocks) {
+    const TileAt at = s.at(tile);
     for (int k = 0; k < s.k_steps; ++k, ring.next()) {
       b.emptied[ring.slot].wait(ring.parity ^ 1);
-      load(s.at(tile), k, ring.slot);
+      load(at, k, ring.slot);
     }
+  }
 }
 
 // add(k_step, slot) sees each tile of x, where `rows` are surveyed; publish(tile) tells the result.
@@ -130,16 +137,20 @@ FUSEDRES_HD void multiply_tiles(const Schedule& s, Barriers<B>& b, int block, in
   }
 }
 
-// take(tile) reads the parked tile; after(tile) is what needs it no more.
-template <class B, class Take, class After>
-FUSEDRES_HD void finish_tiles(const Schedule& s, Barriers<B>& b, int block, int blocks, Take take,
-                              After after) {
+// take(tile) reads the parked tile; complete(tile), where blocks share rows, does what takes whole
+// rows, one tile later.
+template <class B, class Take, class Complete>
+FUSEDRES_HD void finish_tiles(const Schedule& s, Barriers<B>& b, int block, int blocks,
+                              bool shared_rows, Take take, Complete complete) {
   uint32_t parity = 0;
-  for (int tile = block; tile < s.tiles; tile += blocks, parity ^= 1) {
-    b.parked.wait(parity);
-    take(s.at(tile));
-    b.unparked.arrive();
-    after(s.at(tile));
+  const int end = s.tiles + (shared_rows ? blocks : 0);  // with a turn for the last tile's rows
+  for (int tile = block; tile < end; tile += blocks, parity ^= 1) {
+    if (tile < s.tiles) {
+      b.parked.wait(parity);
+      take(s.at(tile));
+      b.unparked.arrive();
+    }
+    if (shared_rows && tile > block) complete(s.at(tile - blocks));
   }
 }
 
@@ -148,7 +159,7 @@ FUSEDRES_HD void finish_tiles(const Schedule& s, Barriers<B>& b, int block, int 
 // Of a kernel's struct Shared.
 constexpr int shared_bytes(int block_n) {
   const int ring = kSlots * (kBlockM + block_n) * kBlockK * 2, parked = kBlockM * block_n * 2;
-  const int vectors = 4 * (2 * block_n + 4 * kBlockM), barriers = 8 * (2 * kSlots + 4) + 8;
+  const int vectors = 4 * (2 * block_n + 4 * kBlockM), barriers = 8 * (2 * kSlots + 4);
   return ring + parked + (vectors + barriers + 1023) / 1024 * 1024;
 }
 
@@ -162,8 +173,9 @@ inline int64_t scaled_weight_floats(const Layer& layer) {
 
 // Why this family cannot run the layer's forward on a Hopper GPU; nullptr: it can.
 inline const char* why_not(const Layer& layer) {
-  const auto boxes = [](const Matrix& matrix) {
-    return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && matrix.stride % 8 == 0;
+  const auto boxes = [&](const Matrix& matrix) {  // a planner's has no data yet, and no stride
+    return !matrix.data || (reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 &&
+                            matrix.stride % 8 == 0 && matrix.stride >= layer.K);
   };
   if (layer.dtype != DType::float16 && layer.dtype != DType::bfloat16)
     return "Hopper's wide tiles are for float16 and bfloat16";
@@ -171,11 +183,16 @@ inline const char* why_not(const Layer& layer) {
   if (layer.prologue.count > 0 && !norm)
     return "of stages before linear, Hopper's wide tiles know a norm over rows alone";
   if (layer.K % 8 != 0 || !boxes(layer.x) || !boxes(layer.weight))
-    return "rows of x and weight must start at multiples of 16 bytes, for TMA";
+    return "rows of x and weight must start at multiples of 16 bytes and not overlap, for TMA";
   if (layer.N > kWidest || layer.K > kWidest) return "more than 2^20 features";
   if (ceil_div(layer.M, kBlockM) * ceil_div(layer.N, 128) > INT32_MAX / kBlockM)
     return "more than 2^24 tiles";
   return nullptr;
+}
+
+// Whether a norm over rows follows `linear`, and rows are wider than a tile.
+inline bool blocks_share_rows(const Layer& layer, int block_n) {
+  return side_of(layer, false).over_rows && layer.N > block_n;
 }
 
 inline Tile cut_forward(const Layer& layer, int block_n, int multiprocessors) {
@@ -188,9 +205,9 @@ inline Tile cut_forward(const Layer& layer, int block_n, int multiprocessors) {
   if (norm_before(layer)) {
     tile.partial_floats = scaled_weight_floats(layer) + 2 * layer.N;
     tile.counters = 2;
-  } else if (side_of(layer, false).over_rows && schedule.column_tiles > 1) {
+  } else if (blocks_share_rows(layer, block_n)) {
     tile.partial_floats = 3 * schedule.column_tiles * layer.M;
-    tile.counters = ceil_div(layer.M, kBlockM);
+    tile.counters = 2 * ceil_div(layer.M, kBlockM);
   }
   return tile;
 }

@@ -62,10 +62,9 @@ inline void sync_warps(int warps) {
   wait_until("a warp", [&] { return meeting.round != round; });
 }
 
-inline void meet(int32_t* counters, int blocks) {
-  arrive(counters);
-  wait_until("a block", [&] { return *counters >= blocks; });
-  if (arrive(counters + 1) == blocks - 1) counters[0] = counters[1] = 0;
+inline void wait_for_blocks(int32_t* counters, int count) {
+  wait_until("a block", [&] { return *counters >= count; });
+  if (arrive(counters + 1) == count - 1) counters[0] = counters[1] = 0;
 }
 
 // ---- boxes
@@ -96,6 +95,7 @@ inline void load_box(const BoxMap& map, Barrier& barrier, void* to, int row, int
 }
 
 inline void fence_stores_before_boxes() {}
+inline void fence_loads_before_boxes() {}
 
 // ---- registers
 

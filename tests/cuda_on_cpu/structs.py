@@ -74,9 +74,9 @@ class Device(Structure):
     """Of launchers.cpp."""
 
     _fields_ = [
-        (name, c_int)
-        for name in "processors shared_limit block_m block_n groups parts sum_parts".split()
-    ]
+        ("processors", c_int), ("shared_limit", c_int), ("block_m", c_int), ("block_n", c_int),
+        ("groups", c_int), ("parts", c_int), ("sum_parts", c_int),
+    ]  # fmt: skip
 
 
 STRUCTS = (Stages, Vector, Matrix, Layer, Tile, ForwardOut, BackwardOut, SumsOut)

@@ -56,8 +56,8 @@ struct Walk {
   int blocks;
   bool rows_before, shared_rows;
   std::vector<Block> state;
-  std::vector<int> taken, stored, merged;  // by tile, by tile, by row block
-  std::vector<int> arrived;
+  std::vector<int> taken, completed;  // by tile
+  std::vector<int> arrived, seen;     // by row block
 };
 
 Walk* walk;
@@ -130,24 +130,23 @@ void run_multiply(Block& block, int b) {
 }
 
 void run_finish(Block& block, int b) {
+  const int columns = walk->schedule.column_tiles;
   finish_tiles(
-      walk->schedule, block.barriers, b, walk->blocks,
+      walk->schedule, block.barriers, b, walk->blocks, walk->shared_rows,
       [&](TileAt at) {
-        const int tile = at.row_block * walk->schedule.column_tiles + at.column_tile;
+        const int tile = at.row_block * columns + at.column_tile;
         emulator::maybe_yield();
         check(block.parked == tile && block.parks == kMultiplyWarps, "takes another tile", tile);
         ++block.takes;
         ++walk->taken[tile];
-        ++walk->stored[tile];
+        emulator::arrive(&walk->arrived[at.row_block]);
       },
       [&](TileAt at) {
-        if (!walk->shared_rows) return;
-        const int columns = walk->schedule.column_tiles;
-        if (emulator::arrive(&walk->arrived[at.row_block]) + 1 < columns * kFinishWarps) return;
-        for (int i = 0; i < columns; ++i)
-          check(walk->stored[at.row_block * columns + i] == kFinishWarps,
-                "rows are merged before all their tiles are stored", i);
-        ++walk->merged[at.row_block];
+        const int tile = at.row_block * columns + at.column_tile, all = columns * kFinishWarps;
+        wait_until([&] { return walk->arrived[at.row_block] >= all; });
+        if (emulator::arrive(&walk->seen[at.row_block]) == all - 1)
+          walk->arrived[at.row_block] = walk->seen[at.row_block] = 0;
+        ++walk->completed[tile];
       });
 }
 
@@ -164,8 +163,10 @@ void run_thread(void*) {
 const char* outcome(const Walk& w) {
   for (int count : w.taken)
     if (count != kFinishWarps) return "a tile is not finished exactly once";
-  for (int count : w.merged)
-    if (count != w.shared_rows) return "rows are not merged exactly once";
+  for (int count : w.completed)
+    if (count != w.shared_rows * kFinishWarps) return "a tile is not completed exactly once";
+  for (int count : w.seen)
+    if (count != 0) return "a counter is not 0 in the end";
   for (const Block& block : w.state)
     for (int slot = 0; slot < kSlots; ++slot)
       if (block.reading[slot] != 0) return "a slot is still being read";
@@ -185,9 +186,9 @@ extern "C" const char* FUSEDRES_WALK(int64_t M, int64_t N, int64_t K, int block_
   w.state.resize(w.blocks);
   for (Block& block : w.state) block.barriers.init(rows_before);
   w.taken.resize(w.schedule.tiles);
-  w.stored.resize(w.schedule.tiles);
-  w.merged.resize(ceil_div(M, kBlockM));
-  w.arrived.resize(w.merged.size());
+  w.completed.resize(w.schedule.tiles);
+  w.arrived.resize(ceil_div(M, kBlockM));
+  w.seen.resize(w.arrived.size());
   walk = &w;
   emulator::settings = {seed, resident, 1024};
   const char* error = emulator::run(w.blocks, kWarps, 0, run_thread, nullptr);
