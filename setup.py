@@ -73,6 +73,12 @@ class Cuda:
         self.home = Path(top[1].strip()).resolve()
         version = re.search(r"release ([\d.]+)", run(self.nvcc, "--version"))
         self.version = version[1]
+        if self.version.split(".")[0] != torch_cuda.split(".")[0]:
+            self.missing = f"nvcc is of CUDA {self.version}, this torch of CUDA {torch_cuda}"
+        elif tuple(map(int, self.version.split("."))) < (12, 5):
+            self.missing = f"nvcc is of CUDA {self.version}, 12.5 is needed"
+        if self.missing:
+            return
         self.architectures = self.wanted()
         self.cutlass = self.find_cutlass()
         self.sources = [s for s in sorted(glob("csrc/cuda/*.cu")) if self.architectures_of(s)]

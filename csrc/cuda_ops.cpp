@@ -88,7 +88,16 @@ struct Where {
   }
 
   Tensor make(std::initializer_list<int64_t> shape, ScalarType dtype) const {
-    return empty(shape, dtype, index);
+    try {
+      return empty(shape, dtype, index);
+    } catch (const std::exception&) {  // of the reason, the stable ABI keeps nothing
+      const cudaError_t error = cudaStreamQuery(static_cast<cudaStream_t>(stream));
+      if (error != cudaErrorNotReady) check_cuda(error, "allocating");
+      int64_t elements = 1;
+      for (const int64_t size : shape) elements *= size;
+      STD_TORCH_CHECK(false, "fusedres: CUDA out of memory for a tensor of ", elements,
+                      " elements");
+    }
   }
 
   template <class T>
@@ -302,8 +311,12 @@ std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
     for (Tensor& t : results) torch::stable::fill_(t, 0.0);
     return results;
   }
-  if (residual && grads[kResidual] && !r.has(Stage::add))
-    torch::stable::fill_(*grads[kResidual], 0.0);
+  const std::pair<Input, Stage> users[] = {{kNormWeight, Stage::norm},
+                                           {kNormBias, Stage::norm},
+                                           {kGate, Stage::gate},
+                                           {kResidual, Stage::add}};
+  for (const auto& [input, stage] : users)  // what no stage uses has a gradient of 0
+    if (grads[input] && !r.has(stage)) torch::stable::fill_(*grads[input], 0.0);
 
   const Prepared prepared(c);
   const Layer& layer = prepared.layer;
@@ -317,10 +330,11 @@ std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
   if (rows) first.stats = static_cast<const float*>(stats.data_ptr());
   if (features) first.dx = matrix_of(grads[kX]);
   first.dresidual = matrix_of(grads[kResidual]);
-  if (sums || layer.prologue.count > 0)
-    first.dz = {where.scratch<void>(c.M() * c.N(), x.scalar_type()), c.N()};
-  if (layer.prologue.count > 0)
-    first.dt = {where.scratch<void>(c.M() * c.K(), x.scalar_type()), c.K()};
+  const bool reads_dz = layer.epilogue.count > 0 && (grads[kWeight] || grads[kBias]);
+  bool reads_dt = layer.prologue.count > 0 && grads[kX];
+  for (const auto& [input, stage] : users) reads_dt |= grads[input] && c.in_prologue(stage);
+  if (reads_dz) first.dz = {where.scratch<void>(c.M() * c.N(), x.scalar_type()), c.N()};
+  if (reads_dt) first.dt = {where.scratch<void>(c.M() * c.K(), x.scalar_type()), c.K()};
   if (needs_row_means(layer)) first.row_means = where.scratch<float>(2 * c.M(), ScalarType::Float);
   const Tile tile = plan_backward(layer, first, device.multiprocessors, device.shared_limit);
   where.give_memory(first, tile);

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import check_memory
 from .reference import composite
 from .spec import Spec
 from .tracing import is_batched
@@ -87,15 +88,16 @@ class FusedResidualFunction(torch.autograd.Function):
         mask = sum(need << i for i, need in enumerate(needs))
         try:  # costs nothing, unlike a question
             grads = iter(ops.BACKWARD[backend](dy, *inputs, z, stats, sample_rows, recipe, mask))
-        except RuntimeError:
+        except RuntimeError as error:
+            check_memory(error)
             if not is_batched(dy):
                 raise
             return _composite_gradients(saved, needs, dy, recipe, sample_rows) + rest
         return tuple(next(grads) if need else None for need in needs) + rest
 
 
-# What Function.apply comes down to where no functorch transform is at work and dynamo does not trace.
-# The caller knows both already; to have them asked again, in Python, would take a sixth of a call.
+# What Function.apply comes down to where no functorch transform is at work and dynamo does not
+# trace. The caller knows both; to ask again, in Python, would take a sixth of a call.
 apply_plainly = super(torch.autograd.Function, FusedResidualFunction).apply
 
 

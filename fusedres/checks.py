@@ -23,6 +23,12 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
+def check_memory(error: RuntimeError) -> None:
+    """Raises torch's own error where a C++ op found no memory: the stable ABI cannot throw it."""
+    if "fusedres: CUDA out of memory" in str(error):
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
 def check_feature_counts(op: str, **counts: Any) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -73,8 +73,9 @@ Options with + may be repeated: every combination is measured.
 examples:
   python -m fusedres tune
   python -m fusedres tune --order prenorm --dtype fp16 --shape 256x512 --dry-run
+  python -m fusedres tune --only backends --dtype fp32 --dtype bf16
 
-exit codes: 0 done, 1 a tile is wrong or there is no GPU, 2 wrong arguments
+exit codes: 0 done, 1 a tile or backend is wrong or there is no GPU, 2 wrong arguments
 """
 
 
@@ -160,7 +161,7 @@ def _add_bench(every: Commands) -> None:
 
 
 def _add_tune(every: Commands) -> None:
-    one = _add(every, "tune", "measure tiles on this GPU, keep what wins", TUNE_EPILOG)
+    one = _add(every, "tune", "measure tiles and backends on this GPU, keep what wins", TUNE_EPILOG)
     for name, known, default in (
         ("--order", None, "note"), ("--norm", ("none", *NORMS), "layer"),
         ("--activation", ("none", *ACTIVATIONS), "relu"),
@@ -173,6 +174,7 @@ def _add_tune(every: Commands) -> None:
         "--shape", action="append", type=_sizes, metavar="MxK[xN]",
         help="+ default: M in 256, 4096, 65536 and N = K from 64 to 4096",
     )  # fmt: skip
+    one.add_argument("--only", choices=("tiles", "backends"), help="default: tiles, then backends")
     one.add_argument("--quick", action="store_true", help="shipped tiles only, no variants of them")
     one.add_argument("--seconds", type=float, default=tune.SECONDS, metavar="S",
                      help="in all; default: %(default)g")  # fmt: skip

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -190,10 +191,11 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def tune(args: argparse.Namespace) -> int:
-    """Answers: are there better tiles for this GPU than the planner's? Measures them and writes
-    down those that win. A layer's call never tunes, it only reads the file.
+    """Answers: are there better tiles for this GPU than the planner's, and up to how many rows are
+    the CUDA C++ kernels the best backend? Measures them and writes down what wins. A layer's call
+    never tunes, it only reads the file.
     """
-    from . import tune
+    from . import crossover, tune
     from .backends import plan as planner
 
     try:
@@ -202,6 +204,8 @@ def tune(args: argparse.Namespace) -> int:
         console.error(str(error))
         return USAGE
     device = planner.device_of(torch.device("cuda"))
+    sizes = {} if args.only == "tiles" else crossover.sizes(jobs)
+    jobs = {} if args.only == "backends" else jobs
     if args.dry_run:
         for key, calls in jobs.items():
             rule, *others = map(tune.row_of, tune.contenders(calls, device, args.quick))
@@ -209,9 +213,13 @@ def tune(args: argparse.Namespace) -> int:
             for c in calls:
                 print(f"  {c.spec}, x ({c.M}, {c.K}), weight ({c.N}, {c.K}), {c.dtype}")
             print(f"    {rule} the rule", *(f"    {row}" for row in others), sep="\n")
+        rows = f"from {crossover.LEAST_ROWS} to {crossover.MOST_ROWS} rows"
+        for key, c in sizes.items():
+            print(f"backends {key}\n  {c.spec}, weight ({c.N}, {c.K}), {c.dtype}, {rows}")
         return OK
     path = args.out or planner.config_file(device.name)
-    reason = tune.why_not([call for calls in jobs.values() for call in calls])
+    calls = [*(call for calls in jobs.values() for call in calls), *sizes.values()]
+    reason = tune.why_not(calls)
     try:
         tune.load(path, device)
     except (OSError, ValueError) as error:
@@ -219,7 +227,9 @@ def tune(args: argparse.Namespace) -> int:
     if reason:
         console.error(f"fusedres tune: {reason}")
         return FAILED
+    end = perf_counter() + args.seconds
     wrong = tune.tune(jobs, device, path, args.quick, args.seconds)
+    wrong += crossover.measure(sizes, device, path, end - perf_counter())
     print(path if path.exists() else "nothing beats the planner's rule: no file is written")
     return FAILED if wrong else OK
 

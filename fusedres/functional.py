@@ -50,7 +50,7 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _require_grad(operands: tuple[Tensor | None, ...]) -> bool:
-    for t in operands:  # any() over a generator takes three times as long
+    for t in operands:  # noqa: SIM110 (any() over a generator takes three times as long)
         if t is not None and t.requires_grad:
             return True
     return False
@@ -124,8 +124,9 @@ def run(
                 y, stats = apply(*call, name)
             else:
                 y, _, stats = ops.FORWARD[name](*call, False)
-        except RuntimeError:
+        except RuntimeError as error:
             checks.check_call(spec, x, *tensors, pad)
+            checks.check_memory(error)
             raise
         if spec.batch_stats and running_mean is not None and running_var is not None:
             update_running_statistics(running_mean, running_var, stats, rows.shape[0], momentum)

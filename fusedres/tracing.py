@@ -57,4 +57,5 @@ def constant_when_compiled(cached: Function) -> Function:
         except TypeError:  # a symbol has no hash: make_fx, or export without dynamo
             return cached(*by_value(settings))
 
+    call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
     return cast(Function, call)

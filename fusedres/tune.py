@@ -1,4 +1,5 @@
-"""`python -m fusedres tune`: measures tiles on this GPU and writes down those worth having.
+"""`python -m fusedres tune`: measures tiles on this GPU and writes down those worth having. Then
+crossover.py measures which backend is the best for how many rows.
 
 For each recipe and size it launches the forward (of inference, with batch norm of training) with
 the tile of the planner's rule and with every candidate: the tiles of all shipped lists of the
@@ -216,21 +217,31 @@ def load(path: Path, device: Device) -> dict[str, Any]:
 
 
 def save(path: Path, device: Device, key: str, tile: Tile | None) -> None:
-    """Writes the tile of a size into the file, or takes it out; the planner sees it at once."""
+    """Writes the tile of a size into the file, or takes it out."""
+    if tile is None and key not in load(path, device).get("tuned", {}):
+        return
+
+    def change(found: dict[str, Any]) -> None:
+        tuned = {k: row for k, row in found.get("tuned", {}).items() if k != key}
+        found["tuned"] = tuned | ({key: row_of(tile)} if tile else {})
+
+    update(path, device, change)
+
+
+def update(path: Path, device: Device, change: Callable[[dict[str, Any]], None]) -> None:
+    """Writes the file anew with what `change` has changed; the planner sees it at once."""
     import triton
 
     found = {"device": device.name, "note": NOTE, **load(path, device)}
-    if tile is None and key not in found.get("tuned", {}):
-        return
     found |= {"date": str(date.today()), "torch": torch.__version__, "triton": triton.__version__}
-    tuned = {k: row for k, row in found.get("tuned", {}).items() if k != key}
-    found["tuned"] = tuned | ({key: row_of(tile)} if tile else {})
+    change(found)
     text = json.dumps(found, indent=2) + "\n"
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(re.sub(r"\[[\d\s,]+\]", lambda row: json.dumps(json.loads(row[0])), text))
     part.replace(path)
     planner.config.cache_clear()
     planner.plan.cache_clear()
+    backends.most_rows.cache_clear()
 
 
 def tune(jobs: dict[str, list[Call]], device: Device, path: Path, quick: bool, limit: float) -> int:

@@ -297,7 +297,7 @@ def test_examples_in_the_help_are_valid(run):
                 words = line.split("    ")[0].split(" > ")[0].split()[3:]
                 assert cli.parser().parse_args(words).command == words[0]
                 examples += 1
-    assert examples == 14
+    assert examples == 15
 
 
 def test_interrupted(capsys, monkeypatch):

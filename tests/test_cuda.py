@@ -126,10 +126,10 @@ def fake_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(triton, "prepare", lambda device: None)
-    backends.choose.__wrapped__.cache_clear()
+    backends.choose.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield torch.device("cuda")
-    backends.choose.__wrapped__.cache_clear()
+    backends.choose.cache_clear()
 
 
 def test_dynamo_traces_a_layer_on_a_gpu(fake_gpu):

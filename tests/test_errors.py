@@ -264,3 +264,21 @@ def test_public_names():
         "FusedResidualFunction",
     }
     assert all(hasattr(fusedres, name) for name in fusedres.__all__)
+
+
+def test_a_full_gpu_is_torchs_own_error(monkeypatch):
+    """What a CUDA C++ op can say of it is a RuntimeError."""
+    layer = FusedResidual(6)
+    if fusedres.explain(layer, x).backend != "cpu":
+        pytest.skip("needs the C++ extension")
+
+    def full(*args):
+        raise RuntimeError("fusedres: CUDA out of memory for a tensor of 36 elements")
+
+    y = layer(x)
+    monkeypatch.setitem(fusedres.ops.BACKWARD, "cpu", full)
+    with pytest.raises(torch.OutOfMemoryError, match="36 elements"):
+        y.sum().backward()
+    monkeypatch.setitem(fusedres.ops.FORWARD, "cpu", full)
+    with pytest.raises(torch.OutOfMemoryError, match="36 elements"):
+        layer(x)

@@ -87,11 +87,11 @@ def _clear():
 
 @pytest.fixture
 def run(capsys):
-    """Runs the command; exit code, stdout, stderr."""
+    """Runs the command for tiles alone; exit code, stdout, stderr."""
 
     def run(*arguments):
         try:
-            code = cli.main(["tune", *arguments])
+            code = cli.main(["tune", "--only", "tiles", *arguments])
         except SystemExit as stop:
             code = stop.code
         return (code, *capsys.readouterr())

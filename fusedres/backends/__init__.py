@@ -48,7 +48,7 @@ def is_small(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -
 
     A compiled graph is guarded by this, and by nothing else of the batch size.
     """
-    return M <= most_rows(device, dtype, N, K)
+    return most_rows(device, dtype, N, K) >= M
 
 
 @constant_when_compiled

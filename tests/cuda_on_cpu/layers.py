@@ -182,8 +182,12 @@ class Call:
         got = {f"d{n}": self._empty(*self.t[n].shape, dtype=self.t[n].dtype) for n in self.asked}
         summed = set(self.asked) - {"x", "residual"}
         dy = self._input(self.case.dy.reshape(self.M, self.N))
-        dz = self._empty(self.M, self.N) if summed or self.spec.prologue else None
-        dt = self._empty(self.M, self.K) if self.spec.prologue else None
+        users = {"norm_weight": "norm", "norm_bias": "norm", "gate": "gate", "residual": "add"}
+        before = {n for n, stage in users.items() if stage in self.spec.prologue}
+        reads_dz = self.spec.epilogue and summed & {"weight", "bias"}
+        reads_dt = self.spec.prologue and ("x" in self.asked or before & set(self.asked))
+        dz = self._empty(self.M, self.N) if reads_dz else None
+        dt = self._empty(self.M, self.K) if reads_dt else None
         means = self.library.wants_row_means(byref(self.layer))
         means = self._empty(2, self.M, dtype=torch.float32) if means else None
         first = BackwardOut(
