@@ -88,4 +88,32 @@ inline void check(const Call& c, bool cuda) {
   }
 }
 
+// An op's arguments, checked, and what its Call refers to.
+struct Given {
+  const Tensor x;
+  const Optional residual;
+  const Call call;
+
+  Given(const Tensor& x_any, const Tensor& weight, const Optional& bias,
+        const Optional& norm_weight, const Optional& norm_bias, const Optional& gate,
+        const Optional& residual_any, const Optional& running_mean, const Optional& running_var,
+        const Optional& seed, int64_t sample_rows, StringHandle text, bool cuda)
+      : x(adjacent_columns(x_any)),
+        residual(residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt),
+        call{x,           weight, bias,        norm_weight,
+             norm_bias,   gate,   residual,    running_mean,
+             running_var, seed,   sample_rows, recipe(take_text(text))} {
+    check(call, cuda);
+  }
+  Given(const Given&) = delete;  // the call refers to this
+};
+
+// What backward gets beside.
+inline void check_saved(const Call& c, const Tensor& dy, const Tensor& z) {
+  check_matrix("dy", dy, c.M(), c.N(), c.x);
+  if (!c.recipe.saves_z()) return;
+  check_matrix("z", z, c.M(), c.N(), c.x);
+  STD_TORCH_CHECK(z.is_contiguous(), "fusedres: z must be contiguous");
+}
+
 }  // namespace fusedres

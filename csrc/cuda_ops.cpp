@@ -219,14 +219,12 @@ std::tuple<Tensor, Tensor, Tensor> residual_forward(
     const Optional& norm_bias, const Optional& gate, const Optional& residual_any,
     const Optional& running_mean, const Optional& running_var, const Optional& seed,
     int64_t sample_rows, StringHandle text, bool save) {
-  const Tensor x = adjacent_columns(x_any);
-  const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
-  const Call c{x,           weight, bias,        norm_weight,
-               norm_bias,   gate,   residual,    running_mean,
-               running_var, seed,   sample_rows, recipe(take_text(text))};
-  check(c, true);
+  const Given given(x_any, weight, bias, norm_weight, norm_bias, gate, residual_any, running_mean,
+                    running_var, seed, sample_rows, text, true);
+  const Call& c = given.call;
   check_recipe(c);
   const Recipe& r = c.recipe;
+  const Tensor& x = c.x;
   Where where(x);
   const Device& device = where.device;
   check_device(device);
@@ -268,20 +266,15 @@ std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
                                       const Optional& running_mean, const Optional& running_var,
                                       const Optional& seed, const Tensor& z, const Tensor& stats,
                                       int64_t sample_rows, StringHandle text, int64_t needs) {
-  const Tensor x = adjacent_columns(x_any);
-  const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
-  const Call c{x,           weight, bias,        norm_weight,
-               norm_bias,   gate,   residual,    running_mean,
-               running_var, seed,   sample_rows, recipe(take_text(text))};
-  check(c, true);
+  const Given given(x_any, weight, bias, norm_weight, norm_bias, gate, residual_any, running_mean,
+                    running_var, seed, sample_rows, text, true);
+  const Call& c = given.call;
   check_recipe(c);
-  check_matrix("dy", dy_any, c.M(), c.N(), x);
+  check_saved(c, dy_any, z);
   const Tensor dy = adjacent_columns(dy_any);
   const Recipe& r = c.recipe;
-  if (r.saves_z()) {
-    check_matrix("z", z, c.M(), c.N(), x);
-    STD_TORCH_CHECK(z.is_contiguous(), "fusedres: z must be contiguous");
-  }
+  const Tensor& x = c.x;
+  const Optional& residual = c.residual;
   const bool rows = r.has(Stage::norm) && r.norm != Norm::batch;
   if (rows)
     STD_TORCH_CHECK(together(stats, x) && stats.is_contiguous() && stats.numel() == 2 * c.M() &&

@@ -51,13 +51,11 @@ std::tuple<Tensor, Tensor, Tensor> residual_forward(
     const Optional& norm_bias, const Optional& gate, const Optional& residual_any,
     const Optional& running_mean, const Optional& running_var, const Optional& seed,
     int64_t sample_rows, StringHandle text, bool save) {
-  const Tensor x = adjacent_columns(x_any);
-  const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
-  const Call c{x,           weight, bias,        norm_weight,
-               norm_bias,   gate,   residual,    running_mean,
-               running_var, seed,   sample_rows, recipe(take_text(text))};
-  check(c, false);
-  return x.scalar_type() == ScalarType::Double ? forward<double>(c, save) : forward<float>(c, save);
+  const Given given(x_any, weight, bias, norm_weight, norm_bias, gate, residual_any, running_mean,
+                    running_var, seed, sample_rows, text, false);
+  const Call& c = given.call;
+  return c.x.scalar_type() == ScalarType::Double ? forward<double>(c, save)
+                                                 : forward<float>(c, save);
 }
 
 // ---- backward
@@ -243,19 +241,12 @@ std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
                                       const Optional& running_mean, const Optional& running_var,
                                       const Optional& seed, const Tensor& z, const Tensor& stats,
                                       int64_t sample_rows, StringHandle text, int64_t needs) {
-  const Tensor x = adjacent_columns(x_any);
-  const Optional residual = residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt;
-  const Call c{x,           weight, bias,        norm_weight,
-               norm_bias,   gate,   residual,    running_mean,
-               running_var, seed,   sample_rows, recipe(take_text(text))};
-  check(c, false);
-  check_matrix("dy", dy_any, c.M(), c.N(), x);
+  const Given given(x_any, weight, bias, norm_weight, norm_bias, gate, residual_any, running_mean,
+                    running_var, seed, sample_rows, text, false);
+  const Call& c = given.call;
+  check_saved(c, dy_any, z);
   const Tensor dy = adjacent_columns(dy_any);
-  if (c.recipe.saves_z()) {
-    check_matrix("z", z, c.M(), c.N(), x);
-    STD_TORCH_CHECK(z.is_contiguous(), "fusedres: z must be contiguous");
-  }
-  const bool wide = x.scalar_type() == ScalarType::Double;
+  const bool wide = c.x.scalar_type() == ScalarType::Double;
   if (c.recipe.batch_stats)
     STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous() &&
                         stats.numel() == 2 * c.width(Stage::norm) &&

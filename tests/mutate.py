@@ -52,6 +52,10 @@ SUITES = {
     "triton layouts": ("triton", "layouts or nothing_outside or shortcuts"),
     "triton whole": ("triton", "dz_and_dx"),
     "triton sums": ("triton", "rows_past or many_programs or same_call"),
+    "cuda": ("cuda_emulated", "test_shapes or residuals or parts or several_tiles or large_mean"),
+    "cuda layouts": ("cuda_emulated", "strides or nan_and_inf or no_races"),
+    "cuda drops": ("cuda_emulated", "orders_and_norms and drop"),
+    "hopper": ("cuda_emulated_sm90", "recipes or test_shapes or large_mean or outlier"),
 }
 
 
@@ -116,6 +120,47 @@ TABLE = {
      "    store_row(d, b.dinput, p.dtype, m, p.width);\n  }"),
     ("random", "no shortcut to x before the product",
      "if (p.residual_is_input) accumulate(d, buffers.dx_add, p.width);", ""),
+],
+"csrc/cuda/rows.h": [
+    ("cuda", "layer norm's gradient without mean(d)", "(v - means.g - u * means.gc)",
+     "(v - u * means.gc)"),
+    ("cuda", "moments are merged as if a part were the whole",
+     "delta * delta * (count * share)", "delta * delta * count"),
+    ("cuda", "layer norm forgets what rounding left of the mean",
+     "row.rest = total / count;", "row.rest = 0.0f;"),
+],
+"csrc/cuda/product_sm80.h": [
+    ("cuda layouts", "copies of 16 bytes from multiples of 8", "bits % 16 == 0  ? 16",
+     "bits % 8 == 0  ? 16"),
+    ("cuda layouts", "a row past the last is copied", "row + r < s.rows ?", "row + r <= s.rows ?"),
+    ("cuda layouts", "nobody waits for what others have copied",
+     "cp_async_wait<kDepth - 2>();\n    sync_threads();", "cp_async_wait<kDepth - 2>();"),
+],
+"csrc/cuda/plan.h": [
+    ("cuda layouts", "room for two of three moments", "3 * tiles * layer.M",
+     "2 * tiles * layer.M"),
+],
+"csrc/cuda/stages.h": [
+    ("cuda drops", "rows drop the same elements, one column on",
+     "static_cast<uint64_t>(at.m) * at.width + at.n", "static_cast<uint64_t>(at.m) + at.n"),
+    ("cuda", "no residual_scale in backward", "return layer.residual_scale * v;", "return v;"),
+],
+"csrc/cuda/forward_sm80.cu": [
+    ("cuda layouts", "a tile is loaded over the one that is being finished",
+     "      sync_threads();  // z has been read\n", ""),
+],
+"csrc/cuda/backward_sm80.cu": [
+    ("cuda", "every program sends the skip to every column",
+     "at.n / kN % call.groups == group", "true"),
+],
+"csrc/cuda/sums.h": [
+    ("cuda", "the last part of the rows is not added", "add_up(call.cut.sum_parts,",
+     "add_up(call.cut.sum_parts - 1,"),
+],
+"csrc/cuda/roles_sm90.h": [
+    ("hopper", "the mean is taken off unscaled", "-found.mean * found.rstd", "-found.mean"),
+    ("hopper", "the tail of K is surveyed as if it were whole",
+     "whole = left >= kBlockK / kStrip;", "whole = true;"),
 ],
 "csrc/side.h": [
     ("ways", "chunks end a row early", "(chunk + 1) * size)", "(chunk + 1) * size - 1)"),
@@ -280,6 +325,12 @@ class Tree:
         out = f"fusedres/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         return not self.run([*compiler, "-shared", *objects, *libraries, "-o", out])
 
+    def emulate(self) -> bool:
+        """Compiles the CUDA kernels for the tests' emulated GPU."""
+        code = "from cuda_on_cpu.structs import kernels; from test_cuda_emulated_sm90 import hopper"
+        command = [sys.executable, "-c", f"{code}; kernels(), hopper()"]
+        return self.run(command, PYTHONPATH=f"{self.path}:{self.path / 'tests'}") == 0
+
     def test(self, suite: str) -> int:
         """pytest's exit code."""
         files, names = SUITES[suite]
@@ -295,10 +346,11 @@ class Tree:
         """caught, survived, or what went wrong."""
         file = self.path / mutant.file
         whole = file.read_text()
-        native = file.suffix != ".py"
+        emulated = file.parent.name == "cuda"  # its tests compile it
+        native = file.suffix != ".py" and not emulated
         file.write_text(whole.replace(mutant.old, mutant.new))
         try:
-            if native and not self.build(file):
+            if not (self.emulate() if emulated else not native or self.build(file)):
                 return "does not compile"
             code = self.test(mutant.suite)
         finally:

@@ -46,20 +46,25 @@ def settings(columns=256, processors=4, **given) -> Settings:
 def check(case, given=None):
     """y by the rule of oracle.py; the statistics against those of what the norm saw."""
     case, spec = without_kinks(case), case.spec
+    y, z, stats = forward(case, given)
+    results = ({"y": y.view(case.dy.shape)}, eager(case, ()), exact(case, ()))
+    assert_as_accurate(*results, f"'{spec}', {case.x.dtype}, {given}")
+    before = spec.prologue == ("norm",)
+    if stats is not None and (before or spec.epilogue[0] == "norm"):
+        t = (case.x.flatten(0, -2) if before else z).double()
+        mean = t.mean(1) if spec.norm == "layer" else torch.zeros(len(t)).double()
+        rstd = ((t - mean[:, None]).square().mean(1) + spec.eps).rsqrt()
+        # Rounding of fp32 sums of a few thousand terms about the mean of some of them.
+        scale = 1e-5 * t.abs().max().item()
+        torch.testing.assert_close(stats[0].double(), mean, rtol=0, atol=scale)
+        torch.testing.assert_close(stats[1].double(), rstd, rtol=1e-4, atol=0)
+
+
+def forward(case, given=None) -> list[torch.Tensor | None]:
+    """y, z and the statistics, which outlive the call's memory."""
     with Call(case, given or settings(), library=hopper()) as call:
         assert call.refusal() is None
-        y, z, stats = call.forward()
-        results = ({"y": y.view(case.dy.shape)}, eager(case, ()), exact(case, ()))
-        assert_as_accurate(*results, f"'{spec}', {case.x.dtype}, {given}")
-        before = spec.prologue == ("norm",)
-        if stats is not None and (before or spec.epilogue[0] == "norm"):
-            t = (call.t["x"] if before else z).double()
-            mean = t.mean(1) if spec.norm == "layer" else torch.zeros(len(t)).double()
-            rstd = ((t - mean[:, None]).square().mean(1) + spec.eps).rsqrt()
-            # Rounding of fp32 sums of a few thousand terms about one of them.
-            scale = 1e-5 * t.abs().max().item()
-            torch.testing.assert_close(stats[0].double(), mean, rtol=0, atol=scale)
-            torch.testing.assert_close(stats[1].double(), rstd, rtol=1e-4, atol=0)
+        return [None if t is None else t.clone() for t in call.forward()]
 
 
 @pytest.mark.parametrize("columns", [128, 256])
