@@ -1,12 +1,18 @@
 """What only a GPU can show of the Triton and the CUDA backend: bf16, many programs at once,
 streams, graphs, more than 2^31 elements, memory.
 
-A kernel always runs once before a CUDA graph is captured: compiling it loads a module, which a
-capture does not allow.
+Triton's kernels always run once before a CUDA graph is captured: compiling one loads a module,
+which a capture does not allow. bench/gpu_steps.py takes tests apart by what stands in their names
+and parameters: "cuda" for the CUDA C++ backend, "hopper" for its Hopper kernels.
 """
 
 import copy
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # determinism; read when CUDA starts
 
@@ -15,7 +21,7 @@ import torch
 from torch import nn
 
 from cases import ALIASES, DIFFERENTIABLE, STATISTICS, make_case
-from fusedres import ACTIVATIONS, ORDERS, FusedResidual, Residual, explain, fused_residual
+from fusedres import ACTIVATIONS, ORDERS, FusedResidual, Residual, explain, fused_residual, ops
 from fusedres.backends import choose, cuda
 from fusedres.backends import plan as planner
 from oracle import assert_as_accurate, assert_close, double, eager, exact, fused, without_kinks
@@ -57,7 +63,7 @@ FAMILIES = {
     "algebraic": ({"order": "prenorm"}, (1031, 384)),
     "prebatch": ({"order": "preact", "norm": "batch"}, (1031, 384)),
 }
-# The same for the CUDA backend; those of Hopper's kernels need one.
+# The same for the CUDA backend.
 CUDA_FAMILIES = {
     "cuda": ({}, (1031, 128)),
     "cuda, none": ({"norm": None, "order": "linear-act-add"}, (1031, 339)),
@@ -66,14 +72,24 @@ CUDA_FAMILIES = {
     "cuda, before": ({"order": "preact"}, (1031, 200)),
     "cuda, prenorm": ({"order": "prenorm"}, (1031, 384)),
     "cuda, given": ({"norm": "batch", "training": False}, (1031, 384)),
+}
+HOPPER_FAMILIES = {  # of Hopper's kernels, which need one
     "cuda, hopper": ({}, (20011, 1024)),
     "cuda, hopper none": ({"norm": None}, (20011, 1000)),
     "cuda, hopper prenorm": ({"order": "prenorm"}, (20011, 512)),
 }
 without_cuda = pytest.mark.skipif(not cuda.built(), reason="built without CUDA kernels")
 BACKENDS = ("triton", pytest.param("cuda", marks=without_cuda))
-EVERY = (*FAMILIES, *(pytest.param(name, marks=without_cuda) for name in CUDA_FAMILIES))
-FAMILIES |= CUDA_FAMILIES
+NO_BATCH = "batch statistics are the Triton backend's"
+
+
+def marked(names):
+    return (pytest.param(name, marks=without_cuda) for name in names)
+
+
+SMALL = (*marked(CUDA_FAMILIES), *FAMILIES)  # in the order of compute-sanitizer's few seconds
+EVERY = (*SMALL, *marked(HOPPER_FAMILIES))
+FAMILIES |= CUDA_FAMILIES | HOPPER_FAMILIES
 LARGE = {"rows": (4099, 200), "wide": (4099, 2048), "batch": (4099, 1024), "tile": (4099, 339)}
 
 
@@ -116,17 +132,31 @@ def force(family, case, monkeypatch, rows=None):
     assert chosen.family == family
 
 
+def needs_hopper(case):
+    """Skips the test where Hopper's kernels cannot run; those of this case must be among them."""
+    if torch.cuda.get_device_capability()[0] != 9 or case.x.dtype == F32:
+        pytest.skip("Hopper's kernels need one, and 16-bit types")
+    if ops._C.build_info()["hopper"] != "built":
+        pytest.skip("built without Hopper's kernels")
+    (M, K), N = case.x.shape, case.dy.shape[1]
+    kernel, _ = cuda.kernel(case.spec, case.x.dtype, M, N, K, torch.device(DEVICE, 0))
+    assert "sm90" in kernel
+
+
+def hopper_case(*sizes, **settings):
+    """A case on DEVICE that one of Hopper's kernels runs."""
+    case = make_case(*sizes, **{"activation": "gelu", "dtype": BF16, **settings})
+    needs_hopper(case)
+    return on_device(case)
+
+
 def make_family(name, monkeypatch, sizes=None, dtype=BF16, **settings):
     """A case on DEVICE that runs in this family."""
     given, modest = FAMILIES[name]
     M, N = sizes or modest
     case = make_case(M, N, **{"activation": "gelu", "dtype": dtype, **given, **settings})
-    if "hopper" in name and sizes is None:
-        if torch.cuda.get_device_capability()[0] != 9 or dtype == F32:
-            pytest.skip("Hopper's kernels need one, and 16-bit types")
-        kernel, _ = cuda.kernel(case.spec, dtype, M, N, N, torch.device(DEVICE, 0))
-        if "sm90" not in kernel:
-            pytest.skip(f"built without Hopper's kernels: {kernel} would run")
+    if "hopper" in name:
+        needs_hopper(case)
     if backend_of(name) == "triton":
         force(name.split(",")[0], case, monkeypatch)
     return on_device(case)
@@ -185,7 +215,7 @@ def compile_kernels(run):
 # Accuracy: NUMERICS 1.
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", SMALL)
 def test_small_shapes(name, monkeypatch, nan_filled):
     """Few rows and columns, no power of two: also what compute-sanitizer looks at."""
     if name == "wide, both ways":
@@ -196,6 +226,137 @@ def test_small_shapes(name, monkeypatch, nan_filled):
         torch.cuda.synchronize()
     else:
         check(case, backend_of(name))
+
+
+# Operands as views: what of 16 bytes exists, or what 4 bytes or an element at a time bring.
+
+
+def in_wider_rows(t, stride, offset):
+    """The same values, from column `offset` of a matrix of `stride` columns."""
+    buffer = torch.empty(len(t), stride, dtype=t.dtype, device=t.device)
+    return buffer[:, offset : offset + t.shape[1]].copy_(t)
+
+
+def check_views(case, view, names=("x", "weight", "residual", "dy")):
+    """A call on views of these operands is bitwise the call on the operands."""
+    operands = {**case.tensors, "dy": case.dy}
+    seen = case.with_tensors(**{name: view(operands[name]) for name in names if name in operands})
+    ours = list(fused(seen, "cuda").values())
+    if SANITIZER:
+        torch.cuda.synchronize()
+    else:
+        assert_bitwise(ours, list(fused(case, "cuda").values()), f"of '{case.spec}'")
+
+
+def viewed_cases(dtype):
+    """The last has dy, as it came, in a product."""
+    for order in ("note", "prenorm", "postnorm", "norm-act-linear"):
+        residual = 339 if "add" in ORDERS.get(order, order) else None
+        settings = {"order": order, "residual": residual, "activation": "gelu", "dtype": dtype}
+        yield on_device(make_case(67, 339, **settings))
+
+
+@without_cuda
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("stride, offset", [(344, 0), (340, 0), (340, 1), (341, 2), (344, 2)])
+def test_cuda_on_views(stride, offset, dtype, nan_filled):
+    for case in viewed_cases(dtype):
+        check_views(case, partial(in_wider_rows, stride=stride, offset=offset))
+
+
+@without_cuda
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_cuda_on_views_of_a_transposed_weight(dtype, nan_filled):
+    for case in viewed_cases(dtype):
+        check_views(case, lambda weight: weight.t().contiguous().t(), ["weight"])
+
+
+@without_cuda
+@pytest.mark.parametrize("order", ["note", "prenorm"])
+def test_hopper_on_rows_of_a_wider_matrix(order, nan_filled):
+    """Rows start at multiples of 16 bytes, as TMA wants them."""
+    check_views(hopper_case(20011, 512, order=order), partial(in_wider_rows, stride=520, offset=0))
+
+
+@without_cuda
+def test_cuda_on_one_row_for_all(nan_filled):
+    """TMA refuses rows that lie at the same place."""
+    case = on_device(make_case(20000, 1024, activation="gelu", dtype=BF16))
+    case = case.with_tensors(x=case.x[0].expand(20000, 1024))
+    results = fused(case, "cuda"), eager(case), exact(case)
+    y = results[0]["y"]
+    assert (y == y[0]).all()
+    assert_as_accurate(*({**result, "y": result["y"][0]} for result in results), "one row for all")
+
+
+# Hopper's kernels at their edges.
+
+
+@without_cuda
+@pytest.mark.parametrize("order", ["note", "prenorm"])
+@pytest.mark.parametrize("K", [8, 16, 56])
+def test_hopper_s_boxes_may_be_wider_than_the_matrix(K, order, nan_filled):
+    check(hopper_case(20011, K, 512, order=order), "cuda")
+
+
+@without_cuda
+def test_hopper_s_prenorm_with_an_outlier():
+    """Statistics in one pass over x, about the mean of its first 64 columns."""
+    case = hopper_case(9000, 4096, 512, order="prenorm")
+    case.x[:, 0] = 200.0
+    operands = (case.tensors.get(name) for name in (*DIFFERENTIABLE, *STATISTICS))
+    _, _, stats = ops.FORWARD["cuda"](*operands, None, 1, case.spec.text, True)
+    mean, rstd = stats.view(2, -1).double()
+    x = case.x.double()
+    var = x.var(1, correction=0)
+    # Each sum has some 600 additions in a row, each with an error of up to 6e-8 of it.
+    torch.testing.assert_close(mean, x.mean(1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(rstd, (var + case.spec.eps).rsqrt(), rtol=1e-4, atol=0)
+
+
+@without_cuda
+@pytest.mark.parametrize("N", [256, 1024])
+def test_hopper_s_first_call_on_a_thread(N):
+    """A thread that has never used CUDA has no context, which making boxes for TMA needs."""
+    _, _, run = step_of(hopper_case(20011, N), "cuda")
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(run).result()
+    assert_bitwise(first, run())
+
+
+FIRST_CALL = """
+import sys
+
+import torch
+
+from fusedres import FusedResidual
+
+layer = FusedResidual(1024, order=sys.argv[1], backend="cuda").to("cuda", torch.bfloat16)
+x = torch.randn(20011, 1024, device="cuda", dtype=torch.bfloat16)
+graph = torch.cuda.CUDAGraph()
+with torch.no_grad():
+    with torch.cuda.graph(graph):
+        captured = layer(x)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        y = layer(x)
+        assert y.isfinite().all() and torch.equal(captured, y)
+"""
+
+
+@without_cuda
+@pytest.mark.parametrize("order", ["prenorm", "postnorm"])
+def test_hopper_s_first_call_in_a_capture(order):
+    """Of the process: a kernel is loaded at its first launch, here one of blocks that wait for each
+    other.
+    """
+    needs_hopper(make_case(20011, 1024, order=order, dtype=BF16))
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL, order], cwd=Path(__file__).parent.parent,
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
@@ -224,7 +385,7 @@ def any_case(order, norm, training, dtype, turn=0):
 @pytest.mark.parametrize("order", ALIASES)
 def test_every_order_is_as_accurate_as_eager_in_bf16(order, norm, training, backend, nan_filled):
     if backend == "cuda" and (norm, training) == ("batch", True):
-        pytest.skip("batch statistics are the Triton backend's")
+        pytest.skip(NO_BATCH)
     check(on_device(any_case(order, norm, training, BF16)), backend)
 
 
@@ -252,7 +413,7 @@ def test_every_activation_of_the_cuda_backend(dtype, nan_filled):
 
 
 @without_cuda
-def test_wide_layers_go_back_by_triton(nan_filled):
+def test_wide_cuda_layers_go_back_by_triton(nan_filled):
     """Rows too wide for shared memory: the forward is C++, the backward Triton's."""
     case = on_device(make_case(67, 64, 40000, activation="gelu", dtype=BF16))
     assert cuda.name(case.spec, BF16, torch.device(DEVICE, 0), 40000, 64) == cuda.WITH_TRITON
@@ -340,10 +501,16 @@ def test_a_graph_draws_a_new_mask_in_each_replay(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("name", ["rows", "wide", "batch", "algebraic"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rows", "wide", "batch", "algebraic",
+        *marked(["cuda", "cuda, many tiles", "cuda, prenorm", "cuda, hopper"]),
+    ],
+)  # fmt: skip
 def test_a_device_that_is_not_current(name, monkeypatch):
     case = make_family(name, monkeypatch)
-    check(on_device(case, "cuda:1"))
+    check(on_device(case, "cuda:1"), backend_of(name))
     assert torch.cuda.current_device() == 0
 
 
@@ -462,11 +629,14 @@ def test_auto_takes_the_kernels(order, norm):
         assert explain(layer, x).backend == ("cuda" if own else "triton")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("norm", [None, "layer", "rms", "batch"])
-def test_autocast(norm, dtype):
+def test_autocast(norm, dtype, backend):
     """Bitwise the call on operands cast by hand, and as accurate as the layer in that dtype."""
-    settings = {"norm": norm, "activation": "gelu", "backend": "triton"}
+    if backend == "cuda" and norm == "batch":
+        pytest.skip(NO_BATCH)
+    settings = {"norm": norm, "activation": "gelu", "backend": backend}
     layer, plain = (block(256, **settings).to(DEVICE) for block in (FusedResidual, Residual))
     plain.load_state_dict(layer.state_dict())
     low = copy.deepcopy(plain).to(dtype)
@@ -496,9 +666,10 @@ def test_autocast(norm, dtype):
     assert_bitwise([ours[n] for n in ("y", "dx", "linear.weight", "linear.bias")], [y, *grads])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("outside", [True, False], ids=["backward outside", "backward inside"])
-def test_backward_in_and_out_of_autocast(outside):
-    layer = FusedResidual(256, order="prenorm", activation="silu", backend="triton").to(DEVICE)
+def test_backward_in_and_out_of_autocast(outside, backend):
+    layer = FusedResidual(256, order="prenorm", activation="silu", backend=backend).to(DEVICE)
     x, dy = (torch.randn(515, 256, device=DEVICE) for _ in range(2))
     results = []
     for late in (outside, not outside):
@@ -528,10 +699,13 @@ def call_of(layer, x, dy, autocast):
     return [t.detach().clone() for t in (y, *grads)]
 
 
-def compare_compiled(settings, autocast, sizes, **how):
+def compare_compiled(name, backend, autocast, sizes, **how):
     """Forward and backward, inductor: bitwise what the same layer does without it."""
+    if backend == "cuda" and name == "batch":
+        pytest.skip(NO_BATCH)
     torch._dynamo.reset()
-    own = FusedResidual(320, **settings, backend="triton").to(DEVICE, F32 if autocast else BF16)
+    layer = FusedResidual(320, **COMPILED[name], backend=backend)
+    own = layer.to(DEVICE, F32 if autocast else BF16)
     other = copy.deepcopy(own)
     fast = torch.compile(other, fullgraph=True, **how)
     for rows in sizes:
@@ -544,15 +718,17 @@ def compare_compiled(settings, autocast, sizes, **how):
         torch.testing.assert_close(a, b, rtol=torch.finfo(BF16).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_is_the_ordinary_call(name, autocast):
-    compare_compiled(COMPILED[name], autocast, (515, 1031, 67))
+def test_compiled_is_the_ordinary_call(name, autocast, backend):
+    compare_compiled(name, backend, autocast, (515, 1031, 67))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_into_cuda_graphs_is_the_ordinary_call(name):
+def test_compiled_with_reduced_overhead_is_the_ordinary_call(name, backend):
     """Warm-up, capture and replays. torch refuses tensors that a call leaves in the graphs' memory:
     arrival counters must not be made there.
     """
-    compare_compiled(COMPILED[name], False, (515,) * 5, mode="reduce-overhead")
+    compare_compiled(name, backend, False, (515,) * 5, mode="reduce-overhead")

@@ -192,7 +192,7 @@ struct Backward {
 };
 
 template <class T, int kM, int kN>
-__global__ __launch_bounds__(kThreads, resident(kM)) void residual_backward_sm80_kernel(
+__global__ __launch_bounds__(kThreads, at_once(kM)) void residual_backward_sm80_kernel(
     const __grid_constant__ BackwardCall<T> call) {
   Backward<T, kM, kN>(call).run();
 }

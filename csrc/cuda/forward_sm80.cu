@@ -209,7 +209,7 @@ struct Forward {
 };
 
 template <class T, int kM, int kN>
-__global__ __launch_bounds__(kThreads, resident(kM)) void residual_forward_sm80_kernel(
+__global__ __launch_bounds__(kThreads, at_once(kM)) void residual_forward_sm80_kernel(
     const __grid_constant__ ForwardCall call) {
   Forward<T, kM, kN>(call).run();
 }

@@ -27,7 +27,7 @@ constexpr BlockSize kTiles[] = {{64, 128}, {32, 128}, {32, 64}, {16, 128}, {16, 
 
 // Programs on a multiprocessor that registers must suffice for: 128 a thread are too few where it
 // has 32 sums.
-constexpr int resident(int block_m) { return block_m == 64 ? 1 : 2; }
+constexpr int at_once(int block_m) { return block_m == 64 ? 1 : 2; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
@@ -162,7 +162,7 @@ inline int64_t share(const Layer& layer, int64_t columns, BlockSize size, bool w
   constexpr int64_t kWalk = 2;
   const int64_t blocks = ceil_div(layer.M, size.m), tiles = ceil_div(columns, size.n);
   const int64_t fitting = std::max<int64_t>(shared_limit / bytes, 1);
-  const int64_t slots = multiprocessors * std::min<int64_t>(fitting, resident(size.m));
+  const int64_t slots = multiprocessors * std::min<int64_t>(fitting, at_once(size.m));
   int64_t best = tiles, least = INT64_MAX;
   for (int64_t each = 1; walks && each < 2 * tiles; each *= 2) {
     const int64_t groups = ceil_div(tiles, each), waves = ceil_div(blocks * groups, slots);
