@@ -18,6 +18,7 @@ from torch._functorch import config as functorch_config
 
 import fusedres
 from fusedres import backends
+from fusedres.spec import Spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INFERENCE, RECORD, STEP = "forward", "forward, recording", "forward + backward"
@@ -169,8 +170,22 @@ class Job:
         self.sets = [self._operands() for _ in range(copies)]
         self.inputs, self.dy = self.sets[0]
         self.leaves = (*self.inputs, *self.parameters)
+
+    @property
+    def spec(self) -> Spec:
+        """Of the first fused call, in the mode of the last `call`: batch norm has other statistics
+        in eval().
+        """
+        first = self.fused.fc1 if self.case.hidden else self.fused
+        return first.spec.with_batch_stats(self.case.norm == "batch" and self.norm.training)
+
+    @property
+    def backend(self) -> str:
+        """The one that `auto` takes for that call."""
         N, K = self.linears[0].weight.shape
-        self.backend = backends.choose("auto", first.spec.text, DTYPES[dtype], device, N, K)
+        dtype = DTYPES[self.dtype]
+        small = backends.is_small(self.device, dtype, self.case.rows, N, K)
+        return backends.choose("auto", self.spec.text, dtype, self.device, N, K, small)
 
     def layer(self, activation: str | None) -> Any:
         """A fused layer of the case with parameters of its own."""
@@ -193,11 +208,15 @@ class Job:
             t.requires_grad_()
         return Operands(inputs, dy)
 
+    def set_mode(self, mode: str) -> None:
+        for module in (self.fused, self.eager):
+            module.train(mode not in (INFERENCE, GRAPH))
+
     def call(self, layer: Callable[..., Tensor], mode: str) -> Callable[[], object]:
         """One thing to time: `layer` run once in `mode`, each time on the next set of inputs."""
-        for module in (self.fused, self.eager, layer):
-            if isinstance(module, nn.Module):
-                module.train(mode not in (INFERENCE, GRAPH))
+        self.set_mode(mode)
+        if isinstance(layer, nn.Module):
+            layer.train(self.fused.training)
         turns, parameters = cycle(self.sets), self.parameters
 
         @torch.no_grad()

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedres import FusedResidual, backends
-from fusedres.spec import Spec
 
 from .cases import (
     BACKWARD_GRAPH,
@@ -57,6 +56,7 @@ def makers(job: Job, task: Task, compiled: tuple[str, ...]) -> Makers:
     def run(make: Callable[[], Layer]) -> Callable[[], Call]:
         return lambda: job.call(make(), mode)
 
+    job.set_mode(mode)
     found: Makers = {"eager": run(lambda: job.eager)}
     if task.case.host:
         found["functional"] = run(lambda: _functional(job))
@@ -78,14 +78,14 @@ def makers(job: Job, task: Task, compiled: tuple[str, ...]) -> Makers:
 
 
 def others(job: Job) -> list[str]:
-    """Fused backends that can run the job beside the one that `auto` takes."""
+    """Fused backends that can run the job beside the one that `auto` takes, in the job's mode."""
     N, K = job.linears[0].weight.shape
-    spec = Spec.parse((job.fused.fc1 if job.case.hidden else job.fused).spec.text)
     dtype, device = job.where["dtype"], job.device
+    taken = job.backend.removesuffix("+triton")  # "cuda+triton" is "cuda", for wide rows
     return [
         name
         for name in FUSED_BACKENDS
-        if name != job.backend and backends.why_not(name, spec, dtype, device, N, K) is None
+        if name != taken and backends.why_not(name, job.spec, dtype, device, N, K) is None
     ]
 
 

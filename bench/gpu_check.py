@@ -1,9 +1,13 @@
 """Everything that is owed on a GPU, in one command of less than nine minutes: `make gpu-check`.
 
 Builds the extension in place, runs the tests that need a GPU, compute-sanitizer over a few of
-them, and `python -m bench`, the rows of the goals first; see gpu_steps.py, gpu_goals.py. What it
-writes is a results file as of `python -m bench`, with steps and goals in addition. Exit code: 0; 1
-where something failed; 2 without a GPU. A goal that is missed is no failure.
+them, and `python -m bench`, the rows of the goals first; see gpu_steps.py, gpu_goals.py. Exit code:
+0; 1 where something failed; 2 without a GPU. A goal that is missed is no failure.
+
+Four files come of it, since few may come back from a lent machine: benchmark.json, a results file
+as of `python -m bench`; gpu-check.json, the same with steps and goals in addition; summary.md; and
+logs.tar.gz with every log and junit XML. Each is written anew after every step, the benchmark's
+after every row, so that a run that is cut off leaves what it found.
 """
 
 from __future__ import annotations
@@ -13,24 +17,28 @@ import json
 import os
 import re
 import sys
+import tarfile
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from . import machine, results_file
 from .gpu_goals import judge
-from .gpu_steps import RESULTS_FILE, SECONDS, VERDICTS, Check
+from .gpu_steps import RESULTS_FILE, SECONDS, VERDICTS, Check, Found
 from .run import losses
 from .tables import table
 
 NO_GPU = 2
 TOTAL = sum(SECONDS.values())
+REPORT, SUMMARY, LOGS = "gpu-check.json", "summary.md", "logs.tar.gz"
 GOAL_VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
 
 
-def combine(out: Path, found: list[dict[str, Any]], commit: str) -> Any:
+def combine(out: Path, found: Found, commit: str) -> Any:
     """The benchmark's results file, or the head of one if none was written; with steps and
     goals.
     """
@@ -43,6 +51,29 @@ def combine(out: Path, found: list[dict[str, Any]], commit: str) -> Any:
         results["versions"] |= machine.versions()
     results["commit"] = commit or results["commit"]
     return results | {"steps": found, "goals": judge(results["rows"])}
+
+
+def write(out: Path, work: Path, found: Found, commit: str) -> str:
+    """Everything but the benchmark's file; returns the summary."""
+    results = combine(out, found, commit)
+    summary = text(results)
+    _replace(out / REPORT, lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
+    _replace(out / SUMMARY, lambda part: part.write_text(summary + "\n"))
+    _replace(out / LOGS, lambda part: _archive(part, work))
+    return summary
+
+
+def _replace(path: Path, make: Callable[[Path], object]) -> None:
+    """Never half of a file."""
+    part = path.with_name(f".{path.name}.part")
+    make(part)
+    part.replace(path)
+
+
+def _archive(path: Path, work: Path) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for file in sorted(work.iterdir()):
+            archive.add(file, f"logs/{file.name}")
 
 
 def text(results: dict[str, Any]) -> str:
@@ -112,11 +143,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(told, file=sys.stderr)
         return NO_GPU
     out = folder(args.out, torch.cuda.get_device_name(0))
-    found = Check(out, args.steps, args.seconds).run()
-    results = combine(out, found, args.commit)
-    (out / "gpu-check.json").write_text(json.dumps(results, indent=1) + "\n")
-    summary = text(results)
-    (out / "summary.md").write_text(summary + "\n")
+    for name in (REPORT, SUMMARY, LOGS, RESULTS_FILE):  # of an earlier run
+        (out / name).unlink(missing_ok=True)
+    with TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder_of_logs:
+        work = Path(folder_of_logs)
+
+        def report(found: Found) -> str:
+            return write(out, work, found, args.commit)
+
+        found = Check(out, work, args.steps, args.seconds, report).run()
+        summary = report(found)
     print(f"\n{summary}\n\nWritten: {out}")
     return int(any(step["ok"] is False for step in found))
 

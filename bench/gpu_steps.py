@@ -1,7 +1,8 @@
 """The steps of gpu_check.py: each is a process, or some, with a limit of time.
 
 A step that fails, hangs or runs out of time does not stop the next. What an early step leaves over
-goes to the later ones.
+goes to the later ones. Logs and junit XML go to a working folder, of which gpu_check.py keeps an
+archive; only the benchmark writes where the results go, row by row.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -26,22 +29,42 @@ from .results_file import ROOT
 
 GPU_TESTS, OWN_TESTS = "tests/test_gpu.py", "test_gpu_check.py"
 ALONE = "2_to_the_31"  # these tests take 20 GiB each
-# Processes side by side: most of a test's time is compiling its kernels, on one core.
-SHARDS = {
+GROUPS = {
     "families": "small_shapes or every_family",
     "orders": "in_bf16",
     "types": "in_other_types or relu",
     "determinism": "thousand_calls or two_streams or graph",
+    "compiled": "compiled",
 }
-SHARDS["rest"] = f"not ({' or '.join(SHARDS.values())}) and not {ALONE}"
-SANITIZED = "test_small_shapes"
+GROUPS["rest"] = f"not ({' or '.join(GROUPS.values())}) and not {ALONE}"
+# Processes side by side. Triton's tests compile kernels for most of their time, on one core, and
+# must not keep those of CUDA C++ waiting. Hopper's kernels may hang, each kind for its own reason.
+SHARDS = {
+    "hopper-plain": "hopper and none",
+    "hopper-before": "hopper and prenorm",
+    "hopper-after": "hopper and not none and not prenorm",
+    **{f"{name}-cuda": f"({which}) and cuda and not hopper" for name, which in GROUPS.items()},
+    **{name: f"({which}) and not cuda and not hopper" for name, which in GROUPS.items()},
+}
+WORKERS, OTHER_WORKERS = 2, 4  # of a process whose tests compile or may hang
+NO_TESTS = 5  # pytest's exit code
+SANITIZED = "small_shapes or views"
 SANITIZER_ERROR = 99
 SANITIZER_TOOLS = {"memcheck": 0.55, "initcheck": 0.25, "racecheck": 0.0}  # time left to the rest
+# A line of its report that is about our kernels; others are about itself, or the process it ended.
+FINDING = re.compile(
+    r"={9} ((?:Invalid|Uninitialized|Out-of-range|Barrier error|Malloc/Free error"
+    r"|Host API memory access error|Race|Warning: Race|.*Potential \w+ hazard"
+    r"|Error: (?!process|Target|Device|No )).*)"
+)
 GRACE = 10.0  # seconds between asking a process to end and killing it
 
 SECONDS = {"build": 110, "gpu-tests": 200, "other-tests": 20, "sanitizer": 60, "benchmark": 130}
 RESULTS_FILE = "benchmark.json"
 VERDICTS = {True: "ok", False: "FAILED", None: "incomplete"}
+ASK_BUILD = "import json; from fusedres import _C; print(json.dumps(_C.build_info()))"
+
+Found = list[dict[str, Any]]
 
 
 class Outcome(NamedTuple):
@@ -103,14 +126,17 @@ def ended(outcome: Outcome) -> str:
 
 
 class Check:
-    """One run of the command: its steps, and what they found."""
+    """One run of the command: its steps, and what they found; `after` hears of it each time."""
 
-    def __init__(self, out: Path, steps: list[str], total: float) -> None:
-        self.out, self.steps = out, steps
+    def __init__(
+        self, out: Path, work: Path, steps: list[str], total: float,
+        after: Callable[[Found], object] = lambda found: None,
+    ) -> None:  # fmt: skip
+        self.results, self.work, self.steps, self.after = out / RESULTS_FILE, work, steps, after
         self.budget = Budget(steps, total)
-        self.found: list[dict[str, Any]] = []
+        self.found: Found = []
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> Found:
         actions = {
             "build": self.build, "gpu-tests": self.gpu_tests, "other-tests": self.other_tests,
             "sanitizer": self.sanitizer, "benchmark": self.benchmark,
@@ -120,7 +146,8 @@ class Check:
             try:
                 actions[step]()
             except Exception as error:  # the others go on
-                self.note(step, False, f"{type(error).__name__}: {error}", 0.0)
+                told = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.note(step, False, told, 0.0)
         return self.found
 
     def note(self, step: str, ok: bool | None, told: str, seconds: float, **more: Any) -> None:
@@ -128,49 +155,81 @@ class Check:
         self.found.append({"step": step, "ok": ok, "told": told, "seconds": round(seconds, 1)})
         self.found[-1].update(more)
         print(f"  {VERDICTS[ok]}: {told}", flush=True)
+        try:
+            self.after(self.found)
+        except Exception as error:  # the next report may be better
+            print(f"  no report: {type(error).__name__}: {error}", flush=True)
 
     def build(self) -> None:
         """The extension for this GPU alone: all architectures would take three times as long."""
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         extra = {"TORCH_CUDA_ARCH_LIST": architecture(), "FORCE_CUDA": "1"}
-        outcome = execute(command, self.out / "build.log", self.budget.left("build"), extra)
-        self.note("build", outcome.code == 0, ended(outcome), outcome.seconds)
+        outcome = execute(command, self.work / "build.log", self.budget.left("build"), extra)
+        told = [ended(outcome), f"setuptools {setuptools_version()}"]
+        ok: bool | None = outcome.code == 0
+        if ok:
+            ok, found = self.what_was_built()
+            told.append(found)
+        self.note("build", ok, ", ".join(told), outcome.seconds)
+
+    def what_was_built(self) -> tuple[bool | None, str]:
+        """Incomplete: kernels that are for this GPU alone were left out."""
+        asked = execute([sys.executable, "-c", ASK_BUILD], self.work / "built.log", 60.0)
+        last = asked.log.strip().splitlines()[-1]
+        if asked.code != 0:
+            return False, f"but it does not load: {last}"
+        info = json.loads(last)
+        told = f"CUDA {info['cuda']}, Hopper's kernels {info['hopper']}"
+        if architecture() == "9.0a" and info["hopper"] != "built":
+            return None, f"{told}: no CUTLASS headers, see build.log"
+        return True, told
 
     def pytest(
-        self, step: str, runs: dict[str, list[str]], limit: float, must_end: bool = True
+        self, step: str, runs: dict[str, list[str]], limit: float, owed: bool = True
     ) -> None:
-        """Runs side by side, by name; `must_end`: being out of time is a failure, it may be a
-        hang.
+        """Runs side by side, by name. `owed`: being out of time is a failure, it may be a hang, and
+        so is having no test.
         """
 
         def run(name: str) -> Outcome:
             command = [
-                sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short",
-                "-p", "no:cacheprovider", f"--junitxml={self.out / name}.xml", *runs[name],
+                sys.executable, "-m", "pytest", "-v", "-rfEs", "--tb=short",
+                "-p", "no:cacheprovider", f"--junitxml={self.work / name}.xml", *runs[name],
             ]  # fmt: skip
-            return execute(command, self.out / f"{name}.log", limit)
+            # Each process would start as many to compile in as there are cores.
+            return execute(
+                command, self.work / f"{name}.log", limit, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            )
 
         with ThreadPoolExecutor(len(runs)) as pool:
             for name, outcome in zip(runs, pool.map(run, runs), strict=True):
-                counts, failed, last = outcomes(outcome.log)
+                counts, failed, running = outcomes(outcome.log)
                 found = ", ".join(f"{n} {word.lower()}" for word, n in sorted(counts.items()))
-                told = [found or "no test", *([ended(outcome)] if outcome.code else [])]
-                ok: bool | None = outcome.code == 0 and counts["PASSED"] > 0
-                if outcome.code is None:
-                    ok = None if not (must_end or failed) else False
-                    told += ["out of time", f"the last one it began: {last}"]
+                told = [found or "no test", *([] if outcome.code == 0 else [ended(outcome)])]
+                if outcome.code != 0 and running:
+                    told.append(f"still running: {', '.join(running)}")
+                excused = not (owed or failed) and outcome.code in (None, NO_TESTS)
+                ok: bool | None = None if excused else outcome.code == 0
+                if ok and not counts["PASSED"]:
+                    ok = None  # all skipped
                 more = {"counts": dict(counts), "failed": failed}
                 self.note(f"{step}: {name}", ok, ", ".join(told), outcome.seconds, **more)
 
     def gpu_tests(self) -> None:
-        shards = {name: [GPU_TESTS, "-k", which] for name, which in SHARDS.items()}
+        shards = {
+            name: [GPU_TESTS, "-k", which, *([] if name.endswith("-cuda") else workers(WORKERS))]
+            for name, which in SHARDS.items()
+        }
         self.pytest("gpu-tests", shards, self.budget.left("gpu-tests") - 40)
         alone = {"many-elements": [GPU_TESTS, "-k", ALONE]}
-        self.pytest("gpu-tests", alone, self.budget.left("gpu-tests"))
+        self.pytest("gpu-tests", alone, self.budget.left("gpu-tests"), owed=False)
 
     def other_tests(self) -> None:
-        files = {file.stem: [str(file), "-m", "gpu"] for file in files_with_gpu_tests()}
-        self.pytest("other-tests", files, self.budget.left("other-tests"), must_end=False)
+        files = {
+            file.stem: [str(file), "-m", "gpu", *workers(OTHER_WORKERS)]
+            for file in files_with_gpu_tests()
+        }
+        self.pytest("other-tests", files, self.budget.left("other-tests"), owed=False)
 
     def sanitizer(self) -> None:
         program = find_sanitizer()
@@ -183,20 +242,16 @@ class Check:
         for tool, share_after in SANITIZER_TOOLS.items():
             limit = self.budget.left("sanitizer") - share_after * whole
             command = [program, *sanitizer_options(tool, known.stdout), sys.executable, "-m"]
-            command += ["pytest", GPU_TESTS, "-k", SANITIZED, "-q", "-p", "no:cacheprovider"]
+            command += ["pytest", GPU_TESTS, "-k", SANITIZED, "-v", "-p", "no:cacheprovider"]
             extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FUSEDRES_SANITIZER": "1"}
-            outcome = execute(command, self.out / f"{tool}.log", limit, extra)
-            errors = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", outcome.log)
-            told = errors[-1] if errors else ended(outcome)
-            ok = None if outcome.code is None else outcome.code == 0
-            self.note(f"sanitizer: {tool}", ok, told, outcome.seconds)
+            outcome = execute(command, self.work / f"{tool}.log", limit, extra)
+            self.note(f"sanitizer: {tool}", *sanitizer_verdict(outcome), outcome.seconds)
 
     def benchmark(self) -> None:
-        path, left = self.out / RESULTS_FILE, self.budget.left("benchmark")
-        path.unlink(missing_ok=True)
+        path, left = self.results, self.budget.left("benchmark")
         command = [sys.executable, "-m", "bench", "--device=cuda", "--threads=1"]
         command += [f"--limit={left - 2 * GRACE:.0f}", f"--output={path}"]
-        outcome = execute(command, self.out / "benchmark.log", left)
+        outcome = execute(command, self.work / "benchmark.log", left)
         results = json.loads(path.read_text()) if path.exists() else {"rows": []}
         rows = results["rows"]
         told = f"{len(rows)} rows, {len(results.get('not_measured', ()))} not measured"
@@ -212,21 +267,38 @@ def architecture() -> str:
     return f"{major}.{minor}" + "a" * (major == 9)
 
 
+def setuptools_version() -> str:
+    try:
+        return version("setuptools")
+    except PackageNotFoundError:
+        return "is not installed"
+
+
+def workers(count: int) -> list[str]:
+    """pytest's arguments for so many, if it can; the others take the tests of one that hangs."""
+    return ["-n", str(count), "--dist", "worksteal"] if find_spec("xdist") else []
+
+
 def files_with_gpu_tests() -> list[Path]:
-    """But GPU_TESTS."""
+    """But GPU_TESTS. MARKS: triton_run.py's."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
-    marked = [file for file in files if re.search(r"mark\.gpu|\bMARKS\b", file.read_text())]
+    mark = re.compile(r"\bmark\.gpu\b|^pytestmark = .*\bMARKS\b", re.M)
+    marked = [file for file in files if mark.search(file.read_text())]
     return [file for file in marked if file not in (ROOT / GPU_TESTS, ROOT / "tests" / OWN_TESTS)]
 
 
-def outcomes(log: str) -> tuple[Counter[str], list[str], str]:
-    """Counts by outcome, failed tests, and the last test that began, from pytest -v."""
+def outcomes(log: str) -> tuple[Counter[str], list[str], list[str]]:
+    """Counts by outcome, failed tests, and those that began but did not end, from pytest -v."""
     words = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
     results = re.findall(rf"^(\S+::.*?) ({words})\b", log, re.M)
+    by_workers = re.findall(rf"^\[gw\d+\] (?:\[ *\d+%\] )?({words}) (\S+::.*?) *$", log, re.M)
+    results += [(name, word) for word, name in by_workers]
     failed = [name for name, word in results if word in ("FAILED", "ERROR")]
     failed += re.findall(r"^ERROR (\S+\.py)\b(?!::)", log, re.M)  # of collection
-    began = re.findall(rf"^(\S+\.py::.*?)(?: (?:{words})\b.*)?$", log, re.M)
-    return Counter(word for _, word in results), list(dict.fromkeys(failed)), (began or [""])[-1]
+    began = re.findall(rf"^(\S+\.py::.*?) *(?: (?:{words})\b.*)?$", log, re.M)
+    running = dict.fromkeys(began).keys() - {name for name, _ in results}
+    counts = Counter(word for _, word in results)
+    return counts, list(dict.fromkeys(failed)), [name for name in began if name in running]
 
 
 def find_sanitizer() -> str | None:
@@ -240,10 +312,24 @@ def find_sanitizer() -> str | None:
 
 
 def sanitizer_options(tool: str, known: str) -> list[str]:
-    """`known`: what --help says, as the filter was renamed. initcheck must see all writes."""
+    """`known`: what --help says, as the filter was renamed. initcheck must see all writes. torch
+    asks for functions that some drivers do not have: no error.
+    """
     options = ["--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
-    if "--target-processes" in known:
-        options += ["--target-processes", "application-only"]
+    wanted = {"--target-processes": "application-only", "--report-api-errors": "no"}
+    options += [word for option in wanted.items() if option[0] in known for word in option]
     names = (name for name in ("--kernel-name", "--kernel-regex") if name in known)
     found = next(names, None)
     return [*options, found, "kns=residual_"] if found and tool != "initcheck" else options
+
+
+def sanitizer_verdict(outcome: Outcome) -> tuple[bool | None, str]:
+    """What was found counts, also where time ran out after it."""
+    summaries = re.findall(r"={9} (?:ERROR|RACECHECK) SUMMARY: (.*)", outcome.log)
+    found = [line for line in summaries if not line.startswith("0 ")]
+    found += FINDING.findall(outcome.log)
+    told = (found or summaries)[:1]
+    if outcome.code not in (0, SANITIZER_ERROR) or not told:
+        told.append(ended(outcome))
+    ok = None if outcome.code is None else outcome.code == 0
+    return (False if found else ok), ", ".join(told)

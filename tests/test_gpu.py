@@ -87,7 +87,7 @@ def marked(names):
     return (pytest.param(name, marks=without_cuda) for name in names)
 
 
-SMALL = (*marked(CUDA_FAMILIES), *FAMILIES)  # in the order of compute-sanitizer's few seconds
+SMALL = (*marked(CUDA_FAMILIES), *FAMILIES)  # compute-sanitizer may not come to the last
 EVERY = (*SMALL, *marked(HOPPER_FAMILIES))
 FAMILIES |= CUDA_FAMILIES | HOPPER_FAMILIES
 LARGE = {"rows": (4099, 200), "wide": (4099, 2048), "batch": (4099, 1024), "tile": (4099, 339)}
@@ -212,22 +212,6 @@ def compile_kernels(run):
     torch.cuda.synchronize()
 
 
-# Accuracy: NUMERICS 1.
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_small_shapes(name, monkeypatch, nan_filled):
-    """Few rows and columns, no power of two: also what compute-sanitizer looks at."""
-    if name == "wide, both ways":
-        monkeypatch.setattr(planner, "BACKWARD_ROW", 0, raising=False)
-    case = make_family(name, monkeypatch, (67, 70), residual=70)
-    if SANITIZER:
-        fused(case, backend_of(name))
-        torch.cuda.synchronize()
-    else:
-        check(case, backend_of(name))
-
-
 # Operands as views: what of 16 bytes exists, or what 4 bytes or an element at a time bring.
 
 
@@ -287,6 +271,91 @@ def test_cuda_on_one_row_for_all(nan_filled):
     y = results[0]["y"]
     assert (y == y[0]).all()
     assert_as_accurate(*({**result, "y": result["y"][0]} for result in results), "one row for all")
+
+
+# Accuracy: NUMERICS 1.
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_shapes(name, monkeypatch, nan_filled):
+    """Few rows and columns, no power of two: also what compute-sanitizer looks at."""
+    if name == "wide, both ways":
+        monkeypatch.setattr(planner, "BACKWARD_ROW", 0, raising=False)
+    case = make_family(name, monkeypatch, (67, 70), residual=70)
+    if SANITIZER:
+        fused(case, backend_of(name))
+        torch.cuda.synchronize()
+    else:
+        check(case, backend_of(name))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_family_is_as_accurate_as_eager(name, dtype, monkeypatch, nan_filled):
+    if name == "algebraic" and dtype == F32:
+        pytest.skip("this family is for 16-bit types")
+    check(make_family(name, monkeypatch, LARGE.get(name), dtype), backend_of(name))
+
+
+def any_case(order, norm, training, dtype, turn=0):
+    """Sizes, activation, gate, dropout and drop-path take turns."""
+    i = ALIASES.index(order) + 2 * NORMS.index((norm, training)) + turn
+    drops = {"dropout": 0.1 * (i % 2), "drop_path": 0.2 * (i % 3 == 1)}
+    lead = (1033, 4) if drops["drop_path"] else (4099,)
+    return make_case(
+        K=(339, 512, 200)[i % 3], lead=lead, order=order, norm=norm, training=training,
+        activation=("gelu", "silu", "tanh")[i % 3], gate=(None, "channel", "scalar", None)[i % 4],
+        bias=not (norm == "batch" and training and "linear-norm" in ORDERS[order]),
+        dtype=dtype, **drops,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm, training", NORMS)
+@pytest.mark.parametrize("order", ALIASES)
+def test_every_order_is_as_accurate_as_eager_in_bf16(order, norm, training, backend, nan_filled):
+    if backend == "cuda" and (norm, training) == ("batch", True):
+        pytest.skip(NO_BATCH)
+    check(on_device(any_case(order, norm, training, BF16)), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [F16, F32])
+@pytest.mark.parametrize("order", ALIASES)
+def test_every_order_is_as_accurate_as_eager_in_other_types(order, dtype, backend, nan_filled):
+    i = ALIASES.index(order) + 2 * (dtype == F32)
+    norms = NORMS if backend == "triton" else NORMS[:-1]
+    check(on_device(any_case(order, *norms[i % len(norms)], dtype, i)), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_relu_is_as_accurate_as_eager(dtype, backend, nan_filled):
+    check(on_device(without_kinks(make_case(2053, 256, dtype=dtype))), backend)
+
+
+@without_cuda
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_every_activation_of_the_cuda_backend(dtype, nan_filled):
+    for activation in ACTIVATIONS:
+        case = without_kinks(make_case(515, 160, activation=activation, dtype=dtype))
+        check(on_device(case), "cuda")
+
+
+@without_cuda
+def test_wide_cuda_layers_go_back_by_triton(nan_filled):
+    """Rows too wide for shared memory: the forward is C++, the backward Triton's."""
+    case = on_device(make_case(67, 64, 40000, activation="gelu", dtype=BF16))
+    assert cuda.name(case.spec, BF16, torch.device(DEVICE, 0), 40000, 64) == cuda.WITH_TRITON
+    check(case, "cuda")
+
+
+@pytest.mark.parametrize("order", ["note", "postnorm", "linear-act-add"])
+def test_the_library_s_product_and_one_pass(order, nan_filled):
+    """What "auto" takes in true fp32 where a layer is not small."""
+    case = on_device(make_case(4099, 512, order=order, activation="gelu"))
+    assert choose("auto", str(case.spec), F32, torch.device(DEVICE, 0), 512, 512) == "vendor"
+    check(case, "auto")
 
 
 # Hopper's kernels at their edges.
@@ -357,75 +426,6 @@ def test_hopper_s_first_call_in_a_capture(order):
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
-@pytest.mark.parametrize("name", EVERY)
-def test_every_family_is_as_accurate_as_eager(name, dtype, monkeypatch, nan_filled):
-    if name == "algebraic" and dtype == F32:
-        pytest.skip("this family is for 16-bit types")
-    check(make_family(name, monkeypatch, LARGE.get(name), dtype), backend_of(name))
-
-
-def any_case(order, norm, training, dtype, turn=0):
-    """Sizes, activation, gate, dropout and drop-path take turns."""
-    i = ALIASES.index(order) + 2 * NORMS.index((norm, training)) + turn
-    drops = {"dropout": 0.1 * (i % 2), "drop_path": 0.2 * (i % 3 == 1)}
-    lead = (1033, 4) if drops["drop_path"] else (4099,)
-    return make_case(
-        K=(339, 512, 200)[i % 3], lead=lead, order=order, norm=norm, training=training,
-        activation=("gelu", "silu", "tanh")[i % 3], gate=(None, "channel", "scalar", None)[i % 4],
-        bias=not (norm == "batch" and training and "linear-norm" in ORDERS[order]),
-        dtype=dtype, **drops,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("norm, training", NORMS)
-@pytest.mark.parametrize("order", ALIASES)
-def test_every_order_is_as_accurate_as_eager_in_bf16(order, norm, training, backend, nan_filled):
-    if backend == "cuda" and (norm, training) == ("batch", True):
-        pytest.skip(NO_BATCH)
-    check(on_device(any_case(order, norm, training, BF16)), backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [F16, F32])
-@pytest.mark.parametrize("order", ALIASES)
-def test_every_order_is_as_accurate_as_eager_in_other_types(order, dtype, backend, nan_filled):
-    i = ALIASES.index(order) + 2 * (dtype == F32)
-    norms = NORMS if backend == "triton" else NORMS[:-1]
-    check(on_device(any_case(order, *norms[i % len(norms)], dtype, i)), backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
-def test_relu_is_as_accurate_as_eager(dtype, backend, nan_filled):
-    check(on_device(without_kinks(make_case(2053, 256, dtype=dtype))), backend)
-
-
-@without_cuda
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
-def test_every_activation_of_the_cuda_backend(dtype, nan_filled):
-    for activation in ACTIVATIONS:
-        case = without_kinks(make_case(515, 160, activation=activation, dtype=dtype))
-        check(on_device(case), "cuda")
-
-
-@without_cuda
-def test_wide_cuda_layers_go_back_by_triton(nan_filled):
-    """Rows too wide for shared memory: the forward is C++, the backward Triton's."""
-    case = on_device(make_case(67, 64, 40000, activation="gelu", dtype=BF16))
-    assert cuda.name(case.spec, BF16, torch.device(DEVICE, 0), 40000, 64) == cuda.WITH_TRITON
-    check(case, "cuda")
-
-
-@pytest.mark.parametrize("order", ["note", "postnorm", "linear-act-add"])
-def test_the_library_s_product_and_one_pass(order, nan_filled):
-    """What "auto" takes in true fp32 where a layer is not small."""
-    case = on_device(make_case(4099, 512, order=order, activation="gelu"))
-    assert choose("auto", str(case.spec), F32, torch.device(DEVICE, 0), 512, 512) == "vendor"
-    check(case, "auto")
 
 
 # Nothing depends on which program comes first.

@@ -9,7 +9,9 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,13 +20,19 @@ import pytest
 import torch
 
 from bench import agenda, contenders, gpu_check, gpu_goals, gpu_steps, graphs, machine, measure
-from bench.cases import GRAPH, GRAPHS, RECORD_GRAPH, STEP, Case, Task, square
+from bench.cases import GRAPH, GRAPHS, INFERENCE, MLP, RECORD_GRAPH, STEP, Case, Job, Task, square
 from bench.gpu_goals import GOALS, MEMORY, SAVED, Goal, judge, tasks
 from bench.schema import check_results
+from fusedres import backends
+from fusedres.spec import Spec
 
 CPU = torch.device("cpu")
 LOGIC = ("and", "or", "not")
 ROOT = gpu_steps.ROOT
+
+
+def make_check(folder: Path, *steps: str, total: float = 100.0) -> gpu_steps.Check:
+    return gpu_steps.Check(folder, folder, list(steps), total)
 
 
 # Arguments.
@@ -142,9 +150,43 @@ def test_a_step_that_raises_does_not_stop_the_next(
 
     monkeypatch.setattr(gpu_steps.Check, "build", fail)
     monkeypatch.setattr(gpu_steps, "find_sanitizer", lambda: None)
-    found = gpu_steps.Check(tmp_path, ["build", "sanitizer"], 100.0).run()
+    found = make_check(tmp_path, "build", "sanitizer").run()
     assert [(step["step"], step["ok"]) for step in found] == [("build", False), ("sanitizer", None)]
     assert "no compiler" in found[0]["told"] and "CUDA_HOME" in found[1]["told"]
+
+
+HOPPER, LEFT_OUT = '{"cuda": "13.0", "hopper": "built"}', '{"cuda": "13.0", "hopper": "left out"}'
+
+
+@pytest.mark.parametrize(
+    "gpu, built, loads, ok",
+    [
+        ("9.0a", 0, (0, HOPPER), True),
+        ("9.0a", 0, (0, LEFT_OUT), None),
+        ("10.0", 0, (0, LEFT_OUT), True),
+        ("9.0a", 0, (1, "ImportError: undefined symbol"), False),
+        ("9.0a", 1, (0, HOPPER), False),
+        ("9.0a", None, (0, HOPPER), False),
+    ],
+)
+def test_the_build_says_what_it_built(
+    gpu: str, built: int | None, loads: tuple[int, str], ok: bool | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ends = iter([gpu_steps.Outcome(built, 1.0, "..."), gpu_steps.Outcome(loads[0], 1.0, loads[1])])
+    monkeypatch.setattr(gpu_steps, "execute", lambda *given: next(ends))
+    monkeypatch.setattr(gpu_steps, "architecture", lambda: gpu)
+    (found,) = make_check(tmp_path, "build").run()
+    assert found["ok"] is ok and "setuptools " in found["told"]
+    if built == 0:
+        told = {HOPPER: "Hopper's kernels built", LEFT_OUT: "Hopper's kernels left out"}
+        assert told.get(loads[1], loads[1]) in found["told"]
+        assert ("CUTLASS" in found["told"]) == (ok is None)
+
+
+def test_what_is_asked_of_the_build(native: str, tmp_path: Path) -> None:
+    outcome = gpu_steps.execute(python(gpu_steps.ASK_BUILD), tmp_path / "log", 60)
+    assert {"cuda", "hopper"} <= json.loads(outcome.log.splitlines()[-1]).keys()
 
 
 TESTS = """
@@ -160,12 +202,16 @@ def test_is_skipped(): pass
 """
 
 
-def test_tests_are_counted_and_failures_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tests_are_counted_and_failures_named(workers: int, tmp_path: Path) -> None:
+    if workers and not find_spec("xdist"):
+        pytest.skip("needs pytest-xdist")
     file = tmp_path / "test_some.py"
     file.write_text(TESTS)
-    check = gpu_steps.Check(tmp_path, ["gpu-tests"], 100.0)
+    check = make_check(tmp_path, "gpu-tests")
     files = {"some": str(file), "good": f"{file}::test_passes"}
-    check.pytest("gpu-tests", {n: [f, "-c", os.devnull] for n, f in files.items()}, 60.0)
+    more = ["-c", os.devnull, *(gpu_steps.workers(workers) if workers else [])]
+    check.pytest("gpu-tests", {name: [f, *more] for name, f in files.items()}, 60.0)
     found, good = check.found
     assert good["ok"] is True and good["counts"] == {"PASSED": 2}
     assert good["step"] == "gpu-tests: good"
@@ -174,13 +220,54 @@ def test_tests_are_counted_and_failures_named(tmp_path: Path) -> None:
     assert 'failures="1"' in (tmp_path / "some.xml").read_text()
 
 
-def test_no_test_at_all_is_a_failure(tmp_path: Path) -> None:
+def test_workers_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_steps, "find_spec", lambda name: object())
+    assert gpu_steps.workers(3)[:2] == ["-n", "3"]
+    monkeypatch.setattr(gpu_steps, "find_spec", lambda name: None)
+    assert gpu_steps.workers(3) == []
+
+
+def test_a_broken_file_is_a_failure(tmp_path: Path) -> None:
     file = tmp_path / "test_none.py"
     file.write_text("import no_such_module")
-    check = gpu_steps.Check(tmp_path, ["gpu-tests"], 100.0)
+    check = make_check(tmp_path, "gpu-tests")
     check.pytest("gpu-tests", {"none": [str(file), "-c", os.devnull]}, 60.0)
     assert check.found[0]["ok"] is False
     assert [Path(name).name for name in check.found[0]["failed"]] == ["test_none.py"]
+
+
+BROKE = "ERROR tests/test_a.py\n"
+LINE = "tests/test_a.py::test {} [100%]\n"
+PASSED, FAILED, SKIPPED = map(LINE.format, ("PASSED", "FAILED", "SKIPPED"))
+
+
+@pytest.mark.parametrize(
+    "code, log, owed, ok",
+    [
+        (0, PASSED, True, True), (0, SKIPPED, True, None), (1, PASSED + FAILED, False, False),
+        (5, "", True, False), (5, "", False, None), (2, BROKE, False, False),
+        (None, PASSED, True, False), (None, PASSED, False, None), (None, FAILED, False, False),
+        (-11, PASSED, False, False),
+    ],
+)  # fmt: skip
+def test_the_verdict_on_tests(
+    code: int | None, log: str, owed: bool, ok: bool | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """5: no test was there to run. What has only been skipped says nothing."""
+    monkeypatch.setattr(gpu_steps, "execute", lambda *given: gpu_steps.Outcome(code, 1.0, log))
+    check = make_check(tmp_path, "gpu-tests")
+    check.pytest("gpu-tests", {"some": []}, 60.0, owed)
+    assert check.found[0]["ok"] is ok
+
+
+def test_what_runs_when_time_is_out() -> None:
+    """As pytest-xdist prints it."""
+    began = [f"tests/test_a.py::test[{name}]" for name in ("a, b", "c", "d", "e")]
+    ends = [f"[gw1] [ 25%] PASSED {began[0]} ", f"[gw0] [ 50%] FAILED {began[2]} "]
+    counts, failed, running = gpu_steps.outcomes("\n".join([*(f"{b} " for b in began), *ends]))
+    assert counts == {"PASSED": 1, "FAILED": 1} and failed == [began[2]]
+    assert running == [began[1], began[3]]
 
 
 HANGS = """
@@ -192,18 +279,19 @@ def test_hangs(): time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("must_end, ok", [(True, False), (False, None)])
+@pytest.mark.parametrize("owed, ok", [(True, False), (False, None)])
 def test_a_test_that_hangs_is_named(
-    must_end: bool, ok: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owed: bool, ok: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_steps, "GRACE", 10.0)  # a busy machine
     file = tmp_path / "test_slow.py"
     file.write_text(HANGS)
-    check = gpu_steps.Check(tmp_path, ["gpu-tests"], 100.0)
-    check.pytest("gpu-tests", {"slow": [str(file), "-c", os.devnull]}, 30.0, must_end)
+    check = make_check(tmp_path, "gpu-tests")
+    check.pytest("gpu-tests", {"slow": [str(file), "-c", os.devnull]}, 30.0, owed)
     (found,) = check.found
     assert found["ok"] is ok and found["counts"] == {"PASSED": 1}
-    assert "1 passed, out of time" in found["told"] and "::test_hangs" in found["told"]
+    assert found["told"].startswith("1 passed, out of time, still running: ")
+    assert found["told"].endswith("::test_hangs")
     assert (tmp_path / "slow.xml").exists(), "what was run until then is reported"
 
 
@@ -218,17 +306,37 @@ def test_every_gpu_test_runs_in_one_place() -> None:
         words = re.sub(r"\w+", lambda w: w[0] if w[0] in LOGIC else str(w[0] in test), expression)
         return bool(eval(words))
 
+    shards = gpu_steps.SHARDS
     for test in tests:
-        places = [name for name, which in gpu_steps.SHARDS.items() if matches(which, test)]
+        places = [name for name, which in shards.items() if matches(which, test)]
         assert len(places) + matches(gpu_steps.ALONE, test) == 1, f"{test} runs in {places}"
-    for which in (*gpu_steps.SHARDS.values(), gpu_steps.ALONE, gpu_steps.SANITIZED):
+        (place,) = places or [gpu_steps.ALONE]
+        assert place.startswith("hopper-") == ("hopper" in test)
+        if "-cuda" in place:
+            assert "triton" not in test.partition("[")[2], f"{test} runs among those of CUDA C++"
+    for which in (*shards.values(), gpu_steps.ALONE, *gpu_steps.SANITIZED.split(" or ")):
         assert any(matches(which, test) for test in tests), f"nothing matches {which}"
 
 
+def test_shards_run_side_by_side_and_the_largest_tests_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the large ones may run out of time."""
+    seen: list[tuple[set[str], bool]] = []
+
+    def record(check: Any, step: str, runs: Any, limit: float, owed: bool = True) -> None:
+        seen.append((set(runs), owed))
+
+    monkeypatch.setattr(gpu_steps.Check, "pytest", record)
+    make_check(tmp_path, "gpu-tests", "other-tests").run()
+    others = {file.stem for file in gpu_steps.files_with_gpu_tests()}
+    assert seen == [(set(gpu_steps.SHARDS), True), ({"many-elements"}, False), (others, False)]
+
+
 def test_other_files_with_gpu_tests_are_found() -> None:
-    names = [file.name for file in gpu_steps.files_with_gpu_tests()]
-    assert "test_triton.py" in names
-    assert Path(gpu_steps.GPU_TESTS).name not in names and Path(__file__).name not in names
+    assert [file.name for file in gpu_steps.files_with_gpu_tests()] == [
+        "test_register_activation.py", "test_triton.py", "test_triton_grid.py", "test_tune.py",
+    ]  # fmt: skip
 
 
 def test_compute_sanitizer_is_found_on_path_and_under_cuda_home(
@@ -252,8 +360,11 @@ def test_compute_sanitizer_is_found_on_path_and_under_cuda_home(
 
 @pytest.mark.parametrize("filter_option", ["--kernel-name", "--kernel-regex"])
 def test_compute_sanitizer_s_options(filter_option: str) -> None:
-    known = f"--target-processes arg ... {filter_option} arg"
-    assert gpu_steps.sanitizer_options("memcheck", known)[-2:] == [filter_option, "kns=residual_"]
+    known = f"--target-processes arg ... --report-api-errors arg ... {filter_option} arg"
+    assert gpu_steps.sanitizer_options("memcheck", known)[4:] == [
+        "--target-processes", "application-only", "--report-api-errors", "no",
+        filter_option, "kns=residual_",
+    ]  # fmt: skip
     assert filter_option not in gpu_steps.sanitizer_options("initcheck", known)
     assert gpu_steps.sanitizer_options("racecheck", "") == [
         "--tool", "racecheck", "--error-exitcode", "99",
@@ -270,13 +381,43 @@ def fake_sanitizer(path: Path, script: str) -> str:
 def test_compute_sanitizer_s_verdict(
     errors: int, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = f'[ "$1" = --help ] && exit 0; echo "ERROR SUMMARY: {errors} errors"'
+    script = f'[ "$1" = --help ] && exit 0; echo "========= ERROR SUMMARY: {errors} errors"'
     program = fake_sanitizer(tmp_path / "sanitizer", f"{script}; exit {99 * (errors > 0)}")
     monkeypatch.setattr(gpu_steps, "find_sanitizer", lambda: program)
-    found = gpu_steps.Check(tmp_path, ["sanitizer"], 100.0).run()
+    found = make_check(tmp_path, "sanitizer").run()
     assert [(step["step"], step["ok"], step["told"]) for step in found] == [
         (f"sanitizer: {tool}", ok, f"{errors} errors") for tool in gpu_steps.SANITIZER_TOOLS
     ]
+
+
+INVALID = "Invalid __global__ read of size 2 bytes"
+RACE = "Error: Race reported between Write access at f and Read access at g [8 hazards]"
+HAZARD = "ERROR: Potential WAR hazard detected at __shared__ 0x0 in block (0, 0, 0)"
+UNINITIALIZED = "Uninitialized __global__ memory read of size 4 bytes"
+ENDED = "Error: process didn't terminate successfully"
+RACES = "RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warnings)"
+
+
+@pytest.mark.parametrize(
+    "code, line, ok, told",
+    [
+        (0, "ERROR SUMMARY: 0 errors", True, "0 errors"),
+        (1, "ERROR SUMMARY: 0 errors", False, "0 errors, exit code 1"),  # a test failed
+        (99, RACES.format(3, 3), False, "3 hazards displayed (3 errors, 0 warnings)"),
+        (0, RACES.format(0, 0), True, "0 hazards displayed (0 errors, 0 warnings)"),
+        (None, "COMPUTE-SANITIZER", None, "out of time"),
+        (None, ENDED, None, "out of time"),  # by us
+        (None, "ERROR SUMMARY: 2 errors", False, "2 errors, out of time"),
+        *((None, line, False, f"{line}, out of time") for line in (INVALID, RACE, HAZARD)),
+        (None, UNINITIALIZED, False, f"{UNINITIALIZED}, out of time"),
+        (None, f"    at f in {INVALID}", None, "out of time"),
+    ],
+)
+def test_what_compute_sanitizer_found_counts_when_time_is_out(
+    code: int | None, line: str, ok: bool | None, told: str
+) -> None:
+    log = f"tests/test_gpu.py::test[some] ========= {line}\nPASSED\n"
+    assert gpu_steps.sanitizer_verdict(gpu_steps.Outcome(code, 1.0, log)) == (ok, told)
 
 
 # Goals.
@@ -460,6 +601,41 @@ def test_inputs_exceed_L2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs.copies(gpu_goals.HOSTS[0], gpu) == 1
 
 
+def test_a_job_s_backend_is_that_of_its_size_and_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(
+        backend: str, recipe: str, dtype: Any, device: Any, N: int, K: int, small: bool
+    ) -> str:
+        return "cuda+triton" if small and not Spec.parse(recipe).batch_stats else "triton"
+
+    def taken(rows: int, norm: str, mode: str, hidden: int | None = None) -> str:
+        order = MLP if hidden else "note"
+        job = Job(Case("some", rows, 16, order, norm, hidden=hidden), "fp32", CPU)
+        contenders.makers(job, Task(job.case, "fp32", mode), ())
+        assert contenders.others(job) == ["cpu", "triton" if "+" in job.backend else "cuda"]
+        return job.backend
+
+    monkeypatch.setattr(backends, "is_small", lambda device, dtype, M, N, K: M <= 512)
+    monkeypatch.setattr(backends, "choose", choose)
+    monkeypatch.setattr(backends, "why_not", lambda *layer: None)
+    assert taken(512, "layer", STEP) == taken(512, "layer", GRAPH) == "cuda+triton"
+    assert taken(512, "layer", STEP, hidden=24) == "cuda+triton"
+    assert taken(513, "layer", STEP) == "triton"
+    assert taken(512, "batch", STEP) == taken(512, "batch", RECORD_GRAPH) == "triton"
+    assert taken(512, "batch", INFERENCE) == taken(512, "batch", GRAPH) == "cuda+triton"
+
+
+@pytest.mark.parametrize("mode, backend", [(GRAPH, "cpu"), (RECORD_GRAPH, "reference")])
+def test_a_row_names_the_backend_of_its_mode(
+    mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = property(lambda job: "reference" if job.norm.training else "cpu")
+    monkeypatch.setattr(Job, "backend", taken)
+    monkeypatch.setattr(contenders, "others", lambda job: [])
+    task = Task(square(33, 64, norm="batch"), "bf16", mode)
+    found, _ = measure.measure(task, OPTIONS._replace(compiled=()), FakeClock())
+    assert found["backend"] == backend
+
+
 # The driver.
 
 
@@ -518,11 +694,19 @@ def test_the_benchmark_is_the_common_one(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_steps, "execute", execute)
     codes = (0, 1, None)
     for ok in (True, False, False):
-        (found,) = gpu_steps.Check(tmp_path, ["benchmark"], 100.0).run()
+        (found,) = make_check(tmp_path, "benchmark").run()
         assert found["ok"] is ok and found["told"].startswith("1 rows, 2 not measured")
     assert seen[0][1:4] == ["-m", "bench", "--device=cuda"]
     (limit,) = (word for word in seen[0] if word.startswith("--limit="))
     assert 70 <= float(limit.split("=")[1]) <= 100 - 2 * gpu_steps.GRACE
+
+
+EMPTY: dict[str, Any] = {
+    "device": "cuda", "date": "2030-01-02", "commit": "none", "not_measured": [],
+    "machine": {"cpu": "some", "gpu": "NVIDIA H100", "driver": "580"},
+    "clocks": {"power_w": 345.0}, "versions": {"torch": "2"}, "protocol": {"ratios": "so"},
+    "rows": [],
+}  # fmt: skip
 
 
 def test_the_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -536,15 +720,11 @@ def test_the_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             "failed": ["t"],
         },
     ]
-    results = {
-        "device": "cuda", "date": "2030-01-02", "commit": "none", "not_measured": [],
-        "machine": {"cpu": "some", "gpu": "NVIDIA H100", "driver": "580"},
-        "clocks": {"power_w": 345.0}, "versions": {"torch": "2"}, "protocol": {"ratios": "so"},
-        "rows": [row(Task(square(65536, 4096), "bf16", GRAPH), matmul=1 / 1.2, eager=0.9)],
-    }  # fmt: skip
+    rows = [row(Task(square(65536, 4096), "bf16", GRAPH), matmul=1 / 1.2, eager=0.9)]
+    results = EMPTY | {"rows": rows}
 
     def run(check: gpu_steps.Check) -> list[dict[str, Any]]:
-        (check.out / gpu_steps.RESULTS_FILE).write_text(json.dumps(results))
+        check.results.write_text(json.dumps(results))
         return steps
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -564,6 +744,56 @@ def test_the_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "eager takes 0.90 of fused's time" in printed
     steps[1]["ok"] = None
     assert gpu_check.main([f"--out={tmp_path}"]) == 0, "a missed goal is no failure"
+
+
+def test_a_run_leaves_four_files_and_each_step_writes_them_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out, seen = tmp_path / "out", []
+
+    def build(check: gpu_steps.Check) -> None:
+        assert not list(out.iterdir()), "nothing of an earlier run"
+        (check.work / "build.log").write_text("built")
+        (check.work / "build.xml").write_text("<xml/>")
+        check.note("build", True, "exit code 0", 1.0)
+
+    def benchmark(check: gpu_steps.Check) -> None:
+        found = json.loads((out / "gpu-check.json").read_text())
+        assert [step["step"] for step in found["steps"]] == ["build"]
+        assert "exit code 0" in (out / "summary.md").read_text()
+        with tarfile.open(out / "logs.tar.gz") as archive:
+            assert archive.getnames() == ["logs/build.log", "logs/build.xml"]
+        rows = [row(Task(square(256, 64), "bf16", GRAPH))]
+        check.results.write_text(json.dumps(EMPTY | {"rows": rows}))
+        (check.work / "benchmark.log").write_text("measured")
+        seen.append(check.work)
+        raise OSError("and then it broke")
+
+    monkeypatch.setattr(gpu_steps.Check, "build", build)
+    monkeypatch.setattr(gpu_steps.Check, "benchmark", benchmark)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *device: PROPERTIES)
+    out.mkdir()
+    for name in (gpu_steps.RESULTS_FILE, "gpu-check.json"):
+        (out / name).write_text("{}")
+    assert gpu_check.main([f"--out={out}", "--steps", "build", "benchmark"]) == 1
+    names = ["benchmark.json", "gpu-check.json", "logs.tar.gz", "summary.md"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    found = json.loads((out / "gpu-check.json").read_text())
+    assert [step["ok"] for step in found["steps"]] == [True, False] and len(found["rows"]) == 1
+    with tarfile.open(out / "logs.tar.gz") as archive:
+        assert "logs/benchmark.log" in archive.getnames()
+    assert not seen[0].exists() and "no report" not in capsys.readouterr().out
+
+
+def test_a_report_that_fails_stops_no_step(tmp_path: Path, capsys: Any) -> None:
+    def fail(found: gpu_steps.Found) -> None:
+        raise OSError("disk full")
+
+    check = gpu_steps.Check(tmp_path, tmp_path, ["build"], 100.0, fail)
+    check.note("build", True, "exit code 0", 1.0)
+    assert check.found and "no report: OSError: disk full" in capsys.readouterr().out
 
 
 def test_steps_without_a_benchmark_have_a_report(
