@@ -222,6 +222,7 @@ def cuda_autocast():
     torch.set_autocast_dtype("cuda", before[1])
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a build without CUDA")
 @pytest.mark.parametrize("order", ["note", "postnorm"])
 def test_dtype_of_the_composite_under_autocast(cuda_autocast, order):
     """The autocast dtype, though autocast on CUDA makes float32 of F.layer_norm. Fakes need no
