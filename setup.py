@@ -73,9 +73,10 @@ class Cuda:
         self.home = Path(top[1].strip()).resolve()
         version = re.search(r"release ([\d.]+)", run(self.nvcc, "--version"))
         self.version = version[1]
-        if self.version.split(".")[0] != torch_cuda.split(".")[0]:
+        self.release = tuple(map(int, self.version.split(".")))
+        if self.release[0] != int(torch_cuda.split(".")[0]):
             self.missing = f"nvcc is of CUDA {self.version}, this torch of CUDA {torch_cuda}"
-        elif tuple(map(int, self.version.split("."))) < (12, 5):
+        elif self.release < (12, 5):
             self.missing = f"nvcc is of CUDA {self.version}, 12.5 is needed"
         if self.missing:
             return
@@ -123,7 +124,7 @@ class Cuda:
             kind = "compute" if name.endswith("+PTX") else "sm"
             codes.append(f"-gencode=arch=compute_{number(name)},code={kind}_{number(name)}")
         options = [f"-isystem={self.cutlass}"] if "_sm90" in source else []
-        if tuple(map(int, self.version.split("."))) >= (12, 8):
+        if self.release >= (12, 8):
             options.append("--compress-mode=size")  # a sixth of it
         return [self.nvcc, "-c", source, "-o", str(target), *NVCC_FLAGS, *codes, *options]
 

@@ -329,9 +329,11 @@ std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
   if (reads_dz) first.dz = {where.scratch<void>(c.M() * c.N(), x.scalar_type()), c.N()};
   if (reads_dt) first.dt = {where.scratch<void>(c.M() * c.K(), x.scalar_type()), c.K()};
   if (needs_row_means(layer)) first.row_means = where.scratch<float>(2 * c.M(), ScalarType::Float);
-  const Tile tile = plan_backward(layer, first, device.multiprocessors, device.shared_limit);
-  where.give_memory(first, tile);
-  check_launch(residual_backward_sm80(layer, first, tile, where.stream), "the backward of dx");
+  if (first.dz.data || first.dt.data || first.dx.data || first.dresidual.data || first.row_means) {
+    const Tile tile = plan_backward(layer, first, device.multiprocessors, device.shared_limit);
+    where.give_memory(first, tile);
+    check_launch(residual_backward_sm80(layer, first, tile, where.stream), "the backward of dx");
+  }
   if (!sums) return results;
 
   SumsOut second = {};

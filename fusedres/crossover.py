@@ -27,6 +27,7 @@ from .backends import plan as planner
 from .backends.plan import Device
 from .timing import interleave
 from .tune import CUDA, Call, difference, update
+from .tune import operands as random_operands
 
 LEAST_ROWS, MOST_ROWS = 16, 65536
 SECONDS = 0.4  # a comparison
@@ -48,36 +49,22 @@ def rivals(call: Call) -> tuple[str, str]:
 
 def prepare(call: Call, where: torch.device = CUDA) -> Callable[[str], list[Tensor]]:
     """run(backend): y and the gradients of one training step on random operands."""
-    spec, dtype, M, N, K = call
-    random = torch.Generator(where).manual_seed(0)
-    randn = partial(torch.randn, generator=random, device=where, dtype=dtype)
-    C = spec.width("norm", K, N)
-    scale = randn(C).requires_grad_() if spec.norm else None
-    shift = randn(C).requires_grad_() if spec.norm in ("layer", "batch") else None
-    weight = (randn(N, K) * K**-0.5).requires_grad_()
-    x, bias = randn(M, K).requires_grad_(), randn(N).requires_grad_()
-    own = spec.adds and spec.width("add", K, N) != K
-    residual = randn(M, spec.width("add", K, N)).requires_grad_() if own else None
-    operands = (x, weight, bias, scale, shift, None, residual)
-    leaves = [t for t in operands if t is not None]
-    dy = randn(M, N)
+    operands = random_operands(call, where)
+    leaves = [t.requires_grad_() for t in operands if t is not None]
+    dy = torch.randn(call.M, call.N, device=where, dtype=call.dtype)
 
     def run(backend: str) -> list[Tensor]:
-        rest = (None, None, None, 1, spec.text, backend)  # statistics, seed, rows a sample
+        rest = (None, None, None, 1, call.spec.text, backend)  # statistics, seed, rows a sample
         y, _ = FusedResidualFunction.apply(*operands, *rest)
         return [y, *torch.autograd.grad(y, leaves, dy)]
 
     return run
 
 
-def most_rows(call: Call, end: float) -> int | None:
-    """The rows up to which the C++ kernels win; None if they are wrong, or nothing else is here.
-    TimeoutError past `end`.
+def most_rows(call: Call, small: str, large: str, end: float) -> int | None:
+    """The rows up to which `small` beats `large`; None if they disagree; TimeoutError past
+    `end`.
     """
-    small, large = rivals(call)
-    if small == large:
-        print(f"  only {small} is here")
-        return None
     won, M = 0, LEAST_ROWS
     while M <= MOST_ROWS:
         if perf_counter() > end:
@@ -107,15 +94,19 @@ def measure(found: dict[str, Call], device: Device, path: Path, limit: float) ->
     end, wrong = perf_counter() + limit, 0
     for done, (key, call) in enumerate(found.items()):
         print(f"backends {key}", flush=True)
+        small, large = rivals(call)
+        if small == large:
+            print(f"  only {small} is here")
+            continue
         try:
-            rows = most_rows(call, end)
+            rows = most_rows(call, small, large, end)
         except TimeoutError:
             print(f"time is up: {len(found) - done} of {len(found)} sizes are left as they were")
             break
         if rows is None:
-            wrong += rivals(call)[0] != rivals(call)[1]
-            continue
-        update(path, device, partial(_set, key=key, rows=rows))
+            wrong += 1
+        else:
+            update(path, device, partial(_set, key=key, rows=rows))
     return wrong
 
 

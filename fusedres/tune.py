@@ -95,10 +95,8 @@ def _variants(tile: Tile, size: int, device: Device, quick: bool) -> Iterator[Ti
             yield other
 
 
-def prepare(call: Call, device: Device, where: str = "cuda") -> Callable[[Tile], Tensor]:
-    """What launches the call with a tile, on random operands and always into the same y."""
-    from .backends import triton as backend
-
+def operands(call: Call, where: torch.device = CUDA) -> tuple[Tensor | None, ...]:
+    """Random x, weight, bias, norm_weight, norm_bias, gate, residual; None for what it has not."""
     spec, dtype, M, N, K = call
     random = torch.Generator(where).manual_seed(0)
     randn = partial(torch.randn, generator=random, device=where, dtype=dtype)
@@ -106,8 +104,17 @@ def prepare(call: Call, device: Device, where: str = "cuda") -> Callable[[Tile],
     shift = None if scale is None or spec.norm == "rms" else scale / 2
     width = spec.width("add", K, N) if spec.adds else K
     residual = None if width == K else randn(M, width)
-    rest = (None, residual, None, None, None, 1)  # gate, residual, running statistics, seed, rows
-    inputs = backend.Inputs(randn(M, K), randn(N, K) * K**-0.5, randn(N), scale, shift, *rest)
+    return randn(M, K), randn(N, K) * K**-0.5, randn(N), scale, shift, None, residual
+
+
+def prepare(call: Call, device: Device, where: torch.device = CUDA) -> Callable[[Tile], Tensor]:
+    """What launches the call with a tile, on random operands and always into the same y."""
+    from .backends import triton as backend
+
+    spec, dtype, M, N, K = call
+    rest = (None, None, None, 1)  # running statistics, seed, rows a sample
+    arguments: list[Any] = [*operands(call, where), *rest]
+    inputs = backend.Inputs(*arguments)
     y = torch.full((M, N), math.nan, device=where, dtype=dtype)
     stats = y.new_empty(ops.stats_shape(spec, M, N, K, False, True), dtype=torch.float32)
 

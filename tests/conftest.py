@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fusedres.ops
+from fusedres import cli
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
@@ -29,6 +30,20 @@ def _seed():
 def rng():
     """A seeded generator of its own, for draws that torch.manual_seed must not disturb."""
     return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture
+def fusedres_command(capsys):
+    """Runs python -m fusedres with some arguments; exit code, stdout, stderr."""
+
+    def run(*arguments):
+        try:
+            code = cli.main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

@@ -38,17 +38,8 @@ def no_terminal(monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs a command; exit code, stdout, stderr."""
-
-    def run(*arguments):
-        try:
-            code = cli.main(arguments)
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    return run
+def run(fusedres_command):
+    return fusedres_command
 
 
 def raises(error):

@@ -3,11 +3,12 @@ rows the CUDA C++ kernels are said to be the fastest.
 """
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
-from fusedres import backends, cli, crossover, fused_residual, tune
+from fusedres import backends, crossover, fused_residual, tune
 from fusedres.backends import plan as planner
 from fusedres.backends.plan import Device
 from fusedres.spec import make_spec
@@ -69,15 +70,8 @@ def _clear():
 
 
 @pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        try:
-            code = cli.main(["tune", *arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    return run
+def run(fusedres_command):
+    return partial(fusedres_command, "tune")
 
 
 def written():

@@ -5,13 +5,14 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from fusedres import FusedResidual, cli, tune
+from fusedres import FusedResidual, tune
 from fusedres.backends import plan as planner
 from fusedres.backends.plan import Device, Tile
 from fusedres.spec import NORMS, ORDERS, make_spec
@@ -86,17 +87,9 @@ def _clear():
 
 
 @pytest.fixture
-def run(capsys):
+def run(fusedres_command):
     """Runs the command for tiles alone; exit code, stdout, stderr."""
-
-    def run(*arguments):
-        try:
-            code = cli.main(["tune", "--only", "tiles", *arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    return run
+    return partial(fusedres_command, "tune", "--only", "tiles")
 
 
 def written():

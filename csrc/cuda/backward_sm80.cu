@@ -1,8 +1,8 @@
 // First launch of backward: dz from dy, back through the stages after `linear`; dt = dz @ weight,
 // the gradient of prologue(x); dx from dt, back through the stages before `linear`.
 //
-// A program owns kM rows, and of their tiles of kN columns of dt one, or each `groups`-th. It walks its
-// rows of dz back into shared memory (every program of a row block does, one stores them), then
+// A program owns kM rows, and of their tiles of kN columns of dt one, or each `groups`-th. It walks
+// its rows of dz back into shared memory (every program of a row block does, one stores them), then
 // multiplies. With stages before `linear`, the last program of a row block to arrive walks the rows
 // of dt back.
 #include "cuda/dispatch.h"

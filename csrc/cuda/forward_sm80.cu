@@ -2,8 +2,9 @@
 //
 // A program owns kM rows, and of their tiles of kN columns one, or each `groups`-th. Stages before
 // `linear` transform its rows of x in shared memory, the product streams the weight past them, and
-// its result goes through shared memory once more, to be finished row by row. Where a norm after `linear` sees rows that several programs
-// share, each stores its part of z and of the rows' moments, and the last to arrive finishes them.
+// its result goes through shared memory once more, to be finished row by row. Where a norm after
+// `linear` sees rows that several programs share, each stores its part of z and of the rows'
+// moments, and the last to arrive finishes them.
 #include "cuda/dispatch.h"
 #include "cuda/product_sm80.h"
 #include "cuda/rows.h"

@@ -154,9 +154,9 @@ BlockSize choose(int64_t M, int64_t columns, int64_t least_n, int multiprocessor
   return best;
 }
 
-// How many programs share a row block's tiles. Where each of them first walks the rows through stages,
-// fewer do so less often; it ends when the last wave of programs does. Time is counted in tiles of
-// the product; what a walk takes is an estimate.
+// How many programs share a row block's tiles. Where each of them first walks the rows through
+// stages, fewer do so less often; it ends when the last wave of programs does. Time is counted in
+// tiles of the product; what a walk takes is an estimate.
 inline int64_t share(const Layer& layer, int64_t columns, BlockSize size, bool walks, int64_t bytes,
                      int multiprocessors, int shared_limit) {
   constexpr int64_t kWalk = 2;

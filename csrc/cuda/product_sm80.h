@@ -104,9 +104,8 @@ __device__ __forceinline__ void run_steps(int steps, Copy copy, Step step) {
 
 // ---- the product
 
-// How operands lie in shared memory, each row followed by 16 bytes; the results take the place of B's
-// kDepth tiles. row_a: A [kM, kBlockK], else
-// its transpose [kBlockK, kM]. row_b: B's transpose [kN, kBlockK], else B [kBlockK, kN].
+// How operands lie in shared memory, each row followed by 16 bytes. row_a: A [kM, kBlockK], else its
+// transpose [kBlockK, kM]. row_b: B's transpose [kN, kBlockK], else B [kBlockK, kN].
 template <class T, int kM, int kN, bool kRowA, bool kRowB>
 struct Product {
   static constexpr int kWarpsM = kM == 16 ? 1 : 2, kWarpsN = kWarps / kWarpsM;

@@ -210,8 +210,8 @@ __device__ __forceinline__ void park(Shared<T, kBlockN>& shared,
 
 // ---- finish
 
-// use(row, load(row)) for the rows of a tile from `row` on; each load one step ahead, so that its way is
-// hidden.
+// use(row, load(row)) for the rows of a tile from `row` on; each load one step ahead, so that its
+// way is hidden.
 template <class Load, class Use>
 __device__ __forceinline__ void walk_ahead(int row, int step, Load load, Use use) {
   auto ahead = load(row);
@@ -310,15 +310,15 @@ struct Finish {
       if (kMerged) out.z = load_pack<T, true>(rows_of<T>(call.kept), at);
       return out;
     };
-    walk_ahead(thread / kLanes, kThreads / kLanes, load, [&](int walk, const Loaded& loaded) {
-      const Place at = place(tile.row_block, walk, n, side.width);
+    walk_ahead(thread / kLanes, kThreads / kLanes, load, [&](int r, const Loaded& loaded) {
+      const Place at = place(tile.row_block, r, n, side.width);
       RowStats row = {0.0f, 0.0f};
       Strip t;
       if (kMerged) {
         t = unpack(loaded.z);
-        row = shared.rows[walk];
+        row = shared.rows[r];
       } else {
-        t = load_packed(&shared.z[walk * kBlockN + swizzled(walk, lane)]);
+        t = load_packed(&shared.z[r * kBlockN + swizzled(r, lane)]);
         if (call.kept.data) store(rows_of<T>(call.kept), at, t);
       }
 #pragma unroll 1
