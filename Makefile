@@ -39,7 +39,7 @@ mutate: $(VENV)/built ## break the kernels on purpose and count how many breaks 
 lint: $(VENV)/installed ## ruff, clang-format and mypy
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run -Werror $(SOURCES) tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h
+	clang-format --dry-run -Werror $(SOURCES) tests/emulation/cuda_on_cpu/*.cpp tests/emulation/cuda_on_cpu/*.h
 	mypy
 
 clean: ## remove .venv and everything built

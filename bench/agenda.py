@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusedres.timing import MIN_ROUNDS, WARM_UP_CALLS
+from fusedres.tools.timing import MIN_ROUNDS, WARM_UP_CALLS
 
 from .cases import (
     CASES,

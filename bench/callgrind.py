@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from fusedres import ops
+from fusedres.backends import native
 
 from .cases import INFERENCE, RECORD, STEP, TINY, Case, Job, Task
 
@@ -68,8 +68,8 @@ COUNTED = (
 
 def missing() -> str | None:
     """Why nothing can be counted here, or None."""
-    if ops.native_missing is not None:
-        return ops.native_missing
+    if native.missing is not None:
+        return native.missing
     if shutil.which("valgrind") is None:
         return "valgrind is not installed (Debian, Ubuntu: apt-get install valgrind)"
     if not any(map(shutil.which, COMPILERS)):
@@ -90,7 +90,7 @@ def key() -> dict[str, str]:
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "compiler": ops._C.build_info()["compiler"] if ops._C else "none",
+        "compiler": native.extension.build_info()["compiler"] if native.extension else "none",
         "valgrind": valgrind.stdout.strip(),
     }
 

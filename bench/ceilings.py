@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusedres.timing import seconds_per_call
+from fusedres.tools.timing import seconds_per_call
 
 from .cases import DTYPES
 

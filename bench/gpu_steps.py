@@ -27,7 +27,7 @@ import torch
 
 from .results_file import ROOT
 
-GPU_TESTS, OWN_TESTS = "tests/test_gpu.py", "test_gpu_check.py"
+GPU_TESTS, OWN_TESTS = "tests/gpu/test_gpu.py", "tests/bench/test_gpu_check.py"
 ALONE = "2_to_the_31"  # these tests take 20 GiB each
 GROUPS = {
     "families": "small_shapes or every_family",
@@ -281,10 +281,10 @@ def workers(count: int) -> list[str]:
 
 def files_with_gpu_tests() -> list[Path]:
     """But GPU_TESTS. MARKS: triton_run.py's."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     mark = re.compile(r"\bmark\.gpu\b|^pytestmark = .*\bMARKS\b", re.M)
     marked = [file for file in files if mark.search(file.read_text())]
-    return [file for file in marked if file not in (ROOT / GPU_TESTS, ROOT / "tests" / OWN_TESTS)]
+    return [file for file in marked if file not in (ROOT / GPU_TESTS, ROOT / OWN_TESTS)]
 
 
 def outcomes(log: str) -> tuple[Counter[str], list[str], list[str]]:

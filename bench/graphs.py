@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fusedres.timing import WARM_UP_CALLS
+from fusedres.tools.timing import WARM_UP_CALLS
 
 from .cases import DTYPES, Task
 from .counts import flops, traffic

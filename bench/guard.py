@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedres import ops
-from fusedres.timing import interleave, summary
+from fusedres.backends import native
+from fusedres.tools.timing import interleave, summary
 
 from . import callgrind
 from .cases import CASES, INFERENCE, RECORD, STEP, TINY, Job, Task
@@ -153,7 +153,7 @@ def check(kinds: Iterable[str], baseline: dict[str, Any]) -> tuple[list[Finding]
 
 
 def missing(kind: str) -> str | None:
-    return callgrind.missing() if kind == INSTRUCTIONS else ops.native_missing
+    return callgrind.missing() if kind == INSTRUCTIONS else native.missing
 
 
 def difference(old: dict[str, str], new: dict[str, str]) -> str:

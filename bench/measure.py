@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.timing import (
+from fusedres.tools.timing import (
     MAX_ROUNDS,
     MIN_ROUNDS,
     NOISE,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fusedres import ops
+from fusedres.backends import native
 
 from . import agenda, machine, results_file
 from .cases import MODES, Task
@@ -67,8 +67,8 @@ class Run:
 
     def start(self) -> None:
         """Measures the ceilings; before the first row."""
-        if self.device.type == "cpu" and ops.native_missing:
-            self.say(f"fused runs on the reference backend: {ops.native_missing}")
+        if self.device.type == "cpu" and native.missing:
+            self.say(f"fused runs on the reference backend: {native.missing}")
         if self.device.type == "cpu" and self.load > BUSY and torch.get_num_threads() > 1:
             self.say(f"the machine is busy (load {self.load:.1f}); --threads 1 measures CPU time")
         clocks = machine.clocks(self.device, "before")

@@ -1,4 +1,4 @@
-// What every op gets, and the checks of it. For ops.cpp and cuda_ops.cpp, through torch's stable ABI.
+// What every op gets, in one place, and the checks of it. For ops.cpp and cuda_ops.cpp, through torch's stable ABI.
 #pragma once
 
 #include <algorithm>
@@ -9,13 +9,21 @@ namespace fusedres {
 
 enum Input { kX, kWeight, kBias, kNormWeight, kNormBias, kGate, kResidual, kInputs };
 
-// What every call has: see fusedres/autograd.py. The columns of x and residual are adjacent.
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// The operands of an op, which are adjacent on the dispatcher's stack: fusedres/operands.py names
+// them. Backward's `dy`, `z` and `stats` stand before them; the recipe comes next, then one more.
 struct Call {
-  const Tensor &x, &weight;
-  const Optional &bias, &norm_weight, &norm_bias, &gate, &residual, &running_mean, &running_var,
-      &seed;
+  Tensor x, weight;
+  Optional bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed;
   int64_t sample_rows;
   const Recipe& recipe;
+  static constexpr int kRecipe = 11, kMore = kRecipe + 1;
+
+  // Takes them off the stack and checks them. `cuda`: what the op is for.
+  Call(StableIValue* stack, bool cuda);
+  Call(const Call&) = delete;
 
   int64_t M() const { return x.size(0); }
   int64_t N() const { return weight.size(0); }
@@ -26,6 +34,21 @@ struct Call {
   }
   int64_t width(Stage stage) const { return in_prologue(stage) ? K() : N(); }
 };
+
+// ---- schemas
+
+const std::string kOperands =
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
+    "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, SymInt sample_rows";
+
+inline std::string forward_schema(const std::string& op) {
+  return op + "(" + kOperands + ", str recipe, bool save) -> (Tensor y, Tensor z, Tensor stats)";
+}
+
+inline std::string backward_schema(const std::string& op) {
+  return op + "(Tensor dy, Tensor z, Tensor stats, " + kOperands +
+         ", str recipe, int needs) -> Tensor[]";
+}
 
 // ---- checks: whoever calls the op directly gets an error, not a crash
 
@@ -49,7 +72,6 @@ inline void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_
                   " and x have different dtypes");
 }
 
-// `cuda`: what the op is for.
 inline void check(const Call& c, bool cuda) {
   const Recipe& r = c.recipe;
   STD_TORCH_CHECK((cuda ? c.x.is_cuda() : c.x.is_cpu()) && c.x.dim() == 2, "fusedres: x has shape ",
@@ -88,32 +110,41 @@ inline void check(const Call& c, bool cuda) {
   }
 }
 
-// An op's arguments, checked, and what its Call refers to.
-struct Given {
-  const Tensor x;
-  const Optional residual;
-  const Call call;
+inline Optional adjacent_columns(const Optional& t) {
+  return t ? Optional(adjacent_columns(*t)) : std::nullopt;
+}
 
-  Given(const Tensor& x_any, const Tensor& weight, const Optional& bias,
-        const Optional& norm_weight, const Optional& norm_bias, const Optional& gate,
-        const Optional& residual_any, const Optional& running_mean, const Optional& running_var,
-        const Optional& seed, int64_t sample_rows, StringHandle text, bool cuda)
-      : x(adjacent_columns(x_any)),
-        residual(residual_any ? Optional(adjacent_columns(*residual_any)) : std::nullopt),
-        call{x,           weight, bias,        norm_weight,
-             norm_bias,   gate,   residual,    running_mean,
-             running_var, seed,   sample_rows, recipe(take_text(text))} {
-    check(call, cuda);
-  }
-  Given(const Given&) = delete;  // the call refers to this
+inline Call::Call(StableIValue* stack, bool cuda)
+    : x(adjacent_columns(to<Tensor>(stack[0]))),
+      weight(to<Tensor>(stack[1])),
+      bias(to<Optional>(stack[2])),
+      norm_weight(to<Optional>(stack[3])),
+      norm_bias(to<Optional>(stack[4])),
+      gate(to<Optional>(stack[5])),
+      residual(adjacent_columns(to<Optional>(stack[6]))),
+      running_mean(to<Optional>(stack[7])),
+      running_var(to<Optional>(stack[8])),
+      seed(to<Optional>(stack[9])),
+      sample_rows(to<int64_t>(stack[10])),
+      recipe(fusedres::recipe(take_text(to<StringHandle>(stack[kRecipe])))) {
+  check(*this, cuda);
+}
+
+// What backward gets before its operands.
+struct Saved {
+  static constexpr int kCount = 3;
+  Tensor dy, z, stats;
+  explicit Saved(StableIValue* stack)
+      : dy(adjacent_columns(to<Tensor>(stack[0]))),
+        z(to<Tensor>(stack[1])),
+        stats(to<Tensor>(stack[2])) {}
 };
 
-// What backward gets beside.
-inline void check_saved(const Call& c, const Tensor& dy, const Tensor& z) {
-  check_matrix("dy", dy, c.M(), c.N(), c.x);
+inline void check(const Saved& s, const Call& c) {
+  check_matrix("dy", s.dy, c.M(), c.N(), c.x);
   if (!c.recipe.saves_z()) return;
-  check_matrix("z", z, c.M(), c.N(), c.x);
-  STD_TORCH_CHECK(z.is_contiguous(), "fusedres: z must be contiguous");
+  check_matrix("z", s.z, c.M(), c.N(), c.x);
+  STD_TORCH_CHECK(s.z.is_contiguous(), "fusedres: z must be contiguous");
 }
 
 }  // namespace fusedres

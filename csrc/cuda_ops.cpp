@@ -214,14 +214,7 @@ void check_recipe(const Call& c) {
 
 // ---- forward
 
-std::tuple<Tensor, Tensor, Tensor> residual_forward(
-    const Tensor& x_any, const Tensor& weight, const Optional& bias, const Optional& norm_weight,
-    const Optional& norm_bias, const Optional& gate, const Optional& residual_any,
-    const Optional& running_mean, const Optional& running_var, const Optional& seed,
-    int64_t sample_rows, StringHandle text, bool save) {
-  const Given given(x_any, weight, bias, norm_weight, norm_bias, gate, residual_any, running_mean,
-                    running_var, seed, sample_rows, text, true);
-  const Call& c = given.call;
+std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
   check_recipe(c);
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
@@ -259,19 +252,10 @@ std::tuple<Tensor, Tensor, Tensor> residual_forward(
 
 // ---- backward
 
-std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
-                                      const Tensor& weight, const Optional& bias,
-                                      const Optional& norm_weight, const Optional& norm_bias,
-                                      const Optional& gate, const Optional& residual_any,
-                                      const Optional& running_mean, const Optional& running_var,
-                                      const Optional& seed, const Tensor& z, const Tensor& stats,
-                                      int64_t sample_rows, StringHandle text, int64_t needs) {
-  const Given given(x_any, weight, bias, norm_weight, norm_bias, gate, residual_any, running_mean,
-                    running_var, seed, sample_rows, text, true);
-  const Call& c = given.call;
+std::vector<Tensor> backward(const Call& c, const Saved& saved, int64_t needs) {
   check_recipe(c);
-  check_saved(c, dy_any, z);
-  const Tensor dy = adjacent_columns(dy_any);
+  check(saved, c);
+  const auto& [dy, z, stats] = saved;
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
   const Optional& residual = c.residual;
@@ -286,8 +270,8 @@ std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
   const Device& device = where.device;
   check_device(device);
   // The gradients asked for, each contiguous in its tensor's shape and dtype.
-  const std::array<const Optional, kInputs> inputs = {x,         weight, bias,    norm_weight,
-                                                      norm_bias, gate,   residual};
+  const std::array<const Optional, kInputs> inputs = {
+      x, c.weight, c.bias, c.norm_weight, c.norm_bias, c.gate, c.residual};
   std::array<Optional, kInputs> grads;
   std::vector<Tensor> results;
   for (int i = 0; i < kInputs; ++i) {
@@ -350,23 +334,32 @@ std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
   return results;
 }
 
+// ---- the ops
+
+void residual_forward(StableIValue* stack, uint64_t, uint64_t) {
+  const Call c(stack, true);
+  const auto [y, z, stats] = forward(c, to<bool>(stack[Call::kMore]));
+  stack[0] = from(y);
+  stack[1] = from(z);
+  stack[2] = from(stats);
+}
+
+void residual_backward(StableIValue* stack, uint64_t, uint64_t) {
+  const Saved saved(stack);
+  StableIValue* operands = stack + Saved::kCount;
+  const Call c(operands, true);
+  stack[0] = from(backward(c, saved, to<int64_t>(operands[Call::kMore])));
+}
+
 }  // namespace
 }  // namespace fusedres::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres, m) {
-  m.def(
-      "cuda_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? "
-      "norm_bias, Tensor? gate, Tensor? residual, Tensor? running_mean, Tensor? running_var, "
-      "Tensor? seed, SymInt sample_rows, str recipe, bool save) -> (Tensor y, Tensor z, Tensor "
-      "stats)");
-  m.def(
-      "cuda_residual_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? "
-      "norm_weight, Tensor? norm_bias, Tensor? gate, Tensor? residual, Tensor? running_mean, "
-      "Tensor? running_var, Tensor? seed, Tensor z, Tensor stats, SymInt sample_rows, str recipe, "
-      "int needs) -> Tensor[]");
+  m.def(fusedres::forward_schema("cuda_residual_forward").c_str());
+  m.def(fusedres::backward_schema("cuda_residual_backward").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres, CUDA, m) {
-  m.impl("cuda_residual_forward", TORCH_BOX(&fusedres::cuda::residual_forward));
-  m.impl("cuda_residual_backward", TORCH_BOX(&fusedres::cuda::residual_backward));
+  m.impl("cuda_residual_forward", &fusedres::cuda::residual_forward);
+  m.impl("cuda_residual_backward", &fusedres::cuda::residual_backward);
 }

@@ -46,16 +46,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
   return {y, save && r.saves_z() ? z : empty({0}, x), stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> residual_forward(
-    const Tensor& x_any, const Tensor& weight, const Optional& bias, const Optional& norm_weight,
-    const Optional& norm_bias, const Optional& gate, const Optional& residual_any,
-    const Optional& running_mean, const Optional& running_var, const Optional& seed,
-    int64_t sample_rows, StringHandle text, bool save) {
-  const Given given(x_any, weight, bias, norm_weight, norm_bias, gate, residual_any, running_mean,
-                    running_var, seed, sample_rows, text, false);
-  const Call& c = given.call;
-  return c.x.scalar_type() == ScalarType::Double ? forward<double>(c, save)
-                                                 : forward<float>(c, save);
+void residual_forward(StableIValue* stack, uint64_t, uint64_t) {
+  const Call c(stack, false);
+  const bool save = to<bool>(stack[Call::kMore]);
+  const auto [y, z, stats] =
+      c.x.scalar_type() == ScalarType::Double ? forward<double>(c, save) : forward<float>(c, save);
+  stack[0] = from(y);
+  stack[1] = from(z);
+  stack[2] = from(stats);
 }
 
 // ---- backward
@@ -234,18 +232,13 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
   return out;
 }
 
-std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
-                                      const Tensor& weight, const Optional& bias,
-                                      const Optional& norm_weight, const Optional& norm_bias,
-                                      const Optional& gate, const Optional& residual_any,
-                                      const Optional& running_mean, const Optional& running_var,
-                                      const Optional& seed, const Tensor& z, const Tensor& stats,
-                                      int64_t sample_rows, StringHandle text, int64_t needs) {
-  const Given given(x_any, weight, bias, norm_weight, norm_bias, gate, residual_any, running_mean,
-                    running_var, seed, sample_rows, text, false);
-  const Call& c = given.call;
-  check_saved(c, dy_any, z);
-  const Tensor dy = adjacent_columns(dy_any);
+void residual_backward(StableIValue* stack, uint64_t, uint64_t) {
+  const Saved saved(stack);
+  StableIValue* operands = stack + Saved::kCount;
+  const Call c(operands, false);
+  const int64_t needs = to<int64_t>(operands[Call::kMore]);
+  const auto& [dy, z, stats] = saved;
+  check(saved, c);
   const bool wide = c.x.scalar_type() == ScalarType::Double;
   if (c.recipe.batch_stats)
     STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous() &&
@@ -253,28 +246,19 @@ std::vector<Tensor> residual_backward(const Tensor& dy_any, const Tensor& x_any,
                         stats.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
                     "fusedres: stats has shape ", shape_text(stats), ", expected (2, ",
                     c.width(Stage::norm), ")");
-  return wide ? backward<double>(c, dy, z, stats, needs) : backward<float>(c, dy, z, stats, needs);
+  stack[0] = from(wide ? backward<double>(c, dy, z, stats, needs)
+                       : backward<float>(c, dy, z, stats, needs));
 }
 
 }  // namespace
 }  // namespace fusedres
 
 STABLE_TORCH_LIBRARY(fusedres, m) {
-  m.def(
-      "residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? "
-      "norm_bias, Tensor? gate, "
-      "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, SymInt "
-      "sample_rows, str recipe, "
-      "bool save) -> (Tensor y, Tensor z, Tensor stats)");
-  m.def(
-      "residual_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, "
-      "Tensor? norm_bias, Tensor? gate, "
-      "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, Tensor z, Tensor "
-      "stats, "
-      "SymInt sample_rows, str recipe, int needs) -> Tensor[]");
+  m.def(fusedres::forward_schema("residual_forward").c_str());
+  m.def(fusedres::backward_schema("residual_backward").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres, CPU, m) {
-  m.impl("residual_forward", TORCH_BOX(&fusedres::residual_forward));
-  m.impl("residual_backward", TORCH_BOX(&fusedres::residual_backward));
+  m.impl("residual_forward", &fusedres::residual_forward);
+  m.impl("residual_backward", &fusedres::residual_backward);
 }

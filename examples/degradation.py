@@ -6,7 +6,7 @@ Run: python examples/degradation.py
 import sys
 from pathlib import Path
 
-from fusedres import demo
+from fusedres.tools import demo
 
 PICTURE = Path(__file__).with_name("degradation.png")
 

@@ -2,13 +2,13 @@
 
 from .activations import register_activation
 from .autograd import FusedResidualFunction
-from .convert import convert, revert
-from .explain import explain
 from .functional import fused_residual
 from .mlp import FusedResidualMLP
+from .models.convert import convert, revert
 from .modules import FusedResidual
 from .reference import Residual
 from .spec import ACTIVATIONS, GATES, NORMS, ORDERS, SHORTCUTS, STAGES
+from .tools.explain import explain
 
 __version__ = "0.1.0"
 

@@ -3,9 +3,9 @@
 import os
 import sys
 
-from .cli import main
-from .commands import INTERRUPTED, OK
-from .console import error
+from .tools.cli import main
+from .tools.commands import INTERRUPTED, OK
+from .tools.console import error
 
 
 def run() -> int:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .operands import Operands
 from .spec import Spec, one_of
 
 OP = "fused_residual"
@@ -78,25 +79,14 @@ def check_x(x: Any, in_features: int) -> None:
         )
 
 
-def check_call(
-    spec: Spec,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    norm_weight: Any,
-    norm_bias: Any,
-    gate: Any,
-    residual: Any,
-    running_mean: Any,
-    running_var: Any,
-    pad: bool,
-) -> None:
-    """Everything that can be wrong with the tensors of one call. `pad`: a narrower shortcut is
-    zero-padded.
+def check_call(spec: Spec, o: Operands, pad: bool) -> None:
+    """Everything that can be wrong with the operands of one call, x (..., K) and residual (..., R).
+    `pad`: a narrower shortcut is zero-padded.
     """
+    x, weight, bias, residual = o.x, o.weight, o.bias, o.residual
     check_tensor("x", x)
     check_tensor("weight", weight)
-    for name, value in (("bias", bias), ("residual", residual), ("gate", gate)):
+    for name, value in (("bias", bias), ("residual", residual), ("gate", o.gate)):
         check_tensor(name, value, optional=True)
     if x.dtype not in DTYPES:
         raise TypeError(
@@ -119,8 +109,8 @@ def check_call(
     if bias is not None:
         _check_vector("bias", bias, N, f"one value for each of weight's {N} rows", x.device)
         _check_like_x("bias", bias, x)
-    _check_norm(spec, x, norm_weight, norm_bias, running_mean, running_var, N, K)
-    _check_gate(spec, gate, spec.width("gate", K, N), x.device)
+    _check_norm(spec, o)
+    _check_gate(spec, o.gate, spec.width("gate", K, N), x.device)
     check_residual(spec, x, residual, spec.width("add", K, N), pad)
     if residual is not None:
         _check_like_x("residual", residual, x)
@@ -137,20 +127,20 @@ def check_operands(spec: Spec, x: Any, weight: Tensor, residual: Any, pad: bool)
         check_residual(spec, x, residual, width, pad)
 
 
-def _check_norm(
-    spec: Spec, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, N: int, K: int
-) -> None:
+def _check_norm(spec: Spec, o: Operands) -> None:
+    x, mean, var = o.x, o.running_mean, o.running_var
     if spec.norm is None:
-        for name, value in (("norm_weight", weight), ("norm_bias", bias)):
+        for name, value in (("norm_weight", o.norm_weight), ("norm_bias", o.norm_bias)):
             if value is not None:
                 raise ValueError(
                     f"{OP}: {name} was given, but order '{'-'.join(spec.stages)}' runs no norm"
                 )
         return
+    N, K = o.weight.shape
     width = spec.width("norm", K, N)
     meaning = f"the width where the norm acts (order '{'-'.join(spec.stages)}')"
-    _check_vector("norm_weight", weight, width, meaning, x.device)
-    _check_vector("norm_bias", bias, width, meaning, x.device)
+    _check_vector("norm_weight", o.norm_weight, width, meaning, x.device)
+    _check_vector("norm_bias", o.norm_bias, width, meaning, x.device)
     if spec.norm != "batch":
         return
     _check_vector("running_mean", mean, width, meaning, x.device)

@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import backends, checks, ops
 from .autograd import FusedResidualFunction, apply_plainly
+from .operands import DIFFERENTIABLE, Operands
 from .reference import composite, draw_seed, rows_per_sample
 from .spec import Spec, make_spec, one_of
 from .tracing import by_value, transforms_active
@@ -40,96 +41,81 @@ def composite_only(x: Tensor, weight: Tensor) -> bool:
     return wrapped(x) or wrapped(weight)
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(o: Operands) -> Operands:
     """Casts as autocast casts a matmul's operands: floating tensors, but not float64."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(
-        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
-        for t in (x, *others)
+    dtype = torch.get_autocast_dtype(o.x.device.type)
+
+    def cast(t: Any) -> Any:
+        kept = t is None or not t.is_floating_point() or t.dtype == torch.float64
+        return t if kept else t.to(dtype)
+
+    return o._replace(
+        x=cast(o.x), weight=cast(o.weight), bias=cast(o.bias), residual=cast(o.residual)
     )
 
 
-def _require_grad(operands: tuple[Tensor | None, ...]) -> bool:
-    for t in operands:  # noqa: SIM110 (any() over a generator takes three times as long)
+def _require_grad(o: tuple[Any, ...]) -> bool:
+    for t in o[: len(DIFFERENTIABLE)]:  # noqa: SIM110 (any() over a generator takes three times as long)
         if t is not None and t.requires_grad:
             return True
     return False
 
 
 def run(
-    spec: Spec,
-    x: Tensor,  # (..., K)
-    weight: Tensor,  # (N, K)
-    bias: Tensor | None,  # (N,)
-    norm_weight: Tensor | None,  # (C,)
-    norm_bias: Tensor | None,  # (C,)
-    gate: Tensor | None,  # (1,) or (C,)
-    residual: Tensor | None,  # (..., R)
-    running_mean: Tensor | None,  # (C,)
-    running_var: Tensor | None,  # (C,)
-    momentum: float,
-    pad: bool,
-    backend: str,
-    own_parameters: bool,
+    spec: Spec, o: Operands, momentum: float, pad: bool, backend: str, own_parameters: bool
 ) -> Tensor:
-    """One layer. Returns y (..., N).
+    """One layer: y (..., N) from `o`, whose x is (..., K) and residual (..., R).
 
     `own_parameters`: all but x and residual are a module's, which made them fit; should they no
     longer, a fused op says that something is wrong and check_call what. Plain torch ops might
     broadcast instead, so what they get is always checked.
     """
+    x = o.x
     autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
     if autocast:
-        x, weight, bias, residual = _autocast(x, weight, bias, residual)  # type: ignore[assignment]
+        o = _autocast(o)
+        x = o.x
+    weight, residual = o.weight, o.residual
     inner = composite_only(x, weight)
-    tensors = (
-        weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
-    )  # fmt: skip
     unchecked = own_parameters and not (inner or spec.batch_stats or is_dynamo_compiling())
     if unchecked:
         checks.check_operands(spec, x, weight, residual, pad)
     else:
-        checks.check_call(spec, x, *tensors, pad)
+        checks.check_call(spec, o, pad)
     N, K = weight.shape
-    flat = x.dim() == 2
-    rows = x if flat else x.reshape(math.prod(x.shape[:-1]), K)
-    r = (
-        residual
-        if flat or residual is None
-        else residual.reshape(rows.shape[0], residual.shape[-1])
-    )
-    sample_rows = 1 if flat else rows_per_sample(x)
-    seed = draw_seed(x.device) if spec.random else None
+    given, flat = o, x.dim() == 2
+    if not flat:
+        rows = x.reshape(math.prod(x.shape[:-1]), K)
+        r = residual if residual is None else residual.reshape(rows.shape[0], residual.shape[-1])
+        o = o._replace(x=rows, residual=r, sample_rows=rows_per_sample(x))
+    if spec.random:
+        o = o._replace(seed=draw_seed(x.device))
+    M = o.x.shape[0]
 
     name = "reference"
     if not inner:
-        small = x.is_cuda and backends.is_small(x.device, x.dtype, rows.shape[0], N, K)
+        small = x.is_cuda and backends.is_small(x.device, x.dtype, M, N, K)
         name = backends.choose(backend, spec.text, x.dtype, x.device, N, K, small)
     if name == "reference":
         if unchecked:
-            checks.check_call(spec, x, *tensors, pad)
+            checks.check_call(spec, given, pad)
         without = torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
         with without:  # its casts are done
-            y = composite(
-                spec, rows, weight, bias, norm_weight, norm_bias, gate, r, running_mean,
-                running_var, seed, sample_rows, momentum,
-            )  # fmt: skip
+            y = composite(spec, o, momentum)
     else:
-        operands = (rows, weight, bias, norm_weight, norm_bias, gate, r)
-        running = (None, None) if spec.batch_stats else (running_mean, running_var)
-        call = (*operands, *running, seed, sample_rows, spec.text)
+        call = o._replace(running_mean=None, running_var=None) if spec.batch_stats else o
         try:
-            if torch.is_grad_enabled() and _require_grad(operands):
+            if torch.is_grad_enabled() and _require_grad(o):
                 apply = FusedResidualFunction.apply if is_dynamo_compiling() else apply_plainly
-                y, stats = apply(*call, name)
+                y, stats = apply(*call, spec.text, name)
             else:
-                y, _, stats = ops.FORWARD[name](*call, False)
+                y, _, stats = ops.FORWARD[name](*call, spec.text, False)
         except RuntimeError as error:
-            checks.check_call(spec, x, *tensors, pad)
+            checks.check_call(spec, given, pad)
             checks.check_memory(error)
             raise
-        if spec.batch_stats and running_mean is not None and running_var is not None:
-            update_running_statistics(running_mean, running_var, stats, rows.shape[0], momentum)
+        if spec.batch_stats and o.running_mean is not None and o.running_var is not None:
+            update_running_statistics(o.running_mean, o.running_var, stats, M, momentum)
     return y if flat else y.view(*x.shape[:-1], N)
 
 
@@ -221,11 +207,8 @@ def fused_residual(
         residual = plain_linear(
             x if residual is None else residual, shortcut_weight, shortcut_bias, backend
         )
-    return run(
-        spec, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
-        momentum,
-        shortcut == "pad", backend, False,
-    )  # fmt: skip
+    o = Operands(x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var)
+    return run(spec, o, momentum, shortcut == "pad", backend, False)
 
 
 def _spec_of(*settings: Any) -> Spec:
@@ -244,20 +227,4 @@ _PLAIN_LINEAR = make_spec("linear", None, None)
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """x @ weight.T + bias by the same backends: the linear shortcut."""
-    none: Any = None
-    return run(
-        _PLAIN_LINEAR,
-        x,
-        weight,
-        bias,
-        none,
-        none,
-        none,
-        none,
-        none,
-        none,
-        0.0,
-        False,
-        backend,
-        False,
-    )
+    return run(_PLAIN_LINEAR, Operands(x, weight, bias), 0.0, False, backend, False)

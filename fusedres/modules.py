@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import checks
 from .functional import plain_linear, run
 from .layers import activation_name, norm_features, norm_settings
+from .operands import Operands
 from .reference import Residual
 
 _TORCH_FORWARDS = {
@@ -55,11 +56,10 @@ class FusedResidual(Residual):
             norm_weight, norm_bias = parameter(norm, "weight"), parameter(norm, "bias")
             if spec.norm == "batch":
                 spec, mean, var, momentum = self._batch_norm_step(norm)
-        return run(
-            spec, x, parameter(linear, "weight"), parameter(linear, "bias"), norm_weight, norm_bias,
-            self._parameters["gate"], residual, mean, var, momentum, self.shortcut_kind == "pad",
-            self.backend, True,
-        )  # fmt: skip
+        weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
+        gate = self._parameters["gate"]
+        o = Operands(x, weight, bias, norm_weight, norm_bias, gate, residual, mean, var)
+        return run(spec, o, momentum, self.shortcut_kind == "pad", self.backend, True)
 
     def not_fused(self) -> str | None:
         """Why this layer runs through its submodules one by one; None if it does not."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from . import checks
+from .operands import Operands
 from .spec import SHORTCUTS, Spec, make_spec, one_of
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -124,28 +125,17 @@ def run_stages(
     return t
 
 
-def composite(
-    spec: Spec,
-    x: Tensor,  # (M, K)
-    weight: Tensor,  # (N, K)
-    bias: Tensor | None,  # (N,)
-    norm_weight: Tensor | None,  # (C,), C = K for a norm before linear, else N
-    norm_bias: Tensor | None,  # (C,)
-    gate: Tensor | None,  # (1,) or (C,)
-    residual: Tensor | None,  # (M, R), R <= width at `add`, missing features count as 0; None: x
-    running_mean: Tensor | None,  # (C,), updated in place where batch_stats, as nn.BatchNorm1d does
-    running_var: Tensor | None,
-    seed: Tensor | None,  # (1,) int64, for dropout and drop-path
-    sample_rows: int,  # rows per sample, for drop-path
-    momentum: float = 0.1,
-) -> Tensor:
-    """Every order in plain torch, differentiable any number of times. Returns y (M, N)."""
+def composite(spec: Spec, o: Operands, momentum: float = 0.1) -> Tensor:
+    """Every order in plain torch, differentiable any number of times. Returns y (M, N).
+
+    Batch norm by this batch's statistics updates o.running_mean and o.running_var in place, as
+    nn.BatchNorm1d does.
+    """
 
     def plain_norm(t: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         if spec.norm == "batch":
-            return F.batch_norm(
-                t, running_mean, running_var, w, b, spec.batch_stats, momentum, spec.eps
-            )
+            mean, var = o.running_mean, o.running_var
+            return F.batch_norm(t, mean, var, w, b, spec.batch_stats, momentum, spec.eps)
         w, b = (p if p is None else p.to(t.dtype) for p in (w, b))
         if spec.norm == "layer":
             return F.layer_norm(t, t.shape[-1:], w, b, spec.eps)
@@ -157,14 +147,14 @@ def composite(
             is_dynamo_compiling()
         ):  # torch 2.11 to 2.15 cannot compile the jvp of an affine layer or batch norm
             h = plain_norm(t, None, None)
-            h = h if norm_weight is None else h * norm_weight.to(t.dtype)
-            return h if norm_bias is None else h + norm_bias.to(t.dtype)
-        return plain_norm(t, norm_weight, norm_bias)
+            h = h if o.norm_weight is None else h * o.norm_weight.to(t.dtype)
+            return h if o.norm_bias is None else h + o.norm_bias.to(t.dtype)
+        return plain_norm(t, o.norm_weight, o.norm_bias)
 
     def linear(t: Tensor) -> Tensor:
-        return F.linear(t, weight, bias)
+        return F.linear(t, o.weight, o.bias)
 
-    return run_stages(spec, x, linear, norm, gate, residual, seed, sample_rows)
+    return run_stages(spec, o.x, linear, norm, o.gate, o.residual, o.seed, o.sample_rows)
 
 
 def rows_per_sample(x: Tensor) -> int:

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-import fusedres.ops
-from fusedres import cli
+import fusedres.backends.native as extension
+from fusedres.tools import cli
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
@@ -49,6 +49,6 @@ def fusedres_command(capsys):
 @pytest.fixture
 def native():
     """The name of the C++ backend, for tests of what only it promises (bitwise layouts, say)."""
-    if fusedres.ops.native_missing:
-        pytest.skip(fusedres.ops.native_missing)
+    if extension.missing:
+        pytest.skip(extension.missing)
     return "cpu"

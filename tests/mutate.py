@@ -31,7 +31,7 @@ FLAGS = "-O1 -g0 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapp
 FLAGS += " -fopenmp-simd -DTORCH_EXTENSION_NAME=_C"
 OPTIONS = ["-xqp", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-m", "not gpu"]
 
-# Which tests see which kind of bug: the files tests/test_*.py and what pytest's -k picks of them.
+# Which tests see which kind of bug: the files tests/*/test_*.py and what pytest's -k picks of them.
 # fmt: off
 SUITES = {
     "step": ("accuracy", "trains_a_step and (note or preact) and (relu or gelu or silu)"),
@@ -329,14 +329,15 @@ class Tree:
         """Compiles the CUDA kernels for the tests' emulated GPU."""
         code = "from cuda_on_cpu.structs import kernels; from test_cuda_emulated_sm90 import hopper"
         command = [sys.executable, "-c", f"{code}; kernels(), hopper()"]
-        return self.run(command, PYTHONPATH=f"{self.path}:{self.path / 'tests'}") == 0
+        folders = (self.path / folder for folder in (".", "tests", "tests/emulation"))
+        return self.run(command, PYTHONPATH=":".join(map(str, folders))) == 0
 
     def test(self, suite: str) -> int:
         """pytest's exit code."""
         files, names = SUITES[suite]
         command = [sys.executable, "-m", "pytest", *OPTIONS, "-k", names]
         return self.run(
-            command + [f"tests/test_{file}.py" for file in files.split()],
+            command + [str(*self.path.glob(f"tests/*/test_{file}.py")) for file in files.split()],
             TRITON_INTERPRET=str(int(files == "triton")), PYTHONPATH=str(self.path),
             PYTHONDONTWRITEBYTECODE="1", CUDA_VISIBLE_DEVICES="",
             OMP_NUM_THREADS="1", MKL_NUM_THREADS="1",

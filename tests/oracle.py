@@ -13,6 +13,7 @@ import torch
 from cases import DIFFERENTIABLE, KINKS, STATISTICS
 from cases import make_case as make_case
 from fusedres import Residual, fused_residual
+from fusedres.operands import Operands
 from fusedres.reference import ACTIVATION_FUNCTIONS, composite, draw_seed, rows_per_sample
 
 
@@ -63,7 +64,8 @@ def _plain(case, dtype, asked):
             operands[name] = operands[name].reshape(-1, operands[name].shape[-1])
     torch.manual_seed(case.seed)
     seed = draw_seed(case.x.device) if spec.random else None
-    y = composite(spec, *operands.values(), seed, rows_per_sample(case.x), case.momentum)
+    o = Operands(*operands.values(), seed, rows_per_sample(case.x))
+    y = composite(spec, o, case.momentum)
     y = y.view(*case.x.shape[:-1], y.shape[-1])
     return gradients(leaves, asked, y, case.dy.to(dtype)) | _statistics(case, leaves)
 

@@ -9,11 +9,10 @@ from functools import lru_cache
 
 import torch
 
-from .. import ops
 from ..checks import BACKENDS
 from ..spec import REGISTERED, Spec, one_of
 from ..tracing import constant_when_compiled
-from . import plan
+from . import native, plan
 
 _log = logging.getLogger("fusedres")
 
@@ -27,7 +26,7 @@ def why_not(
     if backend == "cpu":
         if device.type == "cpu" and spec.activation in REGISTERED:
             return f"the C++ kernels know only the built-in activations, not {spec.activation!r}"
-        return f"x is on {device}" if device.type != "cpu" else ops.native_missing
+        return f"x is on {device}" if device.type != "cpu" else native.missing
     module = importlib.import_module(f".{backend}", __name__)  # importing triton takes its time
     return module.why_not(spec, dtype, device, N, K)
 
@@ -94,16 +93,10 @@ def choose(
             f"{reason}; "
             f"backend='auto' falls back"
         )
-    if backend == "triton":
+    if backend in ("triton", "vendor"):
         from . import triton
 
-        triton.register()
         triton.prepare(device)
-    elif backend == "vendor":
-        from . import vendor
-
-        vendor.register()
-        vendor.triton.prepare(device)
     elif backend == "cuda":
         from . import cuda
 

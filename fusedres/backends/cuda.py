@@ -11,22 +11,17 @@ from typing import Any
 
 import torch
 
-from .. import ops
 from ..spec import REGISTERED, Spec
-from . import plan
+from . import native, plan
 
 WITH_TRITON = "cuda+triton"
 
 
-def built() -> bool:
-    return "cuda" in ops.FORWARD
-
-
 def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str | None:
     """None if these kernels can run a layer of N outputs and K inputs, else the reason."""
-    if ops.native_missing:
-        return ops.native_missing
-    if not built():
+    if native.missing:
+        return native.missing
+    if not native.has_cuda:
         return "the C++ extension is built without CUDA kernels (it needs nvcc and a CUDA torch)"
     if spec.activation in REGISTERED:
         return f"the C++ kernels know only the built-in activations, not {spec.activation!r}"
@@ -53,10 +48,7 @@ def name(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -
         return "cuda"
     from . import triton
 
-    triton.register()
     triton.prepare(device)
-    ops.FORWARD[WITH_TRITON] = ops.FORWARD["cuda"]
-    ops.BACKWARD[WITH_TRITON] = ops.BACKWARD["triton"]
     return WITH_TRITON
 
 
@@ -64,7 +56,7 @@ def _refusal(
     spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int, gradients: bool
 ) -> str | None:
     shared = plan.device_of(device).shared
-    return ops._C.cuda_why_not(str(spec), _name_of(dtype), N, K, shared, gradients)
+    return native.extension.cuda_why_not(str(spec), _name_of(dtype), N, K, shared, gradients)
 
 
 def kernel(
@@ -74,7 +66,7 @@ def kernel(
     found = plan.device_of(device)
     major = int(found.architecture.removeprefix("sm_")[:-1])
     sizes = (M, N, K, found.processors, found.shared, major)
-    told = ops._C.cuda_plan(str(spec), _name_of(dtype), *sizes)
+    told = native.extension.cuda_plan(str(spec), _name_of(dtype), *sizes)
     waves = told["programs"] / found.processors
     return told.pop("kernel"), told | {"waves": round(waves, 2)}
 

@@ -6,13 +6,13 @@ Importing this module imports Triton; without Triton it still imports, and `why_
 from __future__ import annotations
 
 import threading
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import activations, ops
+from .. import activations
+from ..operands import DIFFERENTIABLE, Operands
 from ..spec import ACTIVATIONS, Spec
 from . import plan as planner
 from .plan import Plan, WholePlan, ceil_div
@@ -22,11 +22,10 @@ try:
 
     from ..kernels import backward, by_tanh, epilogue, forward, products
     from ..kernels.moments import GROUP
-    from ..kernels.stages import Operands
+    from ..kernels.stages import StageOperands
 except ImportError:
     triton = None
 
-INPUTS = ("x", "weight", "bias", "norm_weight", "norm_bias", "gate", "residual")  # bit i of `needs`
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANDOM = {"dropout", "droppath"}
 
@@ -86,82 +85,46 @@ class Side(NamedTuple):
         return cls(stages[:at], True, stages[at + 1 :])
 
 
-class Inputs(NamedTuple):
-    """A call's tensors and what goes with them, as the ops get them."""
-
-    x: Tensor  # (M, K)
-    weight: Tensor  # (N, K)
-    bias: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    gate: Tensor | None
-    residual: Tensor | None  # (M, R); None: x
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    seed: Tensor | None
-    sample_rows: int
-
-    def operands(self, spec: Spec, stats: Tensor | None) -> Operands:
-        """What the stages read; `stats` (2, C) are this batch's mean and biased variance."""
-        shortcut = (self.x if self.residual is None else self.residual) if spec.adds else None
-        mean, var = self.running_mean, self.running_var
-        if spec.batch_stats and stats is not None:
-            mean, var = stats.unbind()
-        p, q = spec.dropout, spec.drop_path
-        return Operands(
-            self.norm_weight, self.norm_bias, mean, var, self.gate, shortcut, self.seed,
-            R=0 if shortcut is None else shortcut.shape[1],
-            stride_gate=0 if spec.gate == "scalar" else 1,
-            stride_rm=0 if shortcut is None else shortcut.stride(0),
-            stride_rn=0 if shortcut is None else shortcut.stride(1),
-            sample_rows=self.sample_rows, dropout=int(p * 2**32), droppath=int(q * 2**32),
-            dropout_scale=1 / (1 - p) if p < 1 else 0.0,
-            droppath_scale=1 / (1 - q) if q < 1 else 0.0,
-            residual_scale=spec.residual_scale, eps=spec.eps,
-        )  # fmt: skip
-
-
-def residual_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    seed: Tensor | None,
-    sample_rows: int,
-    recipe: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (M, N); z (M, N) if backward needs it, else (0,); the norm's statistics, fp32.
-
-    x (M, K) and residual (M, R) of any strides; weight (N, K); vectors (C,). Without `residual` x
-    is what goes into the shortcut. Statistics: (2, C), mean and biased variance, of batch norm in
-    training; (2 * M,), mean and 1 / sqrt(variance + eps) of each row, if backward needs them;
-    else (0,).
-    """
-    spec = Spec.parse(recipe)
-    inputs = Inputs(
-        x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed,
-        sample_rows,
+def stage_operands(spec: Spec, o: Operands, stats: Tensor | None) -> StageOperands:
+    """What the stages read; `stats` (2, C) are this batch's mean and biased variance."""
+    shortcut = (o.x if o.residual is None else o.residual) if spec.adds else None
+    mean, var = o.running_mean, o.running_var
+    if spec.batch_stats and stats is not None:
+        mean, var = stats.unbind()
+    p, q = spec.dropout, spec.drop_path
+    return StageOperands(
+        o.norm_weight, o.norm_bias, mean, var, o.gate, shortcut, o.seed,
+        R=0 if shortcut is None else shortcut.shape[1],
+        stride_gate=0 if spec.gate == "scalar" else 1,
+        stride_rm=0 if shortcut is None else shortcut.stride(0),
+        stride_rn=0 if shortcut is None else shortcut.stride(1),
+        sample_rows=o.sample_rows, dropout=int(p * 2**32), droppath=int(q * 2**32),
+        dropout_scale=1 / (1 - p) if p < 1 else 0.0,
+        droppath_scale=1 / (1 - q) if q < 1 else 0.0,
+        residual_scale=spec.residual_scale, eps=spec.eps,
     )  # fmt: skip
-    (M, K), N = x.shape, weight.shape[0]
-    y = x.new_empty((M, N))
-    z = x.new_empty((M, N) if save and spec.saves_z else (0,))
-    stats = x.new_empty(ops.stats_shape(spec, M, N, K, save, True), dtype=torch.float32)
+
+
+def residual_forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y (M, N), z and stats (`Operands.empty_outputs`) of (*operands, recipe, save).
+
+    x (M, K) and residual (M, R) of any strides. A row's statistics are its mean and
+    1 / sqrt(variance + eps).
+    """
+    *operands, recipe, save = call
+    spec, o = Spec.parse(recipe), Operands(*operands)
+    (M, K), N = o.x.shape, o.weight.shape[0]
+    y, z, stats = o.empty_outputs(spec, save, True)
     if y.numel():
-        chosen = planner.plan(spec, x.dtype, M, N, K, planner.device_of(x.device))
-        _launch_forward(spec, chosen, inputs, y, z if z.numel() else None, stats)
+        chosen = planner.plan(spec, o.x.dtype, M, N, K, planner.device_of(o.x.device))
+        _launch_forward(spec, chosen, o, y, z if z.numel() else None, stats)
     return y, z, stats
 
 
 def _launch_forward(
-    spec: Spec, chosen: Plan, inputs: Inputs, y: Tensor, z: Tensor | None, stats: Tensor
+    spec: Spec, chosen: Plan, o: Operands, y: Tensor, z: Tensor | None, stats: Tensor
 ) -> None:
-    x, weight = inputs.x, inputs.weight
+    x, weight = o.x, o.weight
     (M, K), N = x.shape, weight.shape[0]
     tile, family = chosen.tile, chosen.family
     strides = (*x.stride(), *weight.stride())
@@ -170,7 +133,7 @@ def _launch_forward(
     epilogue = spec.epilogue
     if family in ("rows", "wide", "columns", "batch"):
         epilogue = ("norm", *side.after)
-    head = (x, weight, inputs.bias, inputs.operands(spec, stats))
+    head = (x, weight, o.bias, stage_operands(spec, o, stats))
     constants = {
         "PROLOGUE": spec.prologue, "BEFORE": before, "EPILOGUE": epilogue,
         "ACT": activation_functions(spec.activation, x.dtype)[0], "PRECISION": _precision(),
@@ -204,41 +167,21 @@ def _launch_forward(
             )  # fmt: skip
 
 
-def residual_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    seed: Tensor | None,
-    z: Tensor,
-    stats: Tensor,
-    sample_rows: int,
-    recipe: str,
-    needs: int,
-) -> list[Tensor]:
-    """The gradients of those of INPUTS whose bit is set in `needs`, shaped and typed like them.
+def residual_backward(dy: Tensor, z: Tensor, stats: Tensor, *call: Any) -> list[Tensor]:
+    """The gradients of those of DIFFERENTIABLE whose bit is set in `needs`, shaped and typed like
+    them, of (dy, z, stats, *operands, recipe, needs).
 
     dy (M, N) of any strides, z and stats as `residual_forward` saved them. At most three launches:
     what is row by row after the product, both products, what is row by row before it.
     """
-    spec = Spec.parse(recipe)
-    inputs = Inputs(
-        x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed,
-        sample_rows,
-    )  # fmt: skip
-    wanted = [i for i in range(len(INPUTS)) if needs >> i & 1]
-    tensors: Any = inputs
-    grads = {INPUTS[i]: tensors[i].new_empty(tensors[i].shape) for i in wanted}
-    if not dy.numel() or (not x.numel() and spec.prologue):
+    *operands, recipe, needs = call
+    spec, o = Spec.parse(recipe), Operands(*operands)
+    wanted = (i for i in range(len(DIFFERENTIABLE)) if needs >> i & 1)
+    grads = {DIFFERENTIABLE[i]: operands[i].new_empty(operands[i].shape) for i in wanted}
+    if not dy.numel() or (not o.x.numel() and spec.prologue):
         return [grad.zero_() for grad in grads.values()]
     with torch.cuda.device_of(dy):
-        _Backward(spec, inputs, dy, z, stats, grads).run()
+        _Backward(spec, o, dy, z, stats, grads).run()
     return list(grads.values())
 
 
@@ -284,13 +227,12 @@ class _Backward:
     """
 
     def __init__(
-        self, spec: Spec, inputs: Inputs, dy: Tensor, z: Tensor, stats: Tensor,
-        grads: dict[str, Tensor],
-    ) -> None:  # fmt: skip
-        self.spec, self.inputs, self.grads = spec, inputs, grads
+        self, spec: Spec, o: Operands, dy: Tensor, z: Tensor, stats: Tensor, grads: Any
+    ) -> None:
+        self.spec, self.inputs, self.grads = spec, o, grads
         self.dy, self.z, self.stats = dy, z, stats
         self.device = planner.device_of(dy.device)
-        self.operands = inputs.operands(spec, stats)
+        self.operands = stage_operands(spec, o, stats)
 
     def asked(self, stages: tuple[str, ...]) -> dict[str, Tensor]:
         """The gradients asked for of what `stages` read, but for x."""
@@ -503,9 +445,3 @@ def _counters(t: Tensor, count: int) -> Tensor:
 def _precision() -> str:
     """What fp32 products may use; torch's older switches (allow_tf32, ...) show here too."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-@cache
-def register() -> None:
-    """Registers this backend's ops."""
-    ops.register_python("triton", residual_forward, residual_backward)

@@ -6,13 +6,12 @@ better one. Backward is the Triton backend's.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..operands import Operands
 from ..spec import Spec
 from . import plan, triton
 
@@ -21,7 +20,6 @@ try:
 except ImportError:  # without Triton, which `why_not` says
     residual_finish_kernel = None
 
-NAME = "vendor"
 TILE = 4096  # elements of a tile of the pass
 
 
@@ -39,33 +37,29 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
 def residual_forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton backend's `residual_forward` in two launches, with the same arguments."""
     *operands, recipe, save = call
-    spec, inputs = Spec.parse(recipe), triton.Inputs(*operands)
-    x, weight, bias = inputs.x, inputs.weight, inputs.bias
-    (M, K), N = x.shape, weight.shape[0]
-    y = x.new_empty((M, N))
-    z = x.new_empty((M, N) if save and spec.saves_z else (0,))
-    stats = x.new_empty(ops.stats_shape(spec, M, N, K, save, True), dtype=torch.float32)
+    spec, o = Spec.parse(recipe), Operands(*operands)
+    y, z, stats = o.empty_outputs(spec, save, True)
     if not y.numel():
         return y, z, stats
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(o.x):
         to = z if z.numel() else y
-        if bias is None:
-            torch.mm(x, weight.t(), out=to)
+        if o.bias is None:
+            torch.mm(o.x, o.weight.t(), out=to)
         else:
-            torch.addmm(bias, x, weight.t(), out=to)
+            torch.addmm(o.bias, o.x, o.weight.t(), out=to)
         if spec.epilogue:
-            _finish(spec, inputs, to, y, stats)
+            _finish(spec, o, to, y, stats)
     return y, z, stats
 
 
-def _finish(spec: Spec, inputs: triton.Inputs, z: Tensor, y: Tensor, stats: Tensor) -> None:
+def _finish(spec: Spec, o: Operands, z: Tensor, y: Tensor, stats: Tensor) -> None:
     M, N = y.shape
     rows = spec.norm in ("layer", "rms")
     side = triton.Side.of(spec.epilogue)
     width = min(plan.power_of_two(N), 1024)
     height = max(1, TILE // width)
     residual_finish_kernel[(plan.ceil_div(M, height),)](
-        z, inputs.operands(spec, None), y, stats if stats.numel() else None, M, N,
+        z, triton.stage_operands(spec, o, None), y, stats if stats.numel() else None, M, N,
         BEFORE=side.before if rows else (),
         EPILOGUE=("norm", *side.after) if rows else spec.epilogue,
         ROWS=rows, CENTRED=spec.norm != "rms",
@@ -74,8 +68,4 @@ def _finish(spec: Spec, inputs: triton.Inputs, z: Tensor, y: Tensor, stats: Tens
     )  # fmt: skip
 
 
-@cache
-def register() -> None:
-    """Registers this backend's ops."""
-    triton.register()
-    ops.register_python(NAME, residual_forward, triton.residual_backward)
+residual_backward = triton.residual_backward

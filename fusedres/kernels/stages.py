@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 
-class Operands(NamedTuple):
+class StageOperands(NamedTuple):
     """What stages read, as one kernel argument. A tensor that a recipe has no use for is None."""
 
     norm_weight: Any  # (C,)

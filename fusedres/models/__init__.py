@@ -1,0 +1,1 @@
+"""Finding residual layers in other people's models."""

@@ -1,0 +1,250 @@
+"""Existing models: `convert` fuses what provably stays the same function, `revert` undoes it.
+
+Only a module's class changes, never a parameter, a submodule or a state-dict key: optimisers,
+checkpoints and references into the model stay good, and so do copying and pickling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers import activation_name, customised, norm_features, norm_settings, stage_of
+from ..modules import FusedResidual
+from ..reference import Residual
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one module: `name` is its path in the model, `what` tells it or the reason."""
+
+    name: str
+    fused: bool
+    what: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` or `revert` did, module by module; ``print(report)`` is readable."""
+
+    title: str
+    changes: tuple[Change, ...]
+
+    @property
+    def fused(self) -> tuple[Change, ...]:
+        return tuple(change for change in self.changes if change.fused)
+
+    @property
+    def left(self) -> tuple[Change, ...]:
+        return tuple(change for change in self.changes if not change.fused)
+
+    def __str__(self) -> str:
+        width = max((len(change.name) for change in self.changes), default=0)
+        lines = [f"{self.title}: {len(self.fused)} changed, {len(self.left)} left alone"]
+        for change in self.changes:
+            verb = "changed" if change.fused else "left"
+            lines.append(f"  {verb:7}  {change.name:{width}}  {change.what}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Neighbours in an nn.Sequential that one fused layer without `add` can stand for."""
+
+    modules: tuple[nn.Module, ...]
+    layer: FusedResidual  # over the same modules, and no module's child: it adds no state-dict keys
+
+    @staticmethod
+    def of(modules: tuple[nn.Module, ...]) -> Stack:
+        """Raises ValueError if a module's settings have no fused form."""
+        stages: dict[str, Any] = {str(stage_of(m)): m for m in modules}
+        linear, norm, dropout = stages["linear"], stages.get("norm"), stages.get("dropout")
+        for m in modules[: modules.index(linear)]:
+            if getattr(m, "inplace", False):
+                raise ValueError(f"{type(m).__name__} writes into the input (inplace=True)")
+        if isinstance(norm, nn.SyncBatchNorm):
+            raise ValueError("SyncBatchNorm sums over processes")
+        if isinstance(norm, nn.RMSNorm) and norm.eps is None:
+            raise ValueError("RMSNorm with eps=None follows the dtype; set its eps")
+        layer = FusedResidual(
+            linear.in_features, linear.out_features, order="-".join(stages), device="meta",
+            activation=activation_name(stages.get("act")), dropout=dropout.p if dropout else 0.0,
+            bias=linear.bias is not None, **norm_settings(norm, linear.weight.dtype),
+        )  # fmt: skip
+        if norm_features(layer.norm) != norm_features(norm):
+            raise ValueError(f"{type(norm).__name__} has {norm_features(norm)} features")
+        layer.linear, layer.norm = linear, norm  # type: ignore[assignment]
+        layer.training = (dropout or linear).training
+        return Stack(modules, layer)
+
+    def runs(self, modules: tuple[nn.Module, ...], x: Any) -> bool:
+        """Whether the fused call is still what these modules do, one after another, with x."""
+        if modules != self.modules or any(customised(m) is not None for m in modules):
+            return False
+        training, spec = self.layer.training, self.layer._specs[True]
+        for m in modules:
+            if type(m) is nn.Dropout and (m.p, m.training) != (spec.dropout, training):
+                return False
+        if spec.norm == "batch" and x.dim() != 2:  # torch's norms dimension 1 then
+            return False
+        norm: Any = self.layer.norm
+        return norm is None or norm.eps == spec.eps
+
+
+class FusedSequential(nn.Sequential):
+    """An nn.Sequential whose stacks run in fused calls; `convert` makes it, `revert` unmakes it.
+
+    Its modules are the nn.Sequential's own. A stack that was changed since (a module replaced, a
+    hook added, a dropout put into another mode) runs module by module, as does batch norm over
+    3-D input. Dropout draws masks as FusedResidual does: other zeros than torch's, as many.
+    """
+
+    _stacks: Any = MappingProxyType({})  # position of a stack's first module -> Stack
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As nn.Sequential's: input (..., K), the result of the last module."""
+        modules: Any = tuple(self._modules.values())
+        i = 0
+        while i < len(modules):
+            stack = self._stacks.get(i)
+            stop = i + 1 if stack is None else i + len(stack.modules)
+            if stack is not None and stack.runs(modules[i:stop], input):
+                input, i = stack.layer(input), stop
+            else:
+                input, i = modules[i](input), i + 1
+        return input
+
+    def train(self, mode: bool = True) -> FusedSequential:
+        for stack in self._stacks.values():
+            stack.layer.train(mode)
+        return super().train(mode)
+
+
+def _find_stacks(modules: Sequence[nn.Module]) -> tuple[dict[int, Stack], dict[int, str]]:
+    """Stacks by the position of their first module, and why other linears stand alone. Greedy."""
+    stages = [None if customised(m) else stage_of(m) for m in modules]
+    stacks: dict[int, Stack] = {}
+    alone: dict[int, str] = {}
+    i = 0
+    while i < len(modules):
+        stop = i
+        while stop < len(modules) and stages[stop] and stages[stop] not in stages[i:stop]:
+            stop += 1
+        reason = (
+            customised(modules[i]) or "no norm or activation with a fused form stands beside it"
+        )
+        while stop > i and "linear" in stages[i:stop] and {"norm", "act"} & {*stages[i:stop]}:
+            try:
+                stacks[i] = Stack.of(tuple(modules[i:stop]))
+            except ValueError as error:
+                reason, stop = str(error).removeprefix("fusedres: "), stop - 1
+            else:
+                break
+        if i not in stacks and isinstance(modules[i], nn.Linear):
+            alone[i] = reason
+        i = stop if i in stacks else i + 1
+    return stacks, alone
+
+
+def _convert_sequential(path: str, module: nn.Sequential) -> Iterator[Change]:
+    if "forward" in module.__dict__:
+        return
+    names, children = list(module._modules), list(module)
+    stacks, alone = _find_stacks(children)
+    for i, stack in stacks.items():
+        kinds = "-".join(type(m).__name__ for m in stack.modules)
+        order = "-".join(stack.layer._specs[True].stages)
+        yield Change(_join(path, names[i]), True, f"{kinds} in one fused call, order '{order}'")
+    for i, reason in alone.items():
+        yield Change(_join(path, names[i]), False, f"{type(children[i]).__name__}: {reason}")
+    if stacks:
+        _become(module, FusedSequential)
+        module._stacks = stacks  # type: ignore[assignment]
+
+
+def _convert_residual(name: str, module: Residual) -> Change:
+    reason = None
+    if type(module) is not Residual:
+        reason = "a subclass of Residual"
+    elif "forward" in module.__dict__:
+        reason = customised(module)
+    for child_name, child in module.named_children():
+        if customised(child):
+            reason = f"{child_name}: {customised(child)}"
+    if reason is not None:
+        return Change(name, False, f"{type(module).__name__}: {reason}")
+    _become(module, FusedResidual)
+    module._converted = True  # type: ignore[assignment]
+    return Change(name, True, f"Residual is now FusedResidual, order {module.order!r}")
+
+
+def _become(module: Any, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def convert(model: nn.Module, *, linear_stacks: bool = True) -> ConversionReport:
+    """Fuses, in place, the layers of a model that can be proved to stay the same function.
+
+    * A :class:`fusedres.Residual` becomes a :class:`fusedres.FusedResidual`.
+    * With `linear_stacks`, neighbours in an nn.Sequential that the order grammar can say (linear
+      with a norm, an activation, a dropout, in any order) run as one fused layer without `add`.
+
+    Nothing else: what another module's forward does with its layers cannot be known, so its
+    linears are left alone and listed; build those with FusedResidual or FusedResidual.from_layers.
+    Modules with hooks, parametrizations or a replaced forward and subclasses are left alone, too.
+
+    Parameters, buffers, submodules, state-dict keys, devices, dtypes and modes stay the very same.
+
+    Returns a report to print: for each such module what was done, or why not. Raises TypeError.
+    """
+    _check_module("convert", model)
+    changes: list[Change] = []
+    handled: set[nn.Module] = set()
+    for path, module in list(model.named_modules()):
+        name = path or "(the model)"
+        if module in handled:
+            continue
+        if isinstance(module, Residual) or type(module) in (nn.Sequential, FusedSequential):
+            handled.update(m for m in module.children() if isinstance(m, nn.Linear))
+        if isinstance(module, Residual) and not isinstance(module, FusedResidual):
+            changes.append(_convert_residual(name, module))
+        elif type(module) is nn.Sequential and linear_stacks:
+            changes += _convert_sequential(path, module)
+        elif isinstance(module, nn.Linear):
+            reason = "its caller's forward is not read; see FusedResidual.from_layers"
+            changes.append(Change(name, False, f"{type(module).__name__}: {reason}"))
+    return ConversionReport("fusedres.convert", tuple(changes))
+
+
+def revert(model: nn.Module) -> ConversionReport:
+    """Undoes `convert`, in place: every module gets the class it had.
+
+    Layers that were FusedResidual from the start stay. Returns a report. Raises TypeError.
+    """
+    _check_module("revert", model)
+    changes: list[Change] = []
+    for path, module in model.named_modules():
+        name = path or "(the model)"
+        if type(module) is FusedSequential:
+            _become(module, nn.Sequential)
+            module.__dict__.pop("_stacks", None)
+            changes.append(Change(name, True, "an nn.Sequential again"))
+        elif type(module) is FusedResidual and module.__dict__.pop("_converted", False):
+            _become(module, Residual)
+            changes.append(Change(name, True, "a Residual again"))
+    return ConversionReport("fusedres.revert", tuple(changes))
+
+
+def _check_module(op: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"fusedres.{op}: model must be a torch.nn.Module, got {type(model).__name__}"
+        )

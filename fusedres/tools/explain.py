@@ -1,0 +1,248 @@
+"""`explain`: what a layer's call will do, said before it runs, and what is not fused and why."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..functional import composite_only, fused_residual
+from ..mlp import FusedResidualMLP
+from ..modules import FusedResidual
+from ..reference import Residual
+from ..spec import Spec, make_spec
+from .calls import Call, Context
+
+_LINEAR = make_spec("linear", None, None)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The calls that a layer makes, in order, and what is not fused; print it."""
+
+    title: str
+    calls: tuple[Call, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def backend(self) -> str:
+        """Of the last call, the layer's own."""
+        return self.calls[-1].backend
+
+    @property
+    def saved_bytes(self) -> int | None:
+        """Of all calls; a tensor that two calls save counts twice. None: torch decides."""
+        total = 0
+        for call in self.calls:
+            if call.saved is None:
+                return None
+            total += sum(call.saved.values())
+        return total
+
+    def __str__(self) -> str:
+        notes = (f"note: {note}" for note in self.notes)
+        return "\n".join([self.title, *map(str, self.calls), *notes])
+
+
+def explain(
+    layer_or_call: Any,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Explanation:
+    """Which backend, kernel, tiles and launches ``layer_or_call(x, residual)`` would use, and why.
+
+    Nothing runs and nothing changes: no counter of a batch norm, no random state.
+
+    Args:
+        layer_or_call: a FusedResidual, FusedResidualMLP or Residual, or
+            ``functools.partial(fused_residual, weight=..., ...)``.
+        x: (..., K), the call's input; a meta tensor will do, then the layer's device counts.
+        residual: (..., R), if the call has one.
+        device: explain the call as if on this device, for example "cuda" on a machine without one.
+
+    Returns an :class:`Explanation`; print it, or read ``.backend``, ``.calls``, ``.saved_bytes``.
+
+    Raises TypeError for anything else than these calls, and what the call itself would raise for
+    arguments that do not fit or a backend that cannot run it.
+    """
+    call = layer_or_call
+    checks.check_tensor("x", x)
+    checks.check_tensor("residual", residual, optional=True)
+    if isinstance(call, partial) and call.func is fused_residual:
+        keywords = {**call.keywords, **({} if residual is None else {"residual": residual})}
+        bound = inspect.signature(fused_residual).bind(*call.args, x, **keywords)
+        bound.apply_defaults()
+        a = bound.arguments
+        tensors = [t for t in a.values() if isinstance(t, Tensor)]
+        context = _context(x, a["weight"], tensors, device)
+        calls, notes = _of_function(context, **a)
+        title = "fused_residual"
+    elif isinstance(call, FusedResidualMLP):
+        context = _context(x, next(call.fc1.linear.parameters()), [x, *call.parameters()], device)
+        calls, notes = _of_mlp(context, call, x.shape[-1], _features(residual))
+        title = "FusedResidualMLP"
+    elif isinstance(call, Residual):
+        context = _context(x, next(call.linear.parameters()), [x, *call.parameters()], device)
+        calls, notes = _of_layer(context, call, x.shape[-1], _features(residual))
+        title = type(call).__name__
+    else:
+        raise TypeError(
+            f"fusedres.explain: expected a FusedResidual, FusedResidualMLP or Residual layer or "
+            f"functools.partial(fused_residual, weight=...), got {type(call).__name__}"
+        )
+    title = f"{title} on x {tuple(x.shape)}, {context.dtype}, {context.device}"
+    return Explanation(title, tuple(calls), (*notes, *_notes(context, x)))
+
+
+def _context(
+    x: Tensor, weight: Tensor, tensors: list[Tensor], device: torch.device | str | None
+) -> Context:
+    if x.dim() == 0:
+        checks.check_x(x, weight.shape[-1])
+    where = torch.device(device) if device else (weight if x.is_meta else x).device
+    return Context(
+        rows=tuple(x.shape[:-1]),
+        x_dtype=x.dtype,
+        weight_dtype=weight.dtype,
+        device=where,
+        composite=composite_only(x, weight),
+        grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+    )
+
+
+def _features(t: Tensor | None) -> int | None:
+    return None if t is None else t.shape[-1]
+
+
+def _notes(context: Context, x: Tensor) -> list[str]:
+    notes: list[str] = []
+    if context.composite:
+        notes.append("a function transform or tensor subclass is active: torch operations run")
+    else:
+        notes.append("torch.func transforms, forward AD and double backward run torch operations")
+    if context.device.type == "cuda" and not torch.cuda.is_available():
+        notes.append("no GPU is here: this is what a machine with one would run")
+    if context.casts and context.x_dtype != context.dtype:
+        notes.append(f"autocast casts x, the weight and the bias to {context.dtype} first")
+    if x.dim() > 2 and not x.is_contiguous():
+        notes.append("x may be copied first: its leading dimensions are flattened to rows")
+    return notes
+
+
+def _of_layer(
+    context: Context, layer: Residual, K: int, residual: int | None, name: str = "layer"
+) -> tuple[list[Call], list[str]]:
+    """The calls of one layer for x of K features and a residual of `residual` features."""
+    calls, notes, text = [], [], "x" if residual is None else "residual"
+    if layer.in_features != K:
+        checks.check_x(torch.empty(*context.rows, K, device="meta"), layer.in_features)
+    eager = layer.not_fused() if isinstance(layer, FusedResidual) else "a Residual always does"
+    if eager is not None:
+        notes.append(f"{name} runs stage by stage through its submodules: {eager}")
+    shortcut: Any = layer.shortcut
+    skipped = layer._default_shortcut and residual == layer._sum_features
+    if shortcut is not None and layer.spec.adds and not skipped:
+        source = K if residual is None else residual
+        residual = layer._sum_features
+        if type(shortcut).forward is nn.Linear.forward:
+            has_bias = shortcut.bias is not None
+            calls.append(
+                _linear_shortcut(
+                    context, shortcut.weight, has_bias, source, layer.backend, eager is not None
+                )
+            )
+            notes.append("the linear shortcut is a call of its own, before the layer's")
+        else:
+            kind = type(shortcut).__name__
+            notes.append(f"the shortcut, a {kind}, runs on its own before the layer's call")
+        text = f"shortcut({text})"
+    pad = layer.shortcut_kind == "pad"
+    calls.append(
+        context.call(
+            name, _spec_now(layer), K, layer.out_features, layer.backend,
+            bias=layer.linear.bias is not None, residual=residual,
+            shortcut=f"pad({text})" if pad else text, pad=pad, eager=eager is not None,
+        )
+    )  # fmt: skip
+    return calls, notes
+
+
+def _spec_now(layer: Residual) -> Spec:
+    """The recipe that a call would use: a batch norm has a mode of its own, as in torch."""
+    norm: Any = layer.norm
+    if layer.spec.norm != "batch" or type(norm) is not nn.BatchNorm1d:
+        return layer.spec
+    return layer.spec.with_batch_stats(norm.training or norm.running_mean is None)
+
+
+def _linear_shortcut(
+    context: Context, weight: Any, bias: bool, source: int, backend: str, eager: bool = False
+) -> Call:
+    N, K = weight.shape
+    checks.check_shortcut_input(torch.empty(*context.rows, source, device="meta"), K)
+    return context.call("shortcut", _LINEAR, K, N, backend, bias=bias, eager=eager)
+
+
+def _of_mlp(
+    context: Context, mlp: FusedResidualMLP, K: int, residual: int | None
+) -> tuple[list[Call], list[str]]:
+    calls, notes = _of_layer(context, mlp.fc1, K, None, "fc1")
+    shortcut: Any = mlp.shortcut
+    if mlp.adds and shortcut is None:
+        residual = K if residual is None else residual
+    elif mlp.adds and not (mlp._default_shortcut and residual == mlp.out_features):
+        source = K if residual is None else residual
+        residual = mlp.out_features
+        if type(shortcut).forward is nn.Linear.forward:
+            has_bias, backend = shortcut.bias is not None, mlp.fc2.backend
+            calls.insert(0, _linear_shortcut(context, shortcut.weight, has_bias, source, backend))
+        notes.append(f"the shortcut, a {type(shortcut).__name__}, is a call of its own")
+    more, more_notes = _of_layer(context, mlp.fc2, mlp.hidden_features, residual, "fc2")
+    return calls + more, [*notes, *more_notes, "two matmuls are two calls, fc1 and fc2"]
+
+
+def _of_function(
+    context: Context, *, weight: Tensor, gate: Tensor | None, residual: Tensor | None, **a: Any
+) -> tuple[list[Call], list[str]]:
+    kind = None if gate is None else "scalar" if gate.numel() == 1 else "channel"
+    training = a["training"] or (a["norm"] == "batch" and a["running_mean"] is None)
+    rates = (a["dropout"], a["drop_path"]) if a["training"] else (0.0, 0.0)
+    spec = make_spec(
+        a["order"],
+        a["norm"],
+        a["activation"],
+        kind,
+        a["eps"],
+        *rates,
+        a["residual_scale"],
+        training,
+    )
+    calls, notes = [], []
+    features, text, (N, K) = (
+        _features(residual),
+        "x" if residual is None else "residual",
+        weight.shape,
+    )
+    checks.check_x(a["x"], K)
+    if a["shortcut_weight"] is not None:
+        source = K if features is None else features
+        has_bias, features = a["shortcut_bias"] is not None, a["shortcut_weight"].shape[0]
+        calls.append(
+            _linear_shortcut(context, a["shortcut_weight"], has_bias, source, a["backend"])
+        )
+        notes.append("the linear shortcut is a call of its own, before the layer's")
+        text = f"shortcut({text})"
+    calls.append(
+        context.call(
+            "layer", spec, K, N, a["backend"], bias=a["bias"] is not None, residual=features,
+            shortcut=text, pad=a["shortcut"] == "pad",
+        )
+    )  # fmt: skip
+    return calls, notes
