@@ -21,9 +21,11 @@ def parser() -> argparse.ArgumentParser:
     from .run import OPTIONS
 
     found = argparse.ArgumentParser(
-        prog="python -m bench", epilog=EPILOG, allow_abbrev=False,
+        prog="python -m bench",
+        epilog=EPILOG,
+        allow_abbrev=False,
         description="Times fused layers against eager torch, torch.compile and the bare product.",
-    )  # fmt: skip
+    )
     for name, settings in OPTIONS.items():
         found.add_argument(name, **settings)
     return found

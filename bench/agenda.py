@@ -79,8 +79,9 @@ def compiled(task: Task, device: str, full: bool) -> tuple[str, ...]:
     return ("compile",) if some else ()
 
 
-def estimate(task: Task, compiled: tuple[str, ...], ceilings: dict[str, Any], rounds: float,
-             device: str) -> float:  # fmt: skip
+def estimate(
+    task: Task, compiled: tuple[str, ...], ceilings: dict[str, Any], rounds: float, device: str
+) -> float:
     """Seconds that a row takes, of which `rounds` for its rounds if its calls are short."""
     rate = 1e12 * ceilings["matmul_tflop_per_s"][task.dtype]
     double = 1e12 * ceilings["matmul_tflop_per_s"]["fp32"] / 2

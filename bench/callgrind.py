@@ -38,8 +38,11 @@ REPEATABILITY = 0.012  # of fused's counts: the most that was seen from run to r
 WARM_UP_CALLS, CALLS, REPEATS = 20, 10, 3
 # Nothing else, so that the stack lies at the same addresses whatever the caller's environment.
 ENVIRONMENT = {
-    "PATH": os.defpath, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-}  # fmt: skip
+    "PATH": os.defpath,
+    "PYTHONHASHSEED": "0",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
 KEPT = ("LD_LIBRARY_PATH", "PYTHONPATH")  # where libraries are found
 EXTENSION = re.compile(r"/fusedres/_C\.[^/]*$")
 

@@ -15,15 +15,7 @@ from torch import Tensor, nn
 
 from fusedres import FusedResidual, backends
 
-from .cases import (
-    BACKWARD_GRAPH,
-    GRAPH,
-    GRAPHS,
-    RECORD,
-    STEP,
-    Job,
-    Task,
-)
+from .cases import BACKWARD_GRAPH, GRAPH, GRAPHS, RECORD, STEP, Job, Task
 
 Layer = Callable[..., Tensor]
 Call = Callable[[], object]

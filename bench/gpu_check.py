@@ -105,9 +105,10 @@ def _goal_line(goal: dict[str, Any]) -> list[str]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_check", description=__doc__,
+        prog="python -m bench.gpu_check",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: $OUT, or bench/results/gpu-..."
     )

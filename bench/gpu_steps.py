@@ -103,9 +103,14 @@ def execute(
         file.write(f"$ {' '.join(command)}\n\n")
         file.flush()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env={**os.environ, "TRITON_INTERPRET": "0", **(extra or {})}, start_new_session=True,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "TRITON_INTERPRET": "0", **(extra or {})},
+            start_new_session=True,
+        )
         code = _wait(process, limit - GRACE)
         for ending in (signal.SIGINT, signal.SIGKILL):  # at the first one pytest writes its report
             if code is None and process.poll() is None:
@@ -129,18 +134,25 @@ class Check:
     """One run of the command: its steps, and what they found; `after` hears of it each time."""
 
     def __init__(
-        self, out: Path, work: Path, steps: list[str], total: float,
+        self,
+        out: Path,
+        work: Path,
+        steps: list[str],
+        total: float,
         after: Callable[[Found], object] = lambda found: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.results, self.work, self.steps, self.after = out / RESULTS_FILE, work, steps, after
         self.budget = Budget(steps, total)
         self.found: Found = []
 
     def run(self) -> Found:
         actions = {
-            "build": self.build, "gpu-tests": self.gpu_tests, "other-tests": self.other_tests,
-            "sanitizer": self.sanitizer, "benchmark": self.benchmark,
-        }  # fmt: skip
+            "build": self.build,
+            "gpu-tests": self.gpu_tests,
+            "other-tests": self.other_tests,
+            "sanitizer": self.sanitizer,
+            "benchmark": self.benchmark,
+        }
         for step in self.steps:
             print(f"gpu-check: {step}, {self.budget.left(step):.0f} s", flush=True)
             try:
@@ -193,9 +205,17 @@ class Check:
 
         def run(name: str) -> Outcome:
             command = [
-                sys.executable, "-m", "pytest", "-v", "-rfEs", "--tb=short",
-                "-p", "no:cacheprovider", f"--junitxml={self.work / name}.xml", *runs[name],
-            ]  # fmt: skip
+                sys.executable,
+                "-m",
+                "pytest",
+                "-v",
+                "-rfEs",
+                "--tb=short",
+                "-p",
+                "no:cacheprovider",
+                f"--junitxml={self.work / name}.xml",
+                *runs[name],
+            ]
             # Each process would start as many to compile in as there are cores.
             return execute(
                 command, self.work / f"{name}.log", limit, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}

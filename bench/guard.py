@@ -104,10 +104,16 @@ def compare_times(old: Found, measure: Callable[..., Found] = measure) -> list[F
         again = measure(suspects, 3 * SECONDS) if suspects else {}
         best |= {row: min(best[row], found, key=lambda s: s["q1"]) for row, found in again.items()}
     return [
-        Finding(row, "time, fused / eager", old[row]["median"], found["median"], limits[row],
-                not found["q1"] <= limits[row])
+        Finding(
+            row,
+            "time, fused / eager",
+            old[row]["median"],
+            found["median"],
+            limits[row],
+            not found["q1"] <= limits[row],
+        )
         for row, found in best.items()
-    ]  # fmt: skip
+    ]
 
 
 def compare_counts(old: Found, new: Found, same_key: bool) -> list[Finding]:
@@ -184,18 +190,16 @@ def measure_baseline() -> Found:
     return {row: summary([each[row]["median"] for each in found]) for row in found[0]}
 
 
-KEYS: dict[str, Callable[[], dict[str, str]]] = {
-    TIMES: times_key,
-    INSTRUCTIONS: callgrind.key,
-}
+KEYS: dict[str, Callable[[], dict[str, str]]] = {TIMES: times_key, INSTRUCTIONS: callgrind.key}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench check", description=__doc__,
+        prog="python -m bench check",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 no slower, or nothing to compare; 1 slower; 2 no baseline",
-    )  # fmt: skip
+    )
     parser.add_argument("--only", choices=(TIMES, INSTRUCTIONS), help="default: both")
     parser.add_argument("--update", action="store_true", help="measure and write the baseline")
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")

@@ -67,9 +67,14 @@ class Layer:
 def of_row(row: dict[str, Any]) -> Layer:
     """The layer of a results row. What stands as the shortcut follows from the bytes counted."""
     layer = Layer(
-        row["rows"], row["features"], row["out_features"], row["order"], row["norm"],
-        row["activation"], row["dtype"],
-    )  # fmt: skip
+        row["rows"],
+        row["features"],
+        row["out_features"],
+        row["order"],
+        row["norm"],
+        row["activation"],
+        row["dtype"],
+    )
     passes = 3 if row["mode"] == STEP else 1
     moved = layer.product().bytes + layer.M * layer.N * layer.b
     return replace(layer, residual=row["bytes"] >= passes * moved)

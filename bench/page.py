@@ -89,23 +89,25 @@ def _facts(title: str, found: dict[str, object]) -> str:
 def page(results: Results, drawn: list[Path]) -> str:
     images = zip(drawn, pictures.names(results).values(), strict=True)
     rows = results["rows"]
-    return "\n".join([
-        "<!doctype html><html lang=en><meta charset=utf-8>",
-        '<meta name=viewport content="width=device-width, initial-scale=1">',
-        f"<title>fusedres: {escape(source(results))}</title><style>{STYLE}</style>",
-        f"<h1>fusedres, measured</h1>\n<p>{escape(source(results))}<br>",
-        f"Ceilings of the same run: {escape(ceilings(results) or 'none')}.<br>",
-        f"x eager is eager's time over fused's: above 1 fused is faster; {SLOWER} marks fused as ",
-        "slower by more than noise, ~ a time that other processes disturbed.</p>",
-        *(_picture(path, alt) for path, alt in images),
-        *map(_table, readme_tables(results)),
-        _table(loss_table(rows)),
-        *map(_table, [*goal_tables(results), *full_tables(results)]),
-        _list("Not measured", unmeasured(results, brief=False)),
-        _facts("Protocol", results["protocol"]),
-        _facts("Machine", results["machine"] | results["clocks"]),
-        f"<script>{SCRIPT}</script></html>\n",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "<!doctype html><html lang=en><meta charset=utf-8>",
+            '<meta name=viewport content="width=device-width, initial-scale=1">',
+            f"<title>fusedres: {escape(source(results))}</title><style>{STYLE}</style>",
+            f"<h1>fusedres, measured</h1>\n<p>{escape(source(results))}<br>",
+            f"Ceilings of the same run: {escape(ceilings(results) or 'none')}.<br>",
+            f"x eager is eager's time over fused's: above 1 fused is faster; {SLOWER} marks fused",
+            "as slower by more than noise, ~ a time that other processes disturbed.</p>",
+            *(_picture(path, alt) for path, alt in images),
+            *map(_table, readme_tables(results)),
+            _table(loss_table(rows)),
+            *map(_table, [*goal_tables(results), *full_tables(results)]),
+            _list("Not measured", unmeasured(results, brief=False)),
+            _facts("Protocol", results["protocol"]),
+            _facts("Machine", results["machine"] | results["clocks"]),
+            f"<script>{SCRIPT}</script></html>\n",
+        ]
+    )
 
 
 def write(results: Results, drawn: list[Path], folder: Path) -> Path:

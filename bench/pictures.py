@@ -22,10 +22,17 @@ DPI = 200
 COLOURS = 128  # of the palette: a third of the bytes
 
 STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 9.5, "figure.titlesize": 10.5,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-}  # fmt: skip
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "figure.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
 STAMP = "Source"  # the PNG text chunk with the digest of what was drawn
 
 

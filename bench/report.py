@@ -68,9 +68,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a results file")
     parser.add_argument("--full", action="store_true", help="print every row and column")
     parser.add_argument(
-        "--write", action="store_true", help="take FILE over into bench/results, write the newest "
-        "results of each device into README, draw the pictures, and make an HTML page of every row"
-    )  # fmt: skip
+        "--write",
+        action="store_true",
+        help="take FILE over into bench/results, write the newest "
+        "results of each device into README, draw the pictures, and make an HTML page of every row",
+    )
     return parser.parse_args(arguments)
 
 

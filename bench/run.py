@@ -98,9 +98,7 @@ class Run:
     def measure(self, task: Task) -> tuple[Row, list[dict[str, float]]]:
         compiled = self.compiled(task)
         left_out = "--quick" if self.quick else agenda.SLOW_COMPILER
-        options = Options(
-            self.device, self.seconds, self.results["ceilings"], compiled, left_out
-        )  # fmt: skip
+        options = Options(self.device, self.seconds, self.results["ceilings"], compiled, left_out)
         self.has_compiled |= bool(compiled)
         row, rounds = measure(task, options)
         self.results["rows"].append(row)

@@ -25,16 +25,26 @@ BEGIN, END = "<!-- bench scaling: begin -->", "<!-- bench scaling: end -->"
 # both ways together. Of the first 90 %, of the second 80 %, of a link's way 80 % are what large
 # copies, cuBLAS and NCCL are commonly seen to reach. Launch and latency are guesses.
 ASSUMED = Machine(
-    "cuda", "H200", 0.9 * 4.8e12, {"bf16": 0.8 * 989e12}, 2e-6,
-    "assumed: 0.9, 0.8 and 0.8 of the data sheet's bandwidth, bf16 rate and link", {},
-    link=0.8 * 450e9, latency=10e-6,
-)  # fmt: skip
+    "cuda",
+    "H200",
+    0.9 * 4.8e12,
+    {"bf16": 0.8 * 989e12},
+    2e-6,
+    "assumed: 0.9, 0.8 and 0.8 of the data sheet's bandwidth, bf16 rate and link",
+    {},
+    link=0.8 * 450e9,
+    latency=10e-6,
+)
 DEEP = 200
 WIDTHS, ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192), (256, 1024, 4096, 16384, 65536)
 RECIPES = (
-    ("note", "layer", "gelu"), ("note", "batch", "relu"), ("preact", "layer", "relu"),
-    ("prenorm", "layer", "relu"), ("postnorm", "layer", "gelu"), ("bert-output", "layer", None),
-)  # fmt: skip
+    ("note", "layer", "gelu"),
+    ("note", "batch", "relu"),
+    ("preact", "layer", "relu"),
+    ("prenorm", "layer", "relu"),
+    ("postnorm", "layer", "gelu"),
+    ("bert-output", "layer", None),
+)
 Row = dict[str, Any]
 
 
@@ -50,8 +60,15 @@ def measured(results: Row) -> Machine:
     matmul = {dtype: rate * 1e12 for dtype, rate in ceilings["matmul_tflop_per_s"].items()}
     name = found.get("gpu") or f"{found['cpu']}, {found['threads']} threads"
     source = f"measured, commit {results['commit']}, {results['date']}"
-    return Machine(results["device"], name, ceilings["copy_gb_per_s"] * 1e9, matmul,
-                   ASSUMED.launch, source, host)  # fmt: skip
+    return Machine(
+        results["device"],
+        name,
+        ceilings["copy_gb_per_s"] * 1e9,
+        matmul,
+        ASSUMED.launch,
+        source,
+        host,
+    )
 
 
 def ceilings_table(machines: Iterable[Machine]) -> str:
@@ -76,9 +93,12 @@ def comparison(results: Row) -> list[tuple[Row, float, float]]:
     return [
         (row, *(1e6 * seconds(of_row(row), name, row["mode"], machine) for name in TIMED))
         for row in results["rows"]
-        if row["group"] != HOST and not row.get("hidden") and row["mode"] in (INFERENCE, STEP)
-        and row["dtype"] in machine.matmul and set(TIMED) <= row["times_us"].keys()
-    ]  # fmt: skip
+        if row["group"] != HOST
+        and not row.get("hidden")
+        and row["mode"] in (INFERENCE, STEP)
+        and row["dtype"] in machine.matmul
+        and set(TIMED) <= row["times_us"].keys()
+    ]
 
 
 TIMED = ("fused", "eager")
@@ -89,8 +109,11 @@ def error_table(results: Row) -> str:
     groups: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for row, fused, eager in comparison(results):
         times = [row["times_us"][name]["median"] for name in TIMED]
-        factors = (fused / times[0], eager / times[1],
-                   eager / fused / row["ratios"]["eager"]["median"])  # fmt: skip
+        factors = (
+            fused / times[0],
+            eager / times[1],
+            eager / fused / row["ratios"]["eager"]["median"],
+        )
         groups.setdefault((row["mode"], row["dtype"]), []).append(factors)
     body = [
         [*group, str(len(found)), *(_span(column) for column in zip(*found, strict=True))]
@@ -168,8 +191,16 @@ def parallel_table(machine: Machine, rows: int = 65536) -> str:
             line = [width, p, 1e6 * alone, 1e6 * exchange, 1e6 * outputs]
             speeds = [alone / t for t in (step + exchange, hidden, narrow + outputs)]
             body.append([*(f"{n:,.0f}" for n in line), *(f"{n:.2f}" for n in speeds)])
-    head = ["width", "GPUs", "one GPU, us", "gradients, us", "rows of y and dx, us",
-            "rows cut", "and overlapped", "outputs cut"]  # fmt: skip
+    head = [
+        "width",
+        "GPUs",
+        "one GPU, us",
+        "gradients, us",
+        "rows of y and dx, us",
+        "rows cut",
+        "and overlapped",
+        "outputs cut",
+    ]
     return table(head, body, left=0)
 
 
@@ -206,9 +237,10 @@ def replace_part(text: str, part: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench scaling", description=__doc__,
+        prog="python -m bench scaling",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("file", nargs="?", type=Path, help="results; default: newest of a device")
     parser.add_argument("--write", action="store_true", help=f"into bench/{PAGE.name}")
     args = parser.parse_args(arguments)

@@ -10,16 +10,43 @@ from .contenders import RIVALS
 
 GROUPS = (MODEL, SQUARE, HOST)
 FILE = {
-    "date": str, "commit": str, "dirty": bool, "device": str, "machine": dict, "clocks": dict,
-    "versions": dict, "protocol": dict, "ceilings": dict, "not_measured": list, "rows": list,
-}  # fmt: skip
+    "date": str,
+    "commit": str,
+    "dirty": bool,
+    "device": str,
+    "machine": dict,
+    "clocks": dict,
+    "versions": dict,
+    "protocol": dict,
+    "ceilings": dict,
+    "not_measured": list,
+    "rows": list,
+}
 ROW = {
-    "case": str, "group": str, "dtype": str, "mode": str, "rows": int, "features": int,
-    "out_features": int, "order": str, "norm": str, "activation": (str, type(None)),
-    "backend": str, "rounds": int, "calm": bool, "times_us": dict, "ratios": dict,
-    "slower_than": list, "flops": int, "bytes": int, "gb_per_s": float, "tflop_per_s": float,
-    "copy_share": float, "matmul_share": float, "failed": dict,
-}  # fmt: skip
+    "case": str,
+    "group": str,
+    "dtype": str,
+    "mode": str,
+    "rows": int,
+    "features": int,
+    "out_features": int,
+    "order": str,
+    "norm": str,
+    "activation": (str, type(None)),
+    "backend": str,
+    "rounds": int,
+    "calm": bool,
+    "times_us": dict,
+    "ratios": dict,
+    "slower_than": list,
+    "flops": int,
+    "bytes": int,
+    "gb_per_s": float,
+    "tflop_per_s": float,
+    "copy_share": float,
+    "matmul_share": float,
+    "failed": dict,
+}
 
 
 def check_results(results: dict[str, Any]) -> list[str]:

@@ -13,7 +13,19 @@ from .tools.explain import explain
 __version__ = "0.1.0"
 
 __all__ = [
-    "ACTIVATIONS", "GATES", "NORMS", "ORDERS", "SHORTCUTS", "STAGES",
-    "FusedResidual", "FusedResidualFunction", "FusedResidualMLP", "Residual", "convert", "explain",
-    "fused_residual", "register_activation", "revert",
-]  # fmt: skip
+    "ACTIVATIONS",
+    "GATES",
+    "NORMS",
+    "ORDERS",
+    "SHORTCUTS",
+    "STAGES",
+    "FusedResidual",
+    "FusedResidualFunction",
+    "FusedResidualMLP",
+    "Residual",
+    "convert",
+    "explain",
+    "fused_residual",
+    "register_activation",
+    "revert",
+]

@@ -17,21 +17,34 @@ _NORMS = {
 }
 
 _ACTIVATIONS: dict[type, str] = {
-    nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.ReLU6: "relu6", nn.ELU: "elu", nn.SELU: "selu",
-    nn.GELU: "gelu", nn.SiLU: "silu", nn.Mish: "mish", nn.Softplus: "softplus",
-    nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh", nn.Softsign: "softsign",
-}  # fmt: skip
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ReLU6: "relu6",
+    nn.ELU: "elu",
+    nn.SELU: "selu",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+    nn.Mish: "mish",
+    nn.Softplus: "softplus",
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.Softsign: "softsign",
+}
 
 _FIXED = {
-    nn.LeakyReLU: {"negative_slope": 0.01}, nn.ELU: {"alpha": 1.0},
+    nn.LeakyReLU: {"negative_slope": 0.01},
+    nn.ELU: {"alpha": 1.0},
     nn.Softplus: {"beta": 1.0, "threshold": 20.0},
-}  # fmt: skip
+}
 
 _STAGES: dict[type, str] = {
-    nn.Linear: "linear", nn.Dropout: "dropout",
-    **dict.fromkeys(_NORMS, "norm"), **dict.fromkeys(_ACTIVATIONS, "act"),
-}  # fmt: skip
+    nn.Linear: "linear",
+    nn.Dropout: "dropout",
+    **dict.fromkeys(_NORMS, "norm"),
+    **dict.fromkeys(_ACTIVATIONS, "act"),
+}
 
 
 def stage_of(module: nn.Module) -> str | None:

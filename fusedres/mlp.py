@@ -137,14 +137,27 @@ class FusedResidualMLP(nn.Module):
         self.features, self.hidden_features, self.out_features, self.order = K, H, N, order
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         settings: dict[str, Any] = {
-            "norm": norm, "activation": activation, "bias": bias, "eps": eps, "momentum": momentum,
-            "backend": backend, **where,
-        }  # fmt: skip
+            "norm": norm,
+            "activation": activation,
+            "bias": bias,
+            "eps": eps,
+            "momentum": momentum,
+            "backend": backend,
+            **where,
+        }
         self.fc1 = FusedResidual(K, H, order=first, dropout=hidden_dropout, **settings)
         self.fc2 = FusedResidual(
-            H, N, order=second, gate=gate, gate_init=gate_init, dropout=dropout,
-            drop_path=drop_path, residual_scale=residual_scale, shortcut="identity", **settings,
-        )  # fmt: skip
+            H,
+            N,
+            order=second,
+            gate=gate,
+            gate_init=gate_init,
+            dropout=dropout,
+            drop_path=drop_path,
+            residual_scale=residual_scale,
+            shortcut="identity",
+            **settings,
+        )
         self.adds = "add" in second.split("-")
         self._default_shortcut = shortcut is None
         if shortcut is None:

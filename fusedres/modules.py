@@ -139,11 +139,14 @@ class FusedResidual(Residual):
             settings.get("gate") or settings.get("shortcut", "linear") == "linear"
         )  # parameters of its own
         layer = cls(
-            linear.in_features, linear.out_features, activation=activation_name(activation),
-            bias=linear.bias is not None, device=linear.weight.device if own else "meta",
+            linear.in_features,
+            linear.out_features,
+            activation=activation_name(activation),
+            bias=linear.bias is not None,
+            device=linear.weight.device if own else "meta",
             dtype=linear.weight.dtype,
             **settings,
-        )  # fmt: skip
+        )
         if norm is not None:
             expected, came = norm_features(layer.norm), norm_features(norm)
             if expected != came:

@@ -29,9 +29,24 @@ ORDERS = {
 NORMS = ("layer", "rms", "batch")
 
 ACTIVATIONS = (
-    "relu", "leaky_relu", "relu2", "relu6", "elu", "selu", "gelu", "gelu_tanh", "silu", "mish",
-    "softplus", "hardswish", "hardsigmoid", "sigmoid", "tanh", "sin", "softsign",
-)  # fmt: skip
+    "relu",
+    "leaky_relu",
+    "relu2",
+    "relu6",
+    "elu",
+    "selu",
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "mish",
+    "softplus",
+    "hardswish",
+    "hardsigmoid",
+    "sigmoid",
+    "tanh",
+    "sin",
+    "softsign",
+)
 
 REGISTERED: dict[str, Any] = {}  # a user's own activations, see activations.py
 

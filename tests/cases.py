@@ -22,10 +22,13 @@ KINKS = {
     "hardsigmoid": (-3, 3),
 }
 ASIDE = {
-    "relu": (-8, 8), "leaky_relu": (-8, 8), "selu": (-8, 8), "relu6": (-8, 14), "hardswish": (-11,
-    0, 11),
+    "relu": (-8, 8),
+    "leaky_relu": (-8, 8),
+    "selu": (-8, 8),
+    "relu6": (-8, 14),
+    "hardswish": (-11, 0, 11),
     "hardsigmoid": (-11, 0, 11),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,30 @@ class Case:
 
 
 def make_case(
-    M=64, K=339, N=None, *, lead=None, order="note", norm="layer", activation="relu", gate=None,
+    M=64,
+    K=339,
+    N=None,
+    *,
+    lead=None,
+    order="note",
+    norm="layer",
+    activation="relu",
+    gate=None,
     dropout=0.0,
-    drop_path=0.0, residual_scale=1.0, eps=1e-5, training=True, dtype=torch.float32, bias=True,
+    drop_path=0.0,
+    residual_scale=1.0,
+    eps=1e-5,
+    training=True,
+    dtype=torch.float32,
+    bias=True,
     affine=True,
-    norm_bias=None, residual=None, pad=False, scale=1.0, mean=0.0, draw=0,
-):  # fmt: skip
+    norm_bias=None,
+    residual=None,
+    pad=False,
+    scale=1.0,
+    mean=0.0,
+    draw=0,
+):
     """Random operands. `residual`: None for x itself (where widths allow), else its width.
 
     `scale`: sigma of x, bias and residual. `mean`: of what the norm sees. `draw`: another one,
@@ -72,10 +93,16 @@ def make_case(
     """
     N = K if N is None else N
     settings = {
-        "order": order, "norm": norm, "activation": activation, "gate": gate, "eps": eps,
+        "order": order,
+        "norm": norm,
+        "activation": activation,
+        "gate": gate,
+        "eps": eps,
         "dropout": dropout,
-        "drop_path": drop_path, "residual_scale": residual_scale, "training": training,
-    }  # fmt: skip
+        "drop_path": drop_path,
+        "residual_scale": residual_scale,
+        "training": training,
+    }
     spec = make_spec(**settings)
     lead = (M,) if lead is None else lead
     random = torch.Generator().manual_seed(

@@ -296,9 +296,14 @@ class Tree:
         with self.log.open("w") as log:
             try:
                 return subprocess.run(
-                    command, cwd=self.path, env=os.environ | environment, stdout=log,
-                    stderr=log, check=False, timeout=LIMIT,
-                ).returncode  # fmt: skip
+                    command,
+                    cwd=self.path,
+                    env=os.environ | environment,
+                    stdout=log,
+                    stderr=log,
+                    check=False,
+                    timeout=LIMIT,
+                ).returncode
             except subprocess.TimeoutExpired:
                 return -1
 
@@ -338,10 +343,13 @@ class Tree:
         command = [sys.executable, "-m", "pytest", *OPTIONS, "-k", names]
         return self.run(
             command + [str(*self.path.glob(f"tests/*/test_{file}.py")) for file in files.split()],
-            TRITON_INTERPRET=str(int(files == "triton")), PYTHONPATH=str(self.path),
-            PYTHONDONTWRITEBYTECODE="1", CUDA_VISIBLE_DEVICES="",
-            OMP_NUM_THREADS="1", MKL_NUM_THREADS="1",
-        )  # fmt: skip
+            TRITON_INTERPRET=str(int(files == "triton")),
+            PYTHONPATH=str(self.path),
+            PYTHONDONTWRITEBYTECODE="1",
+            CUDA_VISIBLE_DEVICES="",
+            OMP_NUM_THREADS="1",
+            MKL_NUM_THREADS="1",
+        )
 
     def verdict(self, mutant: Mutant) -> str:
         """caught, survived, or what went wrong."""

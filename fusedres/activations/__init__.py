@@ -18,11 +18,26 @@ from . import lowering
 
 # Pointwise, but not tagged so in torch.
 POINTWISE = {
-    "leaky_relu", "leaky_relu_backward", "hardswish", "hardswish_backward", "hardtanh_backward",
-    "hardsigmoid_backward", "elu_backward", "mish_backward", "softplus_backward",
-    "log_sigmoid_forward", "log_sigmoid_backward", "softshrink_backward", "hardshrink_backward",
-    "rsub", "where", "masked_fill", "masked_fill_", *lowering.FILLS, *lowering.COPIES,
-}  # fmt: skip
+    "leaky_relu",
+    "leaky_relu_backward",
+    "hardswish",
+    "hardswish_backward",
+    "hardtanh_backward",
+    "hardsigmoid_backward",
+    "elu_backward",
+    "mish_backward",
+    "softplus_backward",
+    "log_sigmoid_forward",
+    "log_sigmoid_backward",
+    "softshrink_backward",
+    "hardshrink_backward",
+    "rsub",
+    "where",
+    "masked_fill",
+    "masked_fill_",
+    *lowering.FILLS,
+    *lowering.COPIES,
+}
 
 
 class Registered(NamedTuple):
@@ -175,9 +190,13 @@ def _check_elements(function: Callable[[Tensor], Tensor]) -> None:
             raise ValueError("it is random: two calls differ")
     order = torch.arange(60, device="cpu") * 7 % 60
     layouts: tuple[Callable[[Tensor], Tensor], ...] = (
-        lambda t: t.view(6, 10), lambda t: t.view(3, 4, 5), lambda t: t.view(6, 10).t(),
-        lambda t: t[order], lambda t: t[:7], lambda t: t[:0],
-    )  # fmt: skip
+        lambda t: t.view(6, 10),
+        lambda t: t.view(3, 4, 5),
+        lambda t: t.view(6, 10).t(),
+        lambda t: t[order],
+        lambda t: t[:7],
+        lambda t: t[:0],
+    )
     for layout in layouts:
         for ours, t in zip(_value_and_derivative(function, layout(h)), whole, strict=True):
             if not torch.allclose(ours, layout(t), 1e-5, 1e-6, equal_nan=True):

@@ -108,9 +108,12 @@ def compile_source(name: str, text: str) -> tuple[Any, Any]:
     filename = f"<fusedres activation {name}>"
     linecache.cache[filename] = len(text), None, text.splitlines(True), filename
     space: dict[str, Any] = {
-        "__name__": f"fusedres.activations.{name}", "triton": triton, "tl": tl,
-        "epilogue": epilogue, "pointwise": pointwise,
-    }  # fmt: skip
+        "__name__": f"fusedres.activations.{name}",
+        "triton": triton,
+        "tl": tl,
+        "epilogue": epilogue,
+        "pointwise": pointwise,
+    }
     exec(compile(text, filename, "exec"), space)
     return space[f"{name}_value"], space[f"{name}_grad"]
 
@@ -205,9 +208,10 @@ def _compute(node: Node, args: list[Any]) -> Number:
     target: Any = node.target
     tensors = [
         torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
-        if isinstance(arg, Node) else value
+        if isinstance(arg, Node)
+        else value
         for arg, value in zip(node.args, args, strict=True)
-    ]  # fmt: skip
+    ]
     kwargs = {k: v for k, v in node.kwargs.items() if k in ("alpha", "rounding_mode")}
     dtype: Any = node.kwargs.get("dtype")
     if dtype is not None:

@@ -71,9 +71,14 @@ def most_rows(device: torch.device, dtype: torch.dtype, N: int, K: int) -> int:
 @constant_when_compiled
 @lru_cache(maxsize=4096)
 def choose(
-    backend: str, recipe: str, dtype: torch.dtype, device: torch.device, N: int, K: int,
+    backend: str,
+    recipe: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    N: int,
+    K: int,
     small: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """The backend that runs this layer: a key of ops.FORWARD, or "reference".
 
     Raises NotImplementedError with the reason if a named backend cannot. FUSEDRES_DISABLE=1 and

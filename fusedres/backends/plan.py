@@ -230,9 +230,14 @@ def choose_tile(family: str, random: bool, size: int, M: int, N: int, device: De
 
 @lru_cache(maxsize=4096)
 def plan(
-    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, device: Device = UNKNOWN,
+    spec: Spec,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    device: Device = UNKNOWN,
     tile: Tile | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The forward launch for x (M, K) and weight (N, K), with `tile` or the one that the tables
     say.
     """

@@ -59,13 +59,21 @@ def _finish(spec: Spec, o: Operands, z: Tensor, y: Tensor, stats: Tensor) -> Non
     width = min(plan.power_of_two(N), 1024)
     height = max(1, TILE // width)
     residual_finish_kernel[(plan.ceil_div(M, height),)](
-        z, triton.stage_operands(spec, o, None), y, stats if stats.numel() else None, M, N,
+        z,
+        triton.stage_operands(spec, o, None),
+        y,
+        stats if stats.numel() else None,
+        M,
+        N,
         BEFORE=side.before if rows else (),
         EPILOGUE=("norm", *side.after) if rows else spec.epilogue,
-        ROWS=rows, CENTRED=spec.norm != "rms",
+        ROWS=rows,
+        CENTRED=spec.norm != "rms",
         ACT=triton.activation_functions(spec.activation, y.dtype)[0],
-        BLOCK_M=height, BLOCK_N=width, num_warps=8,
-    )  # fmt: skip
+        BLOCK_M=height,
+        BLOCK_N=width,
+        num_warps=8,
+    )
 
 
 residual_backward = triton.residual_backward

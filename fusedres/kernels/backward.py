@@ -19,7 +19,7 @@ def gradient_to_norm(
     dy, z, p, m, n, M, C, mean, rstd,
     BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr,
     ACT: tl.constexpr, ACT_GRAD: tl.constexpr,
-):  # fmt: skip
+):
     """dh, the gradient of the norm's result, and what came up on the way to it.
 
     Without a norm all stages are AFTER. Returns dh, c, rstd, BEFORE's inputs, dgate, dshortcut.
@@ -43,7 +43,7 @@ def gradient_of_rows(
     dy_ptr, z_ptr, p, stats_ptr, m, n, M, C, stride_dym, stride_dyn, stride_zm, stride_zn,
     BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr,
     ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """dz and dshortcut of a tile, whose rows are whole if NORM is over rows, and what sums over m
     to dgate, dz's sum, dnorm_weight and dnorm_bias: 0 where it is outside.
     """
@@ -75,7 +75,7 @@ def gradient_of_rows(
     sums = (
         tl.where(inside, dgate, 0.0), tl.where(inside, dz, 0.0),
         tl.where(inside, dh * c, 0.0), tl.where(inside, dh, 0.0),
-    )  # fmt: skip
+    )
     return dz, dshortcut, sums
 
 
@@ -83,7 +83,7 @@ def gradient_of_rows(
 def store_gradients(
     dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
     stride_skip_m, stride_skip_n, ADD: tl.constexpr,
-):  # fmt: skip
+):
     """dz + skip * (the tile of skip_ptr) + dshortcut if ADD ; dshortcut (M, R) if asked for."""
     inside = (m < M)[:, None] & (n < C)[None, :]
     if dshortcut_ptr is not None:
@@ -105,7 +105,7 @@ def residual_backward_kernel(
     M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
     BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, ADD: tl.constexpr,
     ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """dh = AFTER'(dy) ; g = norm_weight * dh ; dt = rstd * (g - mean_n g - c * mean_n (g * c))
     dz = BEFORE'(dt) + skip * (the tensor of skip_ptr) ; dshortcut = residual_scale * (its gradient)
 
@@ -130,11 +130,11 @@ def residual_backward_kernel(
         dz, dshortcut, sums = gradient_of_rows(
             dy_ptr, z_ptr, p, stats_ptr, m, n, M, C, stride_dym, stride_dyn, stride_zm, stride_zn,
             BEFORE, NORM, AFTER, ACT, ACT_GRAD, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        )
         store_gradients(
             dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
             stride_skip_m, stride_skip_n, ADD,
-        )  # fmt: skip
+        )
         sum_gate += sums[0]
         sum_dz += sums[1]
         sum_dhc += sums[2]
@@ -146,7 +146,7 @@ def residual_backward_kernel(
         meet(
             sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr, tile, tiles, walker, walkers, n, C,
             4, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -158,7 +158,7 @@ def residual_backward_product_kernel(
     BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr,
     ACT: tl.constexpr, ACT_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """dz as `residual_backward_kernel`, rows whole (C <= BLOCK_N), and its product on the spot:
     dx = dz @ weight + skip * (the tensor of skip_ptr)
 
@@ -178,7 +178,7 @@ def residual_backward_product_kernel(
         dz, dshortcut, sums = gradient_of_rows(
             dy_ptr, z_ptr, p, stats_ptr, m, n, M, C, stride_dym, stride_dyn, stride_zm, stride_zn,
             BEFORE, NORM, AFTER, ACT, ACT_GRAD, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        )
         store_gradients(
             dz, dshortcut, 0.0, None, dz_ptr, dshortcut_ptr, m, n, M, C, p.R, 0, 0, False
         )
@@ -207,7 +207,7 @@ def residual_backward_product_kernel(
         meet(
             sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr, 0, 1, walker, walkers, n, C,
             4, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -217,7 +217,7 @@ def residual_backward_wide_kernel(
     M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
     BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, ADD: tl.constexpr,
     ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """As `residual_backward_kernel` for a norm over rows of any width: BLOCK_N columns at a time.
 
     Each of `walkers` programs takes every walkers-th row block: once over its columns for the means
@@ -262,18 +262,18 @@ def residual_backward_wide_kernel(
             store_gradients(
                 dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
                 stride_skip_m, stride_skip_n, ADD,
-            )  # fmt: skip
+            )
             sums = (
                 tl.where(inside, dgate, 0.0), tl.where(inside, dz, 0.0),
                 tl.where(inside, dh * c, 0.0), tl.where(inside, dh, 0.0),
-            )  # fmt: skip
+            )
             grow_sums(sums, sums_ptr, partial_ptr, block == walker, walker, walkers, n, C)
     for tile in range(0, tiles):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         meet(
             sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr, tile, tiles, walker, walkers, n, C,
             4, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -283,7 +283,7 @@ def residual_backward_batch_kernel(
     M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
     BEFORE: tl.constexpr, AFTER: tl.constexpr, ADD: tl.constexpr, PHASE: tl.constexpr,
     ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """As `residual_backward_kernel`, with batch norm over all M rows: means over m, not n.
 
     Phase 1 sums up over m: totals (2, C) fp32 = sum_m dh, sum_m dh * c. Phase 2, after all programs
@@ -313,7 +313,7 @@ def residual_backward_batch_kernel(
         meet(
             outs, None, partial_ptr, arrived_ptr + 2, tile, tiles, walker, walkers, n, C,
             4, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        )
     if PHASE == 0:
         wait_for_all(arrived_ptr, tl.num_programs(0))
     if PHASE != 1:
@@ -336,11 +336,11 @@ def residual_backward_batch_kernel(
             store_gradients(
                 dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
                 stride_skip_m, stride_skip_n, ADD,
-            )  # fmt: skip
+            )
             sum_gate += tl.where(inside, dgate, 0.0)
             sum_dz += tl.where(inside, dz, 0.0)
         store_sums((sum_gate, sum_dz), sums_ptr, partial_ptr, walker, walkers, n, C)
         meet(
             sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr + 2, tile, tiles, walker, walkers,
             n, C, 2, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        )

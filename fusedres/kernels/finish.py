@@ -15,7 +15,7 @@ def residual_finish_kernel(
     z_ptr, p, y_ptr, stats_ptr, M, N,
     BEFORE: tl.constexpr, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """y = EPILOGUE(BEFORE(z)) ; a norm over whole rows of BEFORE(z) begins EPILOGUE if ROWS
 
     z, y (M, N) contiguous, z may be y itself ; stats (2, M), mean and rstd, or None. A program owns

@@ -39,7 +39,7 @@ def as_stored(z, like_ptr):
 def finish(
     z_ptr, y_ptr, p, m, n, M, N, mean, rstd,
     BEFORE: tl.constexpr, EPILOGUE: tl.constexpr, ACT: tl.constexpr,
-):  # fmt: skip
+):
     """y = EPILOGUE(BEFORE(z)) of a tile that another program has stored; z may be y itself."""
     inside = (m < M)[:, None] & (n < N)[None, :]
     # Past L1, which may hold an older copy of a line.
@@ -53,7 +53,7 @@ def finish(
 def store_columns(
     stats_ptr, partial_ptr, arrived_ptr, mean, rest, m2, item, n, N, walkers, M,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """stats (2, N) = mean and biased variance over all M rows, by the last walker of n to arrive.
 
     `item` is walker * column tiles + column tile ; mean, rest, m2 are of this walker's row blocks.
@@ -82,7 +82,7 @@ def residual_forward_kernel(
     PROLOGUE: tl.constexpr, BEFORE: tl.constexpr, EPILOGUE: tl.constexpr, OVER: tl.constexpr,
     CENTRED: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """z = PROLOGUE(x) @ weight.T + bias ; y = EPILOGUE(BEFORE(z))
 
     x (M, K) ; weight (N, K) ; z, y (M, N) contiguous ; all but x, weight and y may be None. A
@@ -105,7 +105,7 @@ def residual_forward_kernel(
             x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K,
             stride_xm, stride_xk, stride_wn, stride_wk,
             CENTRED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        )
         store_rows(stats_ptr, mean, rstd, m, M, tile_n)
     elif OVER == "rows of x":
         mean, m2 = row_moments(
@@ -117,13 +117,13 @@ def residual_forward_kernel(
             x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, mean[:, None], rstd[:, None],
             stride_xm, stride_xk, stride_wn, stride_wk,
             PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        )
     else:
         z = product(
             x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, None, None,
             stride_xm, stride_xk, stride_wn, stride_wk,
             PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        )
     if z_ptr is not None:
         store_tile(z_ptr, z, m, n, M, N)
 
@@ -154,7 +154,7 @@ def residual_forward_wide_kernel(
     PROLOGUE: tl.constexpr, BEFORE: tl.constexpr, EPILOGUE: tl.constexpr,
     CENTRED: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """z = PROLOGUE(x) @ weight.T + bias ; y = EPILOGUE(BEFORE(z)), norm over rows of any width
 
     A program computes one tile of z and its rows' (mean, M2) of BEFORE(z). The last program of a
@@ -172,7 +172,7 @@ def residual_forward_wide_kernel(
         x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, None, None,
         stride_xm, stride_xk, stride_wn, stride_wk,
         PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    )
     store_tile(z_ptr, z, m, n, M, N)
     t = run_stages(as_stored(z, y_ptr), p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
     count = tl.minimum(BLOCK_N, N - tile_n * BLOCK_N)
@@ -197,7 +197,7 @@ def residual_forward_batch_kernel(
     PROLOGUE: tl.constexpr, BEFORE: tl.constexpr, EPILOGUE: tl.constexpr, PHASE: tl.constexpr,
     ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """z = PROLOGUE(x) @ weight.T + bias ; y = EPILOGUE(BEFORE(z)) with batch norm over all M rows
 
     Phase 1: each of `walkers` programs of a column tile computes every walkers-th row block of z
@@ -219,7 +219,7 @@ def residual_forward_batch_kernel(
                     x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, None, None,
                     stride_xm, stride_xk, stride_wn, stride_wk,
                     PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
+                )
                 store_tile(z_ptr, z, m, n, M, N)
                 z = as_stored(z, y_ptr)
                 t = run_stages(z, p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
@@ -230,7 +230,7 @@ def residual_forward_batch_kernel(
             store_columns(
                 stats_ptr, partial_ptr, arrived_ptr + 2, mean, rest, m2, item, n, N, walkers, M,
                 BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+            )
     if PHASE == 0:
         wait_for_all(arrived_ptr, tl.num_programs(0))
     if PHASE != 1:
@@ -248,7 +248,7 @@ def residual_forward_prebatch_kernel(
     PROLOGUE: tl.constexpr, BEFORE: tl.constexpr, EPILOGUE: tl.constexpr, PHASE: tl.constexpr,
     ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """z = PROLOGUE(x) @ weight.T + bias ; y = EPILOGUE(z) with batch norm of BEFORE(x) in PROLOGUE
 
     Phase 1: the statistics of the columns of BEFORE(x), BLOCK_K columns a program, as in
@@ -274,7 +274,7 @@ def residual_forward_prebatch_kernel(
             store_columns(
                 stats_ptr, partial_ptr, arrived_ptr + 2, mean, rest, m2, item, k, K, walkers, M,
                 BLOCK_M, BLOCK_K,
-            )  # fmt: skip
+            )
     if PHASE == 0:
         wait_for_all(arrived_ptr, tl.num_programs(0))
     if PHASE != 1:
@@ -287,7 +287,7 @@ def residual_forward_prebatch_kernel(
                 x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, None, None,
                 stride_xm, stride_xk, stride_wn, stride_wk,
                 PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+            )
             if z_ptr is not None:
                 store_tile(z_ptr, z, m, n, M, N)
             y = run_stages(z, p, m, n, M, N, None, None, EPILOGUE, ACT)

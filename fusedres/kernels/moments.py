@@ -100,7 +100,7 @@ def row_moments(
     x_ptr, p, m, M, K, stride_xm, stride_xk,
     BEFORE: tl.constexpr, ACT: tl.constexpr, CENTRED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """(mean, M2) [BLOCK_M] of whole rows of what the stages BEFORE the norm make of x (M, K)."""
     mean = tl.zeros((BLOCK_M,), tl.float32)
     rest = tl.zeros((BLOCK_M,), tl.float32)
@@ -179,7 +179,7 @@ def grow_sums(sums, outs, partial_ptr, fresh, walker, walkers, n, N):
 def meet(
     outs, total_ptr, partial_ptr, arrived_ptr, tile, tiles, walker, walkers, n, N,
     COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """outs[i][n] = the sum of partial[i] over all walkers, for COUNT of them, those not None.
 
     Always in the same order: the last of a group of programs to arrive adds the group's rows, the

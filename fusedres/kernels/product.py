@@ -15,7 +15,7 @@ def product(
     stride_xm, stride_xk, stride_wn, stride_wk,
     PROLOGUE: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """z [BLOCK_M, BLOCK_N] = PROLOGUE(x) @ weight.T + bias, in fp32.
 
     x (M, K) ; weight (N, K) ; bias (N) or None ; mean, rstd [BLOCK_M, 1] for a norm in PROLOGUE,
@@ -49,7 +49,7 @@ def product_of_norm(
     stride_xm, stride_xk, stride_wn, stride_wk,
     CENTRED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """z = norm(x) @ weight.T + bias, and each row's mean and rstd, without rewriting x:
 
     z = rstd * (x @ g.T - mean * sum_k g) + weight @ norm_bias + bias ; g = norm_weight * weight

@@ -16,7 +16,7 @@ def dweight_tile(
     M, N, K, splits, rows, stride_dzm, stride_dzn, stride_xm, stride_xk,
     PROLOGUE: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+):
     """One part of the rows of one tile of dweight = dz.T @ PROLOGUE(x).
 
     PROLOGUE(x) is the right operand, which tensor cores read from shared memory.
@@ -57,7 +57,7 @@ def dweight_tile(
 def dt_tile(
     dz_ptr, weight_ptr, dt_ptr, tile, M, N, K, stride_dzm, stride_dzn, stride_wn, stride_wk,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+):
     """One tile of dt = dz @ weight."""
     tiles_k = tl.cdiv(K, BLOCK)
     m = (tile // tiles_k).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -77,7 +77,7 @@ def residual_products_kernel(
     M, N, K, splits, rows, stride_dzm, stride_dzn, stride_xm, stride_xk, stride_wn, stride_wk,
     PROLOGUE: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+):
     """dt = dz @ weight ; dweight = dz.T @ PROLOGUE(x)
 
     dz (M, N) ; x (M, K) ; weight, dweight (N, K) ; dt (M, K) or None. stats (2, M): mean and rstd
@@ -92,9 +92,9 @@ def residual_products_kernel(
             dz_ptr, x_ptr, p, stats_ptr, dweight_ptr, partial_ptr, arrived_ptr,
             program % tiles, program // tiles, M, N, K, splits, rows,
             stride_dzm, stride_dzn, stride_xm, stride_xk, PROLOGUE, ACT, PRECISION, BLOCK, BLOCK_R,
-        )  # fmt: skip
+        )
     elif dt_ptr is not None:
         dt_tile(
             dz_ptr, weight_ptr, dt_ptr, program - tiles * splits, M, N, K,
             stride_dzm, stride_dzn, stride_wn, stride_wk, PRECISION, BLOCK, BLOCK_R,
-        )  # fmt: skip
+        )

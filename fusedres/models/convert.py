@@ -71,10 +71,15 @@ class Stack:
         if isinstance(norm, nn.RMSNorm) and norm.eps is None:
             raise ValueError("RMSNorm with eps=None follows the dtype; set its eps")
         layer = FusedResidual(
-            linear.in_features, linear.out_features, order="-".join(stages), device="meta",
-            activation=activation_name(stages.get("act")), dropout=dropout.p if dropout else 0.0,
-            bias=linear.bias is not None, **norm_settings(norm, linear.weight.dtype),
-        )  # fmt: skip
+            linear.in_features,
+            linear.out_features,
+            order="-".join(stages),
+            device="meta",
+            activation=activation_name(stages.get("act")),
+            dropout=dropout.p if dropout else 0.0,
+            bias=linear.bias is not None,
+            **norm_settings(norm, linear.weight.dtype),
+        )
         if norm_features(layer.norm) != norm_features(norm):
             raise ValueError(f"{type(norm).__name__} has {norm_features(norm)} features")
         layer.linear, layer.norm = linear, norm  # type: ignore[assignment]

@@ -176,14 +176,22 @@ def measure(job: Job, dtype: str, mode: str, seconds: float) -> dict[str, Any]:
     ratio = summary([each["eager"] / each["fused"] for each in rounds])
     slower = calm and ratio["median"] < 1 - NOISE and ratio["q3"] < 1
     row: dict[str, Any] = {
-        "case": f"{case} {case.shape}", "dtype": dtype, "mode": mode,
-        "rows": case.M, "features": case.K, "out_features": case.N,
-        "order": case.order, "norm": case.norm, "activation": case.activation,
-        "backend": job.backend, "rounds": len(rounds), "calm": calm,
+        "case": f"{case} {case.shape}",
+        "dtype": dtype,
+        "mode": mode,
+        "rows": case.M,
+        "features": case.K,
+        "out_features": case.N,
+        "order": case.order,
+        "norm": case.norm,
+        "activation": case.activation,
+        "backend": job.backend,
+        "rounds": len(rounds),
+        "calm": calm,
         "times_us": {name: summary([1e6 * each[name] for each in rounds]) for name in calls},
         "ratios": {"eager": ratio},
         "slower_than": ["eager"] if slower else [],
-    }  # fmt: skip
+    }
     if mode == STEP:
         row["saved_bytes"] = {name: saved_bytes(layer, job.x) for name, layer in job.layers.items()}
     return row
@@ -212,7 +220,13 @@ def bench(
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     show(len(cases), "done")
     return {
-        "fusedres": fusedres.__version__, "torch": str(torch.__version__), "device": device.type,
-        "machine": system.machine(device), "threads": torch.get_num_threads(), "dtype": dtype,
-        "rows": rows, "wrong": wrong, "failed": failed,
-    }  # fmt: skip
+        "fusedres": fusedres.__version__,
+        "torch": str(torch.__version__),
+        "device": device.type,
+        "machine": system.machine(device),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "rows": rows,
+        "wrong": wrong,
+        "failed": failed,
+    }

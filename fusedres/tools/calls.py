@@ -193,10 +193,13 @@ def _check(
     gate = {None: None, "scalar": 1, "channel": spec.width("gate", K, N)}[spec.gate]
     running = empty(spec.width("norm", K, N)) if spec.norm == "batch" else None
     o = Operands(
-        empty(shape), empty((N, K), dtype=weight_dtype), gate=None if gate is None else empty(gate),
+        empty(shape),
+        empty((N, K), dtype=weight_dtype),
+        gate=None if gate is None else empty(gate),
         residual=None if residual is None else empty((*shape[:-1], residual)),
-        running_mean=running, running_var=running,
-    )  # fmt: skip
+        running_mean=running,
+        running_var=running,
+    )
     checks.check_call(spec, o, pad)
 
 
@@ -230,9 +233,16 @@ def _row_statistics(backend: str, spec: Spec, M: int) -> int:
 
 
 def _backward_launches(
-    backend: str, spec: Spec, bias: bool, own_residual: bool, dtype: torch.dtype,
-    M: int, N: int, K: int, device: torch.device,
-) -> int:  # fmt: skip
+    backend: str,
+    spec: Spec,
+    bias: bool,
+    own_residual: bool,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    device: torch.device,
+) -> int:
     if backend == "cpu":
         return 1
     if backend == "cuda":

@@ -84,27 +84,36 @@ def parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="for machines")
     check = _add(every, "selftest", "check every backend that is here", SELFTEST_EPILOG)
     check.add_argument(
-        "--seconds", type=_seconds, default=selftest.SECONDS, metavar="S",
+        "--seconds",
+        type=_seconds,
+        default=selftest.SECONDS,
+        metavar="S",
         help="start no further layer after that; default: %(default)g",
-    )  # fmt: skip
+    )
     check.add_argument("--json", action="store_true", help="for machines")
     _add_explain(every)
     _add_bench(every)
     demo = _add(every, "demo", "plain against residual nets, 3 minutes", DEMO_EPILOG)
     demo.add_argument("--quick", action="store_true", help="4 and 56 layers only, a minute")
     demo.add_argument(
-        "--out", type=Path, default=Path("degradation.png"), metavar="FILE",
+        "--out",
+        type=Path,
+        default=Path("degradation.png"),
+        metavar="FILE",
         help="the picture; default: %(default)s",
-    )  # fmt: skip
+    )
     _add_tune(every)
     return main
 
 
 def _add(every: Commands, name: str, short: str, epilog: str) -> argparse.ArgumentParser:
     one: argparse.ArgumentParser = every.add_parser(
-        name, help=short, description=getdoc(getattr(commands, name)), epilog=epilog,
+        name,
+        help=short,
+        description=getdoc(getattr(commands, name)),
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     return one
 
 
@@ -113,63 +122,101 @@ def _add_explain(every: Commands) -> None:
     epilog = EXPLAIN_EPILOG.format(orders=orders, mlp=", ".join(MLP_ORDERS))
     one = _add(every, "explain", "which backend and kernel a layer gets, and why", epilog)
     one.add_argument("order", help='stages such as "linear-norm-act-add", or an alias')
-    one.add_argument("--shape", required=True, type=_sizes, metavar="MxK[xN]",
-                     help="rows x inputs [x outputs]")  # fmt: skip
-    one.add_argument("--dtype", choices=tuple(commands.DTYPES), default="fp32",
-                     help="default: fp32")  # fmt: skip
+    one.add_argument(
+        "--shape", required=True, type=_sizes, metavar="MxK[xN]", help="rows x inputs [x outputs]"
+    )
+    one.add_argument(
+        "--dtype", choices=tuple(commands.DTYPES), default="fp32", help="default: fp32"
+    )
     one.add_argument("--norm", choices=("none", *NORMS), default="layer", help="default: layer")
     one.add_argument(
-        "--activation", choices=("none", *ACTIVATIONS), default="relu", metavar="NAME",
+        "--activation",
+        choices=("none", *ACTIVATIONS),
+        default="relu",
+        metavar="NAME",
         help=f"default: relu; known: none, {', '.join(ACTIVATIONS)}",
-    )  # fmt: skip
+    )
     one.add_argument("--gate", choices=GATES)
     one.add_argument("--dropout", type=float, default=0.0, metavar="P")
     one.add_argument("--mlp", action="store_true", help="a block of two matmuls, hidden 4 x K")
     one.add_argument("--eval", action="store_true", help="in evaluation; default: training")
     one.add_argument("--backend", choices=BACKENDS, default="auto")
-    one.add_argument("--device", choices=("cpu", "cuda"),
-                     help="as if on it; default: cuda if there is one")  # fmt: skip
+    one.add_argument(
+        "--device", choices=("cpu", "cuda"), help="as if on it; default: cuda if there is one"
+    )
     one.add_argument("--json", action="store_true", help="for machines")
 
 
 def _add_bench(every: Commands) -> None:
     one = _add(every, "bench", "fused against eager on this machine", BENCH_EPILOG)
-    one.add_argument("--shape", action="append", type=_sizes, metavar="MxK[xN]",
-                     help="rows x inputs [x outputs]; may be repeated")  # fmt: skip
+    one.add_argument(
+        "--shape",
+        action="append",
+        type=_sizes,
+        metavar="MxK[xN]",
+        help="rows x inputs [x outputs]; may be repeated",
+    )
     one.add_argument("--order", metavar="ORDER", help="default: note; see `explain --help`")
     one.add_argument("--norm", choices=("none", *NORMS), help="default: layer")
-    one.add_argument("--activation", choices=("none", *ACTIVATIONS), metavar="NAME",
-                     help=f"default: gelu; known: none, {', '.join(ACTIVATIONS)}")  # fmt: skip
-    one.add_argument("--dtype", choices=tuple(bench.DTYPES),
-                     help="default: fp32 on a CPU, bf16 on a GPU")  # fmt: skip
+    one.add_argument(
+        "--activation",
+        choices=("none", *ACTIVATIONS),
+        metavar="NAME",
+        help=f"default: gelu; known: none, {', '.join(ACTIVATIONS)}",
+    )
+    one.add_argument(
+        "--dtype", choices=tuple(bench.DTYPES), help="default: fp32 on a CPU, bf16 on a GPU"
+    )
     one.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    one.add_argument("--threads", type=_count, metavar="N",
-                     help="1 measures CPU time, which a busy machine hardly disturbs")  # fmt: skip
-    one.add_argument("--seconds", type=_seconds, default=bench.SECONDS, metavar="S",
-                     help="in all, twice that on a busy machine; default: %(default)g")  # fmt: skip
+    one.add_argument(
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="1 measures CPU time, which a busy machine hardly disturbs",
+    )
+    one.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=bench.SECONDS,
+        metavar="S",
+        help="in all, twice that on a busy machine; default: %(default)g",
+    )
     one.add_argument("--json", action="store_true", help="for machines")
-    one.add_argument("--full", nargs=argparse.REMAINDER, metavar="...",
-                     help="the source repository's benchmark; the rest is for it")  # fmt: skip
+    one.add_argument(
+        "--full",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="the source repository's benchmark; the rest is for it",
+    )
 
 
 def _add_tune(every: Commands) -> None:
     one = _add(every, "tune", "measure tiles and backends on this GPU, keep what wins", TUNE_EPILOG)
     for name, known, default in (
-        ("--order", None, "note"), ("--norm", ("none", *NORMS), "layer"),
+        ("--order", None, "note"),
+        ("--norm", ("none", *NORMS), "layer"),
         ("--activation", ("none", *ACTIVATIONS), "relu"),
         ("--dtype", ("bf16", "fp16", "fp32"), "bf16"),
-    ):  # fmt: skip
+    ):
         one.add_argument(
             name, action="append", choices=known, metavar="NAME", help=f"+ default: {default}"
         )
     one.add_argument(
-        "--shape", action="append", type=_sizes, metavar="MxK[xN]",
+        "--shape",
+        action="append",
+        type=_sizes,
+        metavar="MxK[xN]",
         help="+ default: M in 256, 4096, 65536 and N = K from 64 to 4096",
-    )  # fmt: skip
+    )
     one.add_argument("--only", choices=("tiles", "backends"), help="default: tiles, then backends")
     one.add_argument("--quick", action="store_true", help="shipped tiles only, no variants of them")
-    one.add_argument("--seconds", type=float, default=tune.SECONDS, metavar="S",
-                     help="in all; default: %(default)g")  # fmt: skip
+    one.add_argument(
+        "--seconds",
+        type=float,
+        default=tune.SECONDS,
+        metavar="S",
+        help="in all; default: %(default)g",
+    )
     one.add_argument("--out", type=Path, metavar="FILE", help="default: this device's in fusedres")
     one.add_argument("--dry-run", action="store_true", help="list what would be measured; no GPU")
 

@@ -22,8 +22,11 @@ from . import console
 ROOT = Path(__file__).resolve().parents[2]  # of the source repository, if this is one
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 DTYPES = {
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
-}  # fmt: skip
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 
 
 def _setting(name: str | None) -> str | None:
@@ -94,10 +97,15 @@ def explain(args: argparse.Namespace) -> int:
 
     M, K, N = args.shape
     settings: dict[str, Any] = {
-        "order": args.order, "norm": _setting(args.norm), "activation": _setting(args.activation),
-        "gate": args.gate, "dropout": args.dropout, "backend": args.backend,
-        "device": "meta", "dtype": DTYPES[args.dtype],
-    }  # fmt: skip
+        "order": args.order,
+        "norm": _setting(args.norm),
+        "activation": _setting(args.activation),
+        "gate": args.gate,
+        "dropout": args.dropout,
+        "backend": args.backend,
+        "device": "meta",
+        "dtype": DTYPES[args.dtype],
+    }
     try:
         where = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         layer = (
@@ -240,9 +248,11 @@ def _jobs(args: argparse.Namespace) -> dict[str, list[Any]]:
     from . import tune
 
     recipes = product(
-        args.order or ("note",), args.norm or ("layer",), args.activation or ("relu",),
+        args.order or ("note",),
+        args.norm or ("layer",),
+        args.activation or ("relu",),
         args.dtype or ("bf16",),
-    )  # fmt: skip
+    )
     jobs: dict[str, list[Any]] = {}
     for (M, K, N), (order, norm, activation, dtype) in product(args.shape or tune.SHAPES, recipes):
         spec = make_spec(order, _setting(norm), _setting(activation), training=norm == "batch")

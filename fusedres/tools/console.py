@@ -83,9 +83,11 @@ def progress(total: float, what: str) -> Iterator[Callable[[float, str], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(BAR), TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(BAR),
+        TimeElapsedColumn(),
         TextColumn("{task.fields[text]}", style="dim", markup=False),
-    )  # fmt: skip
+    )
     # a thread that redraws would disturb what is being timed
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
         task = bars.add_task(what, total=total, text="")

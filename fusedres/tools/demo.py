@@ -91,10 +91,7 @@ def train(kind: str, depth: int) -> Net:
     net = Net(kind, depth)
     gates = [block.gate for block in net.blocks if block.gate is not None]
     others = [p for name, p in net.named_parameters() if not name.endswith("gate")]
-    groups: list[dict[str, Any]] = [
-        {"params": others},
-        {"params": gates, "lr": GATE_LEARNING_RATE},
-    ]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": gates, "lr": GATE_LEARNING_RATE}]
     optimizer = torch.optim.Adam(groups, LEARNING_RATE, foreach=True)
     steps = EPOCHS * math.ceil(len(x) / BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -166,11 +166,18 @@ def _of_layer(
     pad = layer.shortcut_kind == "pad"
     calls.append(
         context.call(
-            name, _spec_now(layer), K, layer.out_features, layer.backend,
-            bias=layer.linear.bias is not None, residual=residual,
-            shortcut=f"pad({text})" if pad else text, pad=pad, eager=eager is not None,
+            name,
+            _spec_now(layer),
+            K,
+            layer.out_features,
+            layer.backend,
+            bias=layer.linear.bias is not None,
+            residual=residual,
+            shortcut=f"pad({text})" if pad else text,
+            pad=pad,
+            eager=eager is not None,
         )
-    )  # fmt: skip
+    )
     return calls, notes
 
 
@@ -241,8 +248,15 @@ def _of_function(
         text = f"shortcut({text})"
     calls.append(
         context.call(
-            "layer", spec, K, N, a["backend"], bias=a["bias"] is not None, residual=features,
-            shortcut=text, pad=a["shortcut"] == "pad",
+            "layer",
+            spec,
+            K,
+            N,
+            a["backend"],
+            bias=a["bias"] is not None,
+            residual=features,
+            shortcut=text,
+            pad=a["shortcut"] == "pad",
         )
-    )  # fmt: skip
+    )
     return calls, notes

@@ -21,9 +21,13 @@ from ..backends import native
 from ..spec import make_spec
 
 VARIABLES = (
-    "FUSEDRES_BACKEND", "FUSEDRES_DISABLE", "FUSEDRES_LOG", "TRITON_INTERPRET",
-    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
-)  # fmt: skip
+    "FUSEDRES_BACKEND",
+    "FUSEDRES_DISABLE",
+    "FUSEDRES_LOG",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
 PACKAGES = {  # optional ones, name to install: name to import, what it is for
     "triton": ("triton", "the GPU kernels (torch's CUDA build for Linux brings it)"),
     "rich": ("rich", "tables, colours and bars on a terminal"),

@@ -129,9 +129,14 @@ if triton:
 
     @triton.jit
     def apply_kernel(
-        h_ptr, value_ptr, grad_ptr, count,
-        VALUE: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        h_ptr,
+        value_ptr,
+        grad_ptr,
+        count,
+        VALUE: tl.constexpr,
+        GRAD: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """value = VALUE(h), grad = GRAD(h)"""
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         h = tl.load(h_ptr + i, i < count, 0.0)
@@ -411,8 +416,9 @@ def test_the_source_can_be_read():
 
 @pytest.mark.parametrize("constant", [1 / 3, 0.1, -1e-30, math.pi * 1e30])
 def test_constants_keep_every_digit(constant):
-    name = register(f"constant_{str(constant).translate({45: 95, 46: 95, 43: 95})}",
-                    lambda h: h * constant)  # fmt: skip
+    name = register(
+        f"constant_{str(constant).translate({45: 95, 46: 95, 43: 95})}", lambda h: h * constant
+    )
     assert repr(constant) in REGISTERED[name].source
 
 

@@ -109,9 +109,14 @@ def test_both_backends_of_gpus_save_the_same():
 
 @pytest.mark.parametrize(
     "dtype, M, N, small",
-    [(BF16, 4096, 1024, True), (BF16, 4097, 64, False), (BF16, 64, 1025, False),
-     (F32, 256, 512, True), (F32, 4096, 1024, False)],
-)  # fmt: skip
+    [
+        (BF16, 4096, 1024, True),
+        (BF16, 4097, 64, False),
+        (BF16, 64, 1025, False),
+        (F32, 256, 512, True),
+        (F32, 4096, 1024, False),
+    ],
+)
 def test_what_is_small(dtype, M, N, small):
     assert backends.is_small(torch.device("cuda"), dtype, M, N, N) == small
     assert not backends.is_small(CPU, dtype, M, N, N)

@@ -410,8 +410,12 @@ def test_a_device_goes_before_its_architecture_and_that_before_generic(configs):
     assert (tile(F16), tile(F32)) == ([16, 64, 16, 4, 2], [32, 32, 32, 4, 2])
     wide = spec_of("note", "layer")
     other = planner.plan(wide, F16, 4096, 4096, 64, device)
-    assert other.tile == planner.plan(wide, F16, 4096, 4096, 64, planner.UNKNOWN._replace(
-        processors=4, architecture="sm_1")).tile  # fmt: skip
+    assert (
+        other.tile
+        == planner.plan(
+            wide, F16, 4096, 4096, 64, planner.UNKNOWN._replace(processors=4, architecture="sm_1")
+        ).tile
+    )
     elsewhere = planner.plan(spec, F16, 4096, 4096, 64, device._replace(architecture="sm_1"))
     assert list(elsewhere.tile[:5]) == [16, 64, 16, 4, 2]
     nobody = Device("other", 4, 227 << 10, "sm_1")
@@ -441,9 +445,16 @@ def test_a_tuned_row_is_for_its_key_only(configs):
     assert taken() and taken(dtype=BF16) and taken(spec_of("resnet-v1", "rms"))
     assert taken(M=2049) and taken(N=129) and taken(K=257)
     for other in (
-        {"dtype": F32}, {"M": 4097}, {"M": 2048}, {"N": 128}, {"N": 257}, {"K": 256}, {"K": 513},
-        {"spec": batch}, {"device": planner.UNKNOWN},
-    ):  # fmt: skip
+        {"dtype": F32},
+        {"M": 4097},
+        {"M": 2048},
+        {"N": 128},
+        {"N": 257},
+        {"K": 256},
+        {"K": 513},
+        {"spec": batch},
+        {"device": planner.UNKNOWN},
+    ):
         assert not taken(**other), other
 
 

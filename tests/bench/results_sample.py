@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 FORWARD, RECORD, STEP, GRAPH = (
-    "forward", "forward, recording", "forward + backward", "forward, CUDA graph",
-)  # fmt: skip
+    "forward",
+    "forward, recording",
+    "forward + backward",
+    "forward, CUDA graph",
+)
 MODELS = (
     ("digits", 128, 64, "note", "layer", "relu"),
     ("rtdl-339", 512, 339, "prenorm", "batch", "relu"),
@@ -14,8 +17,9 @@ MODELS = (
     ("vit-384", 788, 384, "note", "layer", "gelu"),
     ("bert-768", 512, 768, "bert-output", "layer", None),
 )
-SQUARES = tuple((f"square-{m}x{n}", m, n, "note", "layer", "gelu") for m in (256, 4096)
-                for n in (64, 256, 1024))  # fmt: skip
+SQUARES = tuple(
+    (f"square-{m}x{n}", m, n, "note", "layer", "gelu") for m in (256, 4096) for n in (64, 256, 1024)
+)
 # copy GB/s, TFLOP/s of fp32, seconds to launch, and eager's factor over fused by mode
 MACHINES = {"cpu": (20.0, 0.2, 5e-6), "cuda": (2900.0, 50.0, 3e-6)}
 FACTORS = {"eager": 1.4, "compile": 1.25, "matmul": 0.7}
@@ -37,17 +41,30 @@ def layer_row(device: str, group: str, case: Any, dtype: str, mode: str) -> dict
     wins = 1 + 0.3 / (1 + n / 512) + m * 1e-5  # narrow and tall layers win most
     ratios = {k: f * wins / 1.4 for k, f in FACTORS.items()}
     row = {
-        "case": name, "group": group, "dtype": dtype, "mode": mode, "rows": m, "features": n,
-        "out_features": n, "order": order, "norm": norm, "activation": activation,
-        "backend": "cpu" if device == "cpu" else "triton", "rounds": 40, "calm": True,
+        "case": name,
+        "group": group,
+        "dtype": dtype,
+        "mode": mode,
+        "rows": m,
+        "features": n,
+        "out_features": n,
+        "order": order,
+        "norm": norm,
+        "activation": activation,
+        "backend": "cpu" if device == "cpu" else "triton",
+        "rounds": 40,
+        "calm": True,
         "times_us": {k: spread(1e6 * seconds * r) for k, r in {"fused": 1.0, **ratios}.items()},
         "ratios": {k: spread(r) for k, r in ratios.items()},
-        "flops": flops, "bytes": moved,
-        "gb_per_s": moved / seconds / 1e9, "tflop_per_s": flops / seconds / 1e12,
+        "flops": flops,
+        "bytes": moved,
+        "gb_per_s": moved / seconds / 1e9,
+        "tflop_per_s": flops / seconds / 1e12,
         "copy_share": moved / seconds / 1e9 / copy,
         "matmul_share": flops / seconds / 1e12 / rate,
-        "launches": {"fused": passes, "eager": 4 * passes}, "failed": {},
-    }  # fmt: skip
+        "launches": {"fused": passes, "eager": 4 * passes},
+        "failed": {},
+    }
     row["slower_than"] = [k for k in ("eager", "compile") if ratios[k] < 0.97]
     if mode == STEP:
         tensor = m * n * BYTES[dtype]
@@ -67,8 +84,12 @@ def host_row(device: str, mode: str, base: float) -> dict[str, Any]:
     return row | {"slower_than": ["functional"]}
 
 
-def sample(device: str = "cpu", models: Any = MODELS, squares: Any = SQUARES,
-           dtypes: Any = ("fp32", "bf16")) -> dict[str, Any]:  # fmt: skip
+def sample(
+    device: str = "cpu",
+    models: Any = MODELS,
+    squares: Any = SQUARES,
+    dtypes: Any = ("fp32", "bf16"),
+) -> dict[str, Any]:
     """A results file of `device`."""
     modes = (FORWARD, STEP) if device == "cpu" else (FORWARD, STEP, GRAPH)
     copy, rate, _ = MACHINES[device]
@@ -78,17 +99,29 @@ def sample(device: str = "cpu", models: Any = MODELS, squares: Any = SQUARES,
     cases = [*(("model", c) for c in models), *(("square", c) for c in squares)]
     hosts = zip((FORWARD, RECORD, STEP), (17.0, 30.0, 122.0), strict=True)
     return {
-        "date": "2030-01-02", "commit": "abc1234567", "dirty": False, "device": device,
-        "machine": machine, "clocks": {"load_at_start": 0.1},
+        "date": "2030-01-02",
+        "commit": "abc1234567",
+        "dirty": False,
+        "device": device,
+        "machine": machine,
+        "clocks": {"load_at_start": 0.1},
         "versions": {"python": "3.11.7", "torch": "2.11.0", "fusedres": "0.1.0"},
         "protocol": {"rounds": "take turns", "ratios": "contender / fused"},
-        "ceilings": {"copy_gb_per_s": copy,
-                     "matmul_tflop_per_s": {d: rate * SPEED[d] for d in dtypes}},
+        "ceilings": {
+            "copy_gb_per_s": copy,
+            "matmul_tflop_per_s": {d: rate * SPEED[d] for d in dtypes},
+        },
         "not_measured": [],
-        "rows": [*(host_row(device, mode, base) for mode, base in hosts),
-                 *(layer_row(device, group, case, dtype, mode)
-                   for group, case in cases for dtype in dtypes for mode in modes)],
-    }  # fmt: skip
+        "rows": [
+            *(host_row(device, mode, base) for mode, base in hosts),
+            *(
+                layer_row(device, group, case, dtype, mode)
+                for group, case in cases
+                for dtype in dtypes
+                for mode in modes
+            ),
+        ],
+    }
 
 
 def find(results: dict[str, Any], case: str, dtype: str, mode: str) -> Any:

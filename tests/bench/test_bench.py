@@ -34,7 +34,7 @@ from bench.cases import (
     Case,
     Task,
     square,
-)  # fmt: skip
+)
 from bench.counts import flops, traffic
 from bench.measure import compare, rates
 from bench.schema import check_results

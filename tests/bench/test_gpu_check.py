@@ -170,9 +170,13 @@ HOPPER, LEFT_OUT = '{"cuda": "13.0", "hopper": "built"}', '{"cuda": "13.0", "hop
     ],
 )
 def test_the_build_says_what_it_built(
-    gpu: str, built: int | None, loads: tuple[int, str], ok: bool | None, tmp_path: Path,
+    gpu: str,
+    built: int | None,
+    loads: tuple[int, str],
+    ok: bool | None,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     ends = iter([gpu_steps.Outcome(built, 1.0, "..."), gpu_steps.Outcome(loads[0], 1.0, loads[1])])
     monkeypatch.setattr(gpu_steps, "execute", lambda *given: next(ends))
     monkeypatch.setattr(gpu_steps, "architecture", lambda: gpu)
@@ -244,16 +248,26 @@ PASSED, FAILED, SKIPPED = map(LINE.format, ("PASSED", "FAILED", "SKIPPED"))
 @pytest.mark.parametrize(
     "code, log, owed, ok",
     [
-        (0, PASSED, True, True), (0, SKIPPED, True, None), (1, PASSED + FAILED, False, False),
-        (5, "", True, False), (5, "", False, None), (2, BROKE, False, False),
-        (None, PASSED, True, False), (None, PASSED, False, None), (None, FAILED, False, False),
+        (0, PASSED, True, True),
+        (0, SKIPPED, True, None),
+        (1, PASSED + FAILED, False, False),
+        (5, "", True, False),
+        (5, "", False, None),
+        (2, BROKE, False, False),
+        (None, PASSED, True, False),
+        (None, PASSED, False, None),
+        (None, FAILED, False, False),
         (-11, PASSED, False, False),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_on_tests(
-    code: int | None, log: str, owed: bool, ok: bool | None, tmp_path: Path,
+    code: int | None,
+    log: str,
+    owed: bool,
+    ok: bool | None,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """5: no test was there to run. What has only been skipped says nothing."""
     monkeypatch.setattr(gpu_steps, "execute", lambda *given: gpu_steps.Outcome(code, 1.0, log))
     check = make_check(tmp_path, "gpu-tests")
@@ -335,8 +349,11 @@ def test_shards_run_side_by_side_and_the_largest_tests_alone(
 
 def test_other_files_with_gpu_tests_are_found() -> None:
     assert [file.name for file in gpu_steps.files_with_gpu_tests()] == [
-        "test_register_activation.py", "test_triton.py", "test_triton_grid.py", "test_tune.py",
-    ]  # fmt: skip
+        "test_register_activation.py",
+        "test_triton.py",
+        "test_triton_grid.py",
+        "test_tune.py",
+    ]
 
 
 def test_compute_sanitizer_is_found_on_path_and_under_cuda_home(
@@ -362,13 +379,20 @@ def test_compute_sanitizer_is_found_on_path_and_under_cuda_home(
 def test_compute_sanitizer_s_options(filter_option: str) -> None:
     known = f"--target-processes arg ... --report-api-errors arg ... {filter_option} arg"
     assert gpu_steps.sanitizer_options("memcheck", known)[4:] == [
-        "--target-processes", "application-only", "--report-api-errors", "no",
-        filter_option, "kns=residual_",
-    ]  # fmt: skip
+        "--target-processes",
+        "application-only",
+        "--report-api-errors",
+        "no",
+        filter_option,
+        "kns=residual_",
+    ]
     assert filter_option not in gpu_steps.sanitizer_options("initcheck", known)
     assert gpu_steps.sanitizer_options("racecheck", "") == [
-        "--tool", "racecheck", "--error-exitcode", "99",
-    ]  # fmt: skip
+        "--tool",
+        "racecheck",
+        "--error-exitcode",
+        "99",
+    ]
 
 
 def fake_sanitizer(path: Path, script: str) -> str:
@@ -449,10 +473,12 @@ def test_the_goals_come_first_on_a_gpu() -> None:
 
 def test_goals_are_met_missed_or_not_measured() -> None:
     wide, narrow = (Task(square(65536, n), "bf16", GRAPH) for n in (4096, 128))
-    judged = judge([
-        row(wide, matmul=1 / 1.06, training=1.0),
-        row(narrow, matmul=1 / 1.15, eager=3.9, copy=0.80),
-    ])  # fmt: skip
+    judged = judge(
+        [
+            row(wide, matmul=1 / 1.06, training=1.0),
+            row(narrow, matmul=1 / 1.15, eager=3.9, copy=0.80),
+        ]
+    )
     met = {(goal["goal"], goal["row"], goal["bound"]): goal["met"] for goal in judged}
     assert met["forward / T", str(wide), "<= 1.05"] is False
     assert met["training / inference", str(wide), "<= 1.05"] is True
@@ -497,9 +523,14 @@ def test_memory_and_host_are_goals() -> None:
 # Rows, on CPU tensors.
 
 TIMES = {
-    "matmul": 1.0, "fused": 1.25, "eager": 5.0, "training": 1.5, "copy": 1.0, "gelu_tanh": 1.2,
+    "matmul": 1.0,
+    "fused": 1.25,
+    "eager": 5.0,
+    "training": 1.5,
+    "copy": 1.0,
+    "gelu_tanh": 1.2,
     "compile": 2.5,
-}  # fmt: skip
+}
 CEILINGS = {"copy_gb_per_s": 3000.0, "matmul_tflop_per_s": {"fp32": 50.0, "bf16": 700.0}}
 OPTIONS = measure.Options(CPU, 0.0, CEILINGS, ("compile",), "left out")
 
@@ -651,9 +682,14 @@ class FakeNvml(ModuleType):
 
 
 PROPERTIES = SimpleNamespace(
-    name="NVIDIA H100", total_memory=80 * 2**30, multi_processor_count=132, major=9, minor=0,
-    uuid="ab-cd", L2_cache_size=2**20,
-)  # fmt: skip
+    name="NVIDIA H100",
+    total_memory=80 * 2**30,
+    multi_processor_count=132,
+    major=9,
+    minor=0,
+    uuid="ab-cd",
+    L2_cache_size=2**20,
+)
 
 
 def test_clocks_and_power_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,8 +698,11 @@ def test_clocks_and_power_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml := FakeNvml("pynvml"))
     assert machine.clocks(gpu, "before") == {"sm_mhz_before": 1980}
     assert machine.clocks(gpu, "after") == {
-        "sm_mhz_after": 1980, "max_sm_mhz": 2000, "power_w": 345.0, "power_limit_w": 700.0,
-    }  # fmt: skip
+        "sm_mhz_after": 1980,
+        "max_sm_mhz": 2000,
+        "power_w": 345.0,
+        "power_limit_w": 700.0,
+    }
     told = machine.gpu(gpu)
     assert told["driver"] == "580.1" and told["capability"] == "9.0" and told["memory_gib"] == 80
 
@@ -702,11 +741,16 @@ def test_the_benchmark_is_the_common_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 EMPTY: dict[str, Any] = {
-    "device": "cuda", "date": "2030-01-02", "commit": "none", "not_measured": [],
+    "device": "cuda",
+    "date": "2030-01-02",
+    "commit": "none",
+    "not_measured": [],
     "machine": {"cpu": "some", "gpu": "NVIDIA H100", "driver": "580"},
-    "clocks": {"power_w": 345.0}, "versions": {"torch": "2"}, "protocol": {"ratios": "so"},
+    "clocks": {"power_w": 345.0},
+    "versions": {"torch": "2"},
+    "protocol": {"ratios": "so"},
     "rows": [],
-}  # fmt: skip
+}
 
 
 def test_the_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -73,9 +73,13 @@ def test_numbers_of_the_square_table_are_those_of_the_file(cpu: Results) -> None
     for line in lines:
         for width in (64, 256, 1024):
             [row] = select(
-                cpu["rows"], group="square", dtype="fp32", mode=MODES[line["mode"][0]],
-                rows=int(line["rows"][0].replace(",", "")), features=width,
-            )  # fmt: skip
+                cpu["rows"],
+                group="square",
+                dtype="fp32",
+                mode=MODES[line["mode"][0]],
+                rows=int(line["rows"][0].replace(",", "")),
+                features=width,
+            )
             told = line[str(width)][0]
             expected = row["ratios"][line["against"][0]]["median"]
             assert number(told) == pytest.approx(expected, abs=0.005)
@@ -168,9 +172,13 @@ def test_every_section_says_where_and_how(cpu: Results, gpu: Results) -> None:
         text = section.section(results | {"dirty": True})
         machine = results["machine"]
         for told in (
-            machine.get("gpu", machine["cpu"]), "torch 2.11.0", "abc1234567 with changes",
-            "2030-01-02", "rotating order", "copy ",
-        ):  # fmt: skip
+            machine.get("gpu", machine["cpu"]),
+            "torch 2.11.0",
+            "abc1234567 with changes",
+            "2030-01-02",
+            "rotating order",
+            "copy ",
+        ):
             assert told in text
 
 

@@ -153,8 +153,10 @@ def as_predicted() -> dict[str, Any]:
     machine = scaling.measured(results)
     for row in results["rows"]:
         if row["group"] != HOST:
-            times = {n: 1e6 * seconds(scaling.of_row(row), n, row["mode"], machine)
-                     for n in ("fused", "eager")}  # fmt: skip
+            times = {
+                n: 1e6 * seconds(scaling.of_row(row), n, row["mode"], machine)
+                for n in ("fused", "eager")
+            }
             row["times_us"] = {name: {"median": t} for name, t in times.items()}
             row["ratios"]["eager"]["median"] = times["eager"] / times["fused"]
     return results

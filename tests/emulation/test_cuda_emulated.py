@@ -88,13 +88,22 @@ def test_any_order(number, order):
     draw = random.Random(number)
     norm = draw.choice(["layer", "rms", "batch"])
     case = make_case(
-        29, 72, draw.choice([72, 150]), order=order, norm=norm, activation="silu",
+        29,
+        72,
+        draw.choice([72, 150]),
+        order=order,
+        norm=norm,
+        activation="silu",
         training=norm != "batch",
         gate=draw.choice(["scalar", "channel"]) if "gate" in order else None,
-        dropout=0.2 if "dropout" in order else 0.0, drop_path=0.2 if "droppath" in order else 0.0,
-        residual_scale=draw.choice([1.0, -0.5]), dtype=DTYPES[number % 3],
-        affine=draw.random() < 0.8, bias=draw.random() < 0.8, norm_bias=draw.random() < 0.5,
-    )  # fmt: skip
+        dropout=0.2 if "dropout" in order else 0.0,
+        drop_path=0.2 if "droppath" in order else 0.0,
+        residual_scale=draw.choice([1.0, -0.5]),
+        dtype=DTYPES[number % 3],
+        affine=draw.random() < 0.8,
+        bias=draw.random() < 0.8,
+        norm_bias=draw.random() < 0.5,
+    )
     check(case, Settings(block=draw.choice(TILES)))
 
 
@@ -114,10 +123,25 @@ def test_sines_of_large_numbers(scale):
 # ---- shapes
 
 SHAPES = [  # M, K, N
-    (1, 1, 1), (1, 339, 339), (5, 1, 70), (3, 70, 1), (33, 339, 466), (17, 466, 339),
-    (64, 64, 64), (65, 65, 65), (63, 63, 63), (16, 128, 128), (15, 127, 129), (128, 32, 256),
-    (31, 257, 131), (97, 61, 193), (2, 8, 1024), (8, 1000, 24), (200, 16, 40), (19, 37, 521),
-]  # fmt: skip
+    (1, 1, 1),
+    (1, 339, 339),
+    (5, 1, 70),
+    (3, 70, 1),
+    (33, 339, 466),
+    (17, 466, 339),
+    (64, 64, 64),
+    (65, 65, 65),
+    (63, 63, 63),
+    (16, 128, 128),
+    (15, 127, 129),
+    (128, 32, 256),
+    (31, 257, 131),
+    (97, 61, 193),
+    (2, 8, 1024),
+    (8, 1000, 24),
+    (200, 16, 40),
+    (19, 37, 521),
+]
 
 
 @pytest.mark.parametrize("order", ["note", "prenorm", "postnorm", "preact"])
@@ -151,8 +175,15 @@ def test_every_tile(block, order):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", [(1, 1), (2, 1), (5, 3), (64, 64)])
 def test_rows_in_parts(parts, dtype):
-    case = make_case(333, 66, 71, order="norm-gate-linear-gate-act".replace("-gate", "", 1),
-                     gate="channel", activation="gelu", dtype=dtype)  # fmt: skip
+    case = make_case(
+        333,
+        66,
+        71,
+        order="norm-gate-linear-gate-act".replace("-gate", "", 1),
+        gate="channel",
+        activation="gelu",
+        dtype=dtype,
+    )
     check(case, Settings(parts=parts))
 
 

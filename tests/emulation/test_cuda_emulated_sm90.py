@@ -19,9 +19,13 @@ pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.missing()), reason=str(cuda_on_
 
 F16, BF16 = torch.float16, torch.bfloat16
 RECIPES = [
-    ("linear-act-add", None), ("note", "layer"), ("postnorm", "rms"), ("note", "batch"),
-    ("prenorm", "layer"), ("prenorm", "rms"),
-]  # fmt: skip
+    ("linear-act-add", None),
+    ("note", "layer"),
+    ("postnorm", "rms"),
+    ("note", "batch"),
+    ("prenorm", "layer"),
+    ("prenorm", "rms"),
+]
 
 
 @cache
@@ -38,9 +42,12 @@ def load(name, *sources) -> ctypes.CDLL:
 def settings(columns=256, processors=4, **given) -> Settings:
     """All programs are resident, and no fewer than a row has tiles: they wait for each other."""
     return Settings(
-        block=(128, columns), processors=processors, resident=processors, shared_limit=227 << 10,
+        block=(128, columns),
+        processors=processors,
+        resident=processors,
+        shared_limit=227 << 10,
         **given,
-    )  # fmt: skip
+    )
 
 
 def check(case, given=None):
@@ -81,26 +88,46 @@ def test_recipes(number, recipe, columns):
 @pytest.mark.parametrize("order", ["linear-norm-act-gate-dropout-droppath-add", "bert-output"])
 def test_everything_on(order):
     case = make_case(
-        130, 72, 272, order=order, norm="layer", activation="silu", dtype=BF16, dropout=0.3,
-        drop_path=0.3 if "path" in order else 0.0, gate="channel" if "gate" in order else None,
+        130,
+        72,
+        272,
+        order=order,
+        norm="layer",
+        activation="silu",
+        dtype=BF16,
+        dropout=0.3,
+        drop_path=0.3 if "path" in order else 0.0,
+        gate="channel" if "gate" in order else None,
         residual_scale=0.5,
-    )  # fmt: skip
+    )
     check(case)
 
 
 def test_norm_after_other_stages_and_sines():
     check(
         make_case(
-            140, 64, 300, order="linear-act-gate-add-norm-dropout", norm="layer", gate="scalar",
-            activation="sin", dtype=F16, dropout=0.1,
+            140,
+            64,
+            300,
+            order="linear-act-gate-add-norm-dropout",
+            norm="layer",
+            gate="scalar",
+            activation="sin",
+            dtype=F16,
+            dropout=0.1,
         ),
         settings(128),
-    )  # fmt: skip
+    )
 
 
 SHAPES = [  # M, K, N
-    (1, 8, 1), (127, 64, 255), (129, 72, 257), (128, 520, 129), (257, 136, 339), (3, 200, 130),
-]  # fmt: skip
+    (1, 8, 1),
+    (127, 64, 255),
+    (129, 72, 257),
+    (128, 520, 129),
+    (257, 136, 339),
+    (3, 200, 130),
+]
 
 
 @pytest.mark.parametrize("order", ["note", "prenorm"])
@@ -108,9 +135,14 @@ SHAPES = [  # M, K, N
 def test_shapes(number, shape, order):
     # eps: a row of one element has variance 0.
     case = make_case(
-        *shape, order=order, activation="silu", dtype=(F16, BF16)[number % 2],
-        eps=1e-5 if min(shape) > 1 else 0.1, bias=number % 3 > 0, affine=number % 4 > 0,
-    )  # fmt: skip
+        *shape,
+        order=order,
+        activation="silu",
+        dtype=(F16, BF16)[number % 2],
+        eps=1e-5 if min(shape) > 1 else 0.1,
+        bias=number % 3 > 0,
+        affine=number % 4 > 0,
+    )
     check(case, settings((128, 256)[(number + (order == "note")) % 2], processors=3))
 
 
@@ -145,9 +177,11 @@ def test_the_schedule_does_not_show(order):
     case = make_case(260, 136, 400, order=order, activation="gelu", dtype=BF16)
     results = []
     for given, keep in (
-        (settings(128), True), (settings(128, seed=1), False), (settings(128, 5, seed=2), True),
+        (settings(128), True),
+        (settings(128, seed=1), False),
+        (settings(128, 5, seed=2), True),
         (settings(128, 7, seed=3), False),
-    ):  # fmt: skip
+    ):
         with Call(case, given, keep=keep, library=hopper()) as call:
             results.append(call.forward()[0].clone())
     assert all(same_bytes(results[0], other) for other in results[1:])
@@ -167,10 +201,11 @@ def test_nan_stays_in_its_row(order):
 @pytest.mark.parametrize(
     "order, dtype, K, reason",
     [
-        ("note", torch.float32, 64, "float16"), ("note", F16, 60, "16 bytes"),
+        ("note", torch.float32, 64, "float16"),
+        ("note", F16, 60, "16 bytes"),
         ("preact", F16, 64, "norm over rows alone"),
     ],
-)  # fmt: skip
+)
 def test_refusals(order, dtype, K, reason):
     with Call(make_case(8, K, 64, order=order, dtype=dtype), settings(), library=hopper()) as call:
         assert reason in call.refusal()

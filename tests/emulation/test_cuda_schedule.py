@@ -104,9 +104,7 @@ def test_blocks_that_share_rows_must_all_be_there(library, blocks, resident):
 
 
 def planner(library):
-    return function(
-        library, "plan_sm90", SIZE, SIZE, SIZE, FLAG, INT, INT, ctypes.POINTER(SIZE)
-    )  # fmt: skip
+    return function(library, "plan_sm90", SIZE, SIZE, SIZE, FLAG, INT, INT, ctypes.POINTER(SIZE))
 
 
 def test_plans(library):

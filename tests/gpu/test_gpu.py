@@ -303,11 +303,17 @@ def any_case(order, norm, training, dtype, turn=0):
     drops = {"dropout": 0.1 * (i % 2), "drop_path": 0.2 * (i % 3 == 1)}
     lead = (1033, 4) if drops["drop_path"] else (4099,)
     return make_case(
-        K=(339, 512, 200)[i % 3], lead=lead, order=order, norm=norm, training=training,
-        activation=("gelu", "silu", "tanh")[i % 3], gate=(None, "channel", "scalar", None)[i % 4],
+        K=(339, 512, 200)[i % 3],
+        lead=lead,
+        order=order,
+        norm=norm,
+        training=training,
+        activation=("gelu", "silu", "tanh")[i % 3],
+        gate=(None, "channel", "scalar", None)[i % 4],
         bias=not (norm == "batch" and training and "linear-norm" in ORDERS[order]),
-        dtype=dtype, **drops,
-    )  # fmt: skip
+        dtype=dtype,
+        **drops,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -422,9 +428,12 @@ def test_hopper_s_first_call_in_a_capture(order):
     """
     needs_hopper(make_case(20011, 1024, order=order, dtype=BF16))
     done = subprocess.run(
-        [sys.executable, "-c", FIRST_CALL, order], cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        [sys.executable, "-c", FIRST_CALL, order],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -504,10 +513,13 @@ def test_a_graph_draws_a_new_mask_in_each_replay(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        "rows", "wide", "batch", "algebraic",
+        "rows",
+        "wide",
+        "batch",
+        "algebraic",
         *marked(["cuda", "cuda, many tiles", "cuda, prenorm", "cuda, hopper"]),
     ],
-)  # fmt: skip
+)
 def test_a_device_that_is_not_current(name, monkeypatch):
     case = make_family(name, monkeypatch)
     check(on_device(case, "cuda:1"), backend_of(name))
@@ -659,9 +671,11 @@ def test_autocast(norm, dtype, backend):
     operands = [x, layer.linear.weight, layer.linear.bias]
     cast = [t.detach().to(dtype).requires_grad_() for t in operands]
     y = fused_residual(
-        *cast, *(getattr(layer.norm, name, None) for name in ("weight", "bias")),
-        **settings, training=True,
-    )  # fmt: skip
+        *cast,
+        *(getattr(layer.norm, name, None) for name in ("weight", "bias")),
+        **settings,
+        training=True,
+    )
     grads = [g.float() for g in torch.autograd.grad(y, cast, dy)]
     assert_bitwise([ours[n] for n in ("y", "dx", "linear.weight", "linear.bias")], [y, *grads])
 

@@ -251,14 +251,17 @@ def test_every_shipped_tile(sm, pool):
 
 @pytest.mark.parametrize("sm", SHARED_LIMIT)
 def test_backward(sm, pool):
-    told, jobs = [], [
-        (sm, dtype, norm, random, width)
-        for dtype in ((BF16, F32) if sm == 90 else (BF16,))
-        for norm in ("layer", "rms", "batch")
-        for random in ((False, True) if dtype == BF16 and norm == "layer" else (True,))
-        for width in ((16, 256, 2048, 4096) if norm == "layer" else (128, 1024))
-        if sm == 90 or (norm == "layer" and width in (256, 4096))
-    ]  # fmt: skip
+    told, jobs = (
+        [],
+        [
+            (sm, dtype, norm, random, width)
+            for dtype in ((BF16, F32) if sm == 90 else (BF16,))
+            for norm in ("layer", "rms", "batch")
+            for random in ((False, True) if dtype == BF16 and norm == "layer" else (True,))
+            for width in ((16, 256, 2048, 4096) if norm == "layer" else (128, 1024))
+            if sm == 90 or (norm == "layer" and width in (256, 4096))
+        ],
+    )
     for job, kernels in pool.map(backward_job, jobs, chunksize=2):
         names = [found["kernel"] for found in kernels]
         assert 2 <= len(names) <= 3 and "residual_products_kernel" in names

@@ -40,9 +40,14 @@ GRID = tuple(itertools.product(ORDERS, NORMS, (None, *ACTIVATIONS), (None, *GATE
 def settings_of(cell):
     order, (norm, training), activation, gate, (dropout, drop_path) = cell
     return {
-        "order": order, "norm": norm, "training": training, "activation": activation, "gate": gate,
-        "dropout": dropout, "drop_path": drop_path,
-    }  # fmt: skip
+        "order": order,
+        "norm": norm,
+        "training": training,
+        "activation": activation,
+        "gate": gate,
+        "dropout": dropout,
+        "drop_path": drop_path,
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,9 +19,12 @@ STACKS = {
     "linear-norm": lambda: [nn.Linear(12, 20), nn.BatchNorm1d(20, affine=False)],
     "act-linear": lambda: [nn.ELU(), nn.Linear(12, 20)],
     "linear-norm-act-dropout": lambda: [
-        nn.Linear(12, 20), nn.LayerNorm(20), nn.ReLU(inplace=True), nn.Dropout(0.0),
+        nn.Linear(12, 20),
+        nn.LayerNorm(20),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.0),
     ],
-}  # fmt: skip
+}
 
 
 def step(model, x):

@@ -302,14 +302,22 @@ def test_interrupted(capsys, monkeypatch):
 def test_every_optional_package_may_be_missing(tmp_path):
     """Each command in a process where none can be imported."""
     every = (
-        "info", "selftest", "explain note --shape 8x8", "explain note --shape 8x8 --device cuda",
-        "bench --shape 8x8 --seconds 0.1 --threads 1", "demo", "tune --dry-run --shape 8x8", "tune",
-    )  # fmt: skip
+        "info",
+        "selftest",
+        "explain note --shape 8x8",
+        "explain note --shape 8x8 --device cuda",
+        "bench --shape 8x8 --seconds 0.1 --threads 1",
+        "demo",
+        "tune --dry-run --shape 8x8",
+        "tune",
+    )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", BLOCKER, *every],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    )
     assert done.stdout.splitlines()[-1] == "codes 0 0 0 0 0 1 0 1", done.stdout + done.stderr
     told = dict(part.split("\n", 1) for part in done.stdout.split("@@ ")[1:])
     assert "importing it fails" in told["info"] and "Triton is not installed" in told["info"]
@@ -319,10 +327,13 @@ def test_every_optional_package_may_be_missing(tmp_path):
 
 def test_a_reader_that_has_seen_enough(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "fusedres", "info"], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "fusedres", "info"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 0
 
@@ -345,6 +356,8 @@ def test_import_is_light_and_names_are_functions():
 def test_module_runs():
     done = subprocess.run(
         [sys.executable, "-m", "fusedres", "explain", "nope", "--shape", "8x8"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "unknown stage 'nope'" in done.stderr

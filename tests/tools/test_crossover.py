@@ -104,8 +104,12 @@ def test_every_number_of_rows_is_compared_once(run, gpu):
 def test_sizes_and_dtypes(run, gpu):
     """Once for each size of weight, whatever the rows and recipes."""
     shapes = (*SIZE, "--shape", "65536x512", "--shape", "256x64x128")
-    assert run(*shapes, "--dtype", "bf16", "--dtype", "fp32", "--order", "note", "--order",
-               "prenorm")[0] == 0  # fmt: skip
+    assert (
+        run(*shapes, "--dtype", "bf16", "--dtype", "fp32", "--order", "note", "--order", "prenorm")[
+            0
+        ]
+        == 0
+    )
     sizes = ("512x512", "128x64")
     assert written().keys() == {f"{bits} {size}" for bits in (16, 32) for size in sizes}
 
@@ -170,11 +174,22 @@ def test_a_step_is_a_layers_forward_and_backward(order, norm, K):
     spec = make_spec(order, norm, "gelu")
     run = crossover.prepare(tune.Call(spec, F32, 8, 24, K), torch.device("cpu"))
     y, *grads = run("cpu")
-    inputs = dict(zip(run.__code__.co_freevars, (c.cell_contents for c in run.__closure__),
-                      strict=True))  # fmt: skip
+    inputs = dict(
+        zip(run.__code__.co_freevars, (c.cell_contents for c in run.__closure__), strict=True)
+    )
     x, weight, bias, scale, shift, _, residual, *_ = inputs["operands"]
-    expected = fused_residual(x, weight, bias, scale, shift, residual=residual, order=order,
-                              norm=norm, activation="gelu", backend="reference")  # fmt: skip
+    expected = fused_residual(
+        x,
+        weight,
+        bias,
+        scale,
+        shift,
+        residual=residual,
+        order=order,
+        norm=norm,
+        activation="gelu",
+        backend="reference",
+    )
     torch.testing.assert_close(y, expected)
     leaves = [t for t in (x, weight, bias, scale, shift, residual) if t is not None]
     assert len(grads) == len(leaves)

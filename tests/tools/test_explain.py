@@ -198,10 +198,12 @@ def test_partial():
         ({"order": "preact", "norm": "batch"}, "y = relu(batch_norm(x)) @ W.T + b + x"),
         ({"order": "postnorm", "gate": "scalar"}, "y = layer_norm(gate * relu(x @ W.T + b) + x)"),
         ({"order": "linear-add", "gate": "scalar"}, "y = gate * (x @ W.T + b) + x"),
-        ({"order": "resnet-v1", "residual_scale": 0.5},
-         "y = relu(layer_norm(x @ W.T + b) + 0.5 * x)"),
+        (
+            {"order": "resnet-v1", "residual_scale": 0.5},
+            "y = relu(layer_norm(x @ W.T + b) + 0.5 * x)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_formula(settings, expected):
     assert formula(make_spec(**settings, training=True)) == expected
 

@@ -117,9 +117,10 @@ def test_candidates():
         Tile(*row)
         for name in ("generic", "sm_90")
         for key in ("wide", "wide random")
-        for row in json.loads(planner.config_file(name).read_text())["tiles"].get(key, {}).get(
-            "16", ())
-    ]  # fmt: skip
+        for row in json.loads(planner.config_file(name).read_text())["tiles"]
+        .get(key, {})
+        .get("16", ())
+    ]
     assert {*candidates(quick=True)} == {*family} <= {rule, *others}
     assert {t[:3] for t in others} == {t[:3] for t in family}
     for size in {t[:3] for t in others}:
@@ -586,9 +587,12 @@ def test_real_launches_in_the_interpreter():
     """What the command launches is the layer: the rule's tile and another against plain torch."""
     interpreter = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCHES], env=os.environ | interpreter, cwd=ROOT,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", LAUNCHES],
+        env=os.environ | interpreter,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr
 
 

@@ -83,9 +83,11 @@ def test_output_is_no_view(order):
 @pytest.mark.parametrize("name", ["x", "weight", "norm_weight", "residual"])
 def test_change_in_place_is_noticed(name):
     tensors = {
-        "x": torch.randn(M, K), "weight": torch.randn(K, K), "norm_weight": torch.randn(K),
+        "x": torch.randn(M, K),
+        "weight": torch.randn(K, K),
+        "norm_weight": torch.randn(K),
         "residual": torch.randn(M, K),
-    }  # fmt: skip
+    }
     leaf = torch.randn(M, K, requires_grad=True)
     y = fused_residual(
         **{**tensors, "x": tensors["x"] + 0 * leaf} if name != "x" else tensors, order="postnorm"

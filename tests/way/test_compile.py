@@ -231,9 +231,11 @@ def test_function(dynamic):
 
 def test_function_linear_shortcut_and_gate():
     tensors = {
-        "weight": torch.randn(9, K), "gate": torch.randn(9), "shortcut_weight": torch.randn(9, K),
+        "weight": torch.randn(9, K),
+        "gate": torch.randn(9),
+        "shortcut_weight": torch.randn(9, K),
         "shortcut_bias": torch.randn(9),
-    }  # fmt: skip
+    }
     fast = torch.compile(fused_residual, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, K)
     for a, b in zip(step(fast, x, **tensors), step(fused_residual, x, **tensors), strict=True):

@@ -27,10 +27,17 @@ def large_cases():
     for index, order in enumerate(ALIASES):
         for norm in ("layer", "batch"):
             yield make_case(
-                300, 339, 466 if index % 2 else 60, order=order, norm=norm, activation="gelu",
+                300,
+                339,
+                466 if index % 2 else 60,
+                order=order,
+                norm=norm,
+                activation="gelu",
                 gate="scalar",
-                dropout=0.1, drop_path=0.1, dtype=DTYPES[index % 4],
-            )  # fmt: skip
+                dropout=0.1,
+                drop_path=0.1,
+                dtype=DTYPES[index % 4],
+            )
 
 
 def digests():
@@ -177,10 +184,17 @@ def test_inputs_keep_their_bytes_and_their_versions(order, norm, training):
     """Also the bytes around them. Only running statistics may change, and only in training."""
     for index, layout in enumerate(LAYOUTS):
         case = make_case(
-            9, 13, order=order, norm=norm, activation="silu", gate="channel", dropout=0.1,
+            9,
+            13,
+            order=order,
+            norm=norm,
+            activation="silu",
+            gate="channel",
+            dropout=0.1,
             residual=13,
-            training=training, dtype=DTYPES[index % 4],
-        )  # fmt: skip
+            training=training,
+            dtype=DTYPES[index % 4],
+        )
         operands, buffers = {}, {}
         for name, t in {**case.tensors, "dy": case.dy}.items():
             operands[name], buffers[name] = inside(layout, t) if t.dim() == 2 else (t, t)

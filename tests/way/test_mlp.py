@@ -20,9 +20,14 @@ class Eager(nn.Module):
         N = K if N is None else N
         self.order, self.act, self.scale = order, act, scale
         widths = {
-            "prenorm": (K,), "postnorm": (N,), "branch-norm": (N,), "bro": (H, N), "note": (H, N),
-            "resnet-v1": (H, N), "preact": (K, H),
-        }[order]  # fmt: skip
+            "prenorm": (K,),
+            "postnorm": (N,),
+            "branch-norm": (N,),
+            "bro": (H, N),
+            "note": (H, N),
+            "resnet-v1": (H, N),
+            "preact": (K, H),
+        }[order]
         kind = NORMS[norm]
         eps = {"eps": 1e-5}
         self.norms = nn.ModuleList(kind(width, **eps) for width in widths)
@@ -179,9 +184,13 @@ def test_defaults_and_keys():
     assert block.fc1.linear.weight.shape == (32, 8)
     assert isinstance(block.fc1, FusedResidual) and isinstance(block.fc2, FusedResidual)
     assert list(block.state_dict()) == [
-        "fc1.linear.weight", "fc1.linear.bias", "fc1.norm.weight", "fc1.norm.bias",
-        "fc2.linear.weight", "fc2.linear.bias",
-    ]  # fmt: skip
+        "fc1.linear.weight",
+        "fc1.linear.bias",
+        "fc1.norm.weight",
+        "fc1.norm.bias",
+        "fc2.linear.weight",
+        "fc2.linear.bias",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,17 @@ def test_checkpoints_move_both_ways(variant, to, source):
 def test_state_dict_keys_are_those_of_the_submodules():
     layer = FusedResidual(4, 6, norm="batch", gate="channel")
     assert set(layer.state_dict()) == {
-        "linear.weight", "linear.bias", "norm.weight", "norm.bias", "norm.running_mean",
+        "linear.weight",
+        "linear.bias",
+        "norm.weight",
+        "norm.bias",
+        "norm.running_mean",
         "norm.running_var",
-        "norm.num_batches_tracked", "gate", "shortcut.weight", "shortcut.bias",
-    }  # fmt: skip
+        "norm.num_batches_tracked",
+        "gate",
+        "shortcut.weight",
+        "shortcut.bias",
+    }
     assert [type(m) for m in (layer.linear, layer.norm, layer.shortcut)] == [
         nn.Linear,
         nn.BatchNorm1d,
@@ -250,8 +257,15 @@ def test_functional_and_module_are_the_same_layer():
         torch.randn(4, 3, 16),
     )
     y = fused_residual(
-        x, layer.linear.weight, layer.linear.bias, layer.norm.weight, layer.norm.bias, norm="batch",
-        activation="silu", eps=1e-3, running_mean=layer.norm.running_mean,
+        x,
+        layer.linear.weight,
+        layer.linear.bias,
+        layer.norm.weight,
+        layer.norm.bias,
+        norm="batch",
+        activation="silu",
+        eps=1e-3,
+        running_mean=layer.norm.running_mean,
         running_var=layer.norm.running_var,
-    )  # fmt: skip
+    )
     assert torch.equal(layer(x), y)

@@ -15,9 +15,11 @@ from oracle import assert_close, eager, exact, fused, near_kink
 from test_shapes import LAYOUTS
 
 ci = settings(
-    derandomize=True, deadline=None, database=None,
+    derandomize=True,
+    deadline=None,
+    database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)  # fmt: skip
+)
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
 
@@ -55,12 +57,19 @@ def cases(draw):
     pad = spec.adds and draw(st.booleans())
     residuals = [None, *range(1, width)] if pad else [None, width]
     case = make_case(
-        lead=lead, K=K, N=N, **kinds, eps=1.0, dtype=dtype, bias=draw(st.booleans()),
+        lead=lead,
+        K=K,
+        N=N,
+        **kinds,
+        eps=1.0,
+        dtype=dtype,
+        bias=draw(st.booleans()),
         affine=draw(st.booleans()),
         norm_bias=draw(st.booleans()),
-        residual=draw(st.sampled_from(residuals)) if spec.adds else None, pad=pad,
+        residual=draw(st.sampled_from(residuals)) if spec.adds else None,
+        pad=pad,
         draw=draw(st.integers(0, 9)),
-    )  # fmt: skip
+    )
     tensors = dict(case.tensors)
     if lead and math.prod(lead):
         for name in ("x", "residual", "weight", "dy"):
@@ -95,15 +104,24 @@ def test_any_call_agrees_with_the_reference(case, data):
 def test_any_order_keeps_its_stages_and_round_trips(order, flags):
     norm, act, gate, dropout, droppath, training = flags
     spec = make_spec(
-        order, "rms" if norm else None, "tanh" if act else None, "scalar" if gate else None,
-        dropout=0.5 * dropout, drop_path=0.25 * droppath, training=training,
-    )  # fmt: skip
+        order,
+        "rms" if norm else None,
+        "tanh" if act else None,
+        "scalar" if gate else None,
+        dropout=0.5 * dropout,
+        drop_path=0.25 * droppath,
+        training=training,
+    )
     written = order.split("-")
     on = {
-        "norm": norm and "norm" in written, "act": act and "act" in written, "linear": True,
+        "norm": norm and "norm" in written,
+        "act": act and "act" in written,
+        "linear": True,
         "gate": gate,
-        "dropout": dropout and training, "droppath": droppath and training, "add": "add" in written,
-    }  # fmt: skip
+        "dropout": dropout and training,
+        "droppath": droppath and training,
+        "add": "add" in written,
+    }
     assert set(spec.stages) == {stage for stage in STAGES if on[stage]}
     assert [s for s in spec.stages if s in written] == [s for s in written if on[s]]
     assert type(spec).parse(str(spec)) == spec

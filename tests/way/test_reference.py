@@ -65,15 +65,29 @@ def test_every_alias_is_its_formula(alias, norm, given):
     eps, s = 1e-3, 0.5
     for activation in ("gelu", "tanh"):
         case = make_case(
-            9, 11, order=alias, norm=norm, activation=activation, eps=eps, residual_scale=s,
-            dtype=torch.float64, residual=11 if given else None, norm_bias=norm is not None,
-        )  # fmt: skip
+            9,
+            11,
+            order=alias,
+            norm=norm,
+            activation=activation,
+            eps=eps,
+            residual_scale=s,
+            dtype=torch.float64,
+            residual=11 if given else None,
+            norm_bias=norm is not None,
+        )
         leaves = {name: t.clone().requires_grad_() for name, t in case.tensors.items()}
         x, W, b, gamma, beta = (leaves.get(name) for name in DIFFERENTIABLE[:5])
         y = layer_by_hand(
-            alias, x, W, b, partial(norm_by_hand, norm, gamma, beta, eps), BY_HAND[activation],
-            leaves.get("residual", x), s,
-        )  # fmt: skip
+            alias,
+            x,
+            W,
+            b,
+            partial(norm_by_hand, norm, gamma, beta, eps),
+            BY_HAND[activation],
+            leaves.get("residual", x),
+            s,
+        )
         ours, by_hand = exact(case), gradients(leaves, case.asked, y, case.dy)
         for name in by_hand:
             torch.testing.assert_close(ours[name], by_hand[name], rtol=1e-11, atol=1e-12)

@@ -10,9 +10,23 @@ import fusedres
 
 PACKAGE = Path(fusedres.__file__).parent
 ROOMS = (  # inner ones first; a name is a file or a folder of fusedres/
-    "spec", "operands", "checks", "tracing", "reference", "kernels", "activations", "backends",
-    "ops", "autograd", "functional", "layers", "modules", "mlp", "models", "tools",
-)  # fmt: skip
+    "spec",
+    "operands",
+    "checks",
+    "tracing",
+    "reference",
+    "kernels",
+    "activations",
+    "backends",
+    "ops",
+    "autograd",
+    "functional",
+    "layers",
+    "modules",
+    "mlp",
+    "models",
+    "tools",
+)
 DOORS = ("__init__", "__main__")  # what users enter by: they see every room
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -149,10 +149,14 @@ def expanded_columns(t):
 
 
 LAYOUTS = (
-    transposed, every_other_row, every_third_column, within_wider_rows, at_an_odd_offset,
+    transposed,
+    every_other_row,
+    every_third_column,
+    within_wider_rows,
+    at_an_odd_offset,
     expanded_rows,
     expanded_columns,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
@@ -162,9 +166,15 @@ def test_a_strided_operand_gives_bitwise_what_its_copy_gives(layout, order, dtyp
     """NaN stands beside every element of a slice: reading it would show."""
     for norm, residual in (("layer", 48), ("batch", 48), (None, None), ("rms", None)):
         case = make_case(
-            33, 48, order=order, norm=norm, activation="gelu", dtype=dtype, gate="channel",
+            33,
+            48,
+            order=order,
+            norm=norm,
+            activation="gelu",
+            dtype=dtype,
+            gate="channel",
             residual=None if order == "linear" else residual,
-        )  # fmt: skip
+        )
         operands = {"dy": case.dy, **case.tensors}
         operands = {name: t for name, t in operands.items() if t.dim() == 2}
         every_one = []

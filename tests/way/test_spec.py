@@ -17,9 +17,13 @@ from fusedres.spec import (
 )
 
 ALL_ON = {
-    "norm": "rms", "activation": "silu", "gate": "channel", "dropout": 0.1, "drop_path": 0.2,
+    "norm": "rms",
+    "activation": "silu",
+    "gate": "channel",
+    "dropout": 0.1,
+    "drop_path": 0.2,
     "training": True,
-}  # fmt: skip
+}
 CORE = ("norm", "act", "linear", "add")
 
 
@@ -167,9 +171,13 @@ def test_text_is_one_readable_line():
     assert str(make_spec()) == "linear-norm-act-add norm=layer activation=relu"
     text = str(make_spec("preact", "batch", "silu", eps=1e-3, residual_scale=0.5, training=True))
     assert text.split() == [
-        "norm-act-linear-add", "norm=batch", "activation=silu", "eps=0.001", "residual_scale=0.5",
+        "norm-act-linear-add",
+        "norm=batch",
+        "activation=silu",
+        "eps=0.001",
+        "residual_scale=0.5",
         "batch_stats=1",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_spec_is_frozen_and_hashable():

@@ -26,10 +26,20 @@ KEPT = 24  # libraries in the cache: all that the tests build, and mutants
 # are loaded at once, each with a machine of its own. What the two sanitizers find is an illegal
 # instruction, which the machine catches.
 FLAGS = [
-    "-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-march=native", "-ffp-contract=fast",
-    "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE",
+    "-std=c++20",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-shared",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-gnu-unique",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-U_FORTIFY_SOURCE",
     "-DFUSEDRES_EMULATE",
-]  # fmt: skip
+]
 CHECKED = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
 WATCHED = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
 MACHINE = [HERE / f"{name}.cpp" for name in ("machine", "threads", "memory", "exports")]

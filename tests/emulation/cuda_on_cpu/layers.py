@@ -116,19 +116,35 @@ class Call:
         residual = self._input(t["residual"]) if "residual" in t else x
         self.seed = self._input(torch.tensor([self._drawn_seed()]))
         return Layer(
-            dtype=DTYPES.index(self.dtype), M=self.M, N=self.N, K=self.K, R=residual.shape[1],
-            x=matrix(x), weight=matrix(self._input(t["weight"])), residual=matrix(residual),
-            bias=self._vector("bias"), norm_weight=self._vector("norm_weight"),
-            norm_bias=self._vector("norm_bias"), running_mean=self._vector("running_mean"),
-            running_var=self._vector("running_var"), gate=self._vector("gate"),
-            seed=address(self.seed), sample_rows=rows_per_sample(self.case.x),
-            prologue=stages(spec.prologue), epilogue=stages(spec.epilogue),
-            norm=index(spec.norm, NORMS), act=index(spec.activation, ACTIVATIONS),
-            scalar_gate=spec.gate == "scalar", residual_is_x="residual" not in t,
-            eps=spec.eps, residual_scale=spec.residual_scale,
-            dropout=int(spec.dropout * 2**32), drop_path=int(spec.drop_path * 2**32),
-            dropout_scale=keep_scale(spec.dropout), drop_path_scale=keep_scale(spec.drop_path),
-        )  # fmt: skip
+            dtype=DTYPES.index(self.dtype),
+            M=self.M,
+            N=self.N,
+            K=self.K,
+            R=residual.shape[1],
+            x=matrix(x),
+            weight=matrix(self._input(t["weight"])),
+            residual=matrix(residual),
+            bias=self._vector("bias"),
+            norm_weight=self._vector("norm_weight"),
+            norm_bias=self._vector("norm_bias"),
+            running_mean=self._vector("running_mean"),
+            running_var=self._vector("running_var"),
+            gate=self._vector("gate"),
+            seed=address(self.seed),
+            sample_rows=rows_per_sample(self.case.x),
+            prologue=stages(spec.prologue),
+            epilogue=stages(spec.epilogue),
+            norm=index(spec.norm, NORMS),
+            act=index(spec.activation, ACTIVATIONS),
+            scalar_gate=spec.gate == "scalar",
+            residual_is_x="residual" not in t,
+            eps=spec.eps,
+            residual_scale=spec.residual_scale,
+            dropout=int(spec.dropout * 2**32),
+            drop_path=int(spec.drop_path * 2**32),
+            dropout_scale=keep_scale(spec.dropout),
+            drop_path_scale=keep_scale(spec.drop_path),
+        )
 
     def _drawn_seed(self) -> int:
         """The seed that the oracle draws."""
@@ -191,9 +207,17 @@ class Call:
         means = self.library.wants_row_means(byref(self.layer))
         means = self._empty(2, self.M, dtype=torch.float32) if means else None
         first = BackwardOut(
-            matrix(dy), matrix(self.z), address(self.stats), matrix(dz), matrix(dt),
-            matrix(got.get("dx")), matrix(got.get("dresidual")), address(means), None, None,
-        )  # fmt: skip
+            matrix(dy),
+            matrix(self.z),
+            address(self.stats),
+            matrix(dz),
+            matrix(dt),
+            matrix(got.get("dx")),
+            matrix(got.get("dresidual")),
+            address(means),
+            None,
+            None,
+        )
         self._launch("backward", first)
         if summed:
             vectors = [address(got.get(f"d{n}")) for n in VECTORS]

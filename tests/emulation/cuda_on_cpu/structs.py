@@ -28,55 +28,101 @@ class Matrix(Structure):
 
 class Layer(Structure):
     _fields_ = [
-        ("dtype", c_int), ("M", c_int64), ("N", c_int64), ("K", c_int64), ("R", c_int64),
-        ("x", Matrix), ("weight", Matrix), ("residual", Matrix), ("bias", Vector),
-        ("norm_weight", Vector), ("norm_bias", Vector), ("running_mean", Vector),
-        ("running_var", Vector), ("gate", Vector), ("seed", c_void_p), ("sample_rows", c_int64),
-        ("prologue", Stages), ("epilogue", Stages), ("norm", c_int), ("act", c_int),
-        ("scalar_gate", c_bool), ("residual_is_x", c_bool), ("eps", c_float),
-        ("residual_scale", c_float), ("dropout", c_uint64), ("drop_path", c_uint64),
-        ("dropout_scale", c_float), ("drop_path_scale", c_float),
-    ]  # fmt: skip
+        ("dtype", c_int),
+        ("M", c_int64),
+        ("N", c_int64),
+        ("K", c_int64),
+        ("R", c_int64),
+        ("x", Matrix),
+        ("weight", Matrix),
+        ("residual", Matrix),
+        ("bias", Vector),
+        ("norm_weight", Vector),
+        ("norm_bias", Vector),
+        ("running_mean", Vector),
+        ("running_var", Vector),
+        ("gate", Vector),
+        ("seed", c_void_p),
+        ("sample_rows", c_int64),
+        ("prologue", Stages),
+        ("epilogue", Stages),
+        ("norm", c_int),
+        ("act", c_int),
+        ("scalar_gate", c_bool),
+        ("residual_is_x", c_bool),
+        ("eps", c_float),
+        ("residual_scale", c_float),
+        ("dropout", c_uint64),
+        ("drop_path", c_uint64),
+        ("dropout_scale", c_float),
+        ("drop_path_scale", c_float),
+    ]
 
 
 class Tile(Structure):
     _fields_ = [
-        ("block_m", c_int), ("block_n", c_int), ("groups", c_int), ("parts", c_int),
-        ("sum_parts", c_int), ("programs", c_int64), ("shared_bytes", c_int),
-        ("partial_floats", c_int64), ("counters", c_int64),
-    ]  # fmt: skip
+        ("block_m", c_int),
+        ("block_n", c_int),
+        ("groups", c_int),
+        ("parts", c_int),
+        ("sum_parts", c_int),
+        ("programs", c_int64),
+        ("shared_bytes", c_int),
+        ("partial_floats", c_int64),
+        ("counters", c_int64),
+    ]
 
 
 class ForwardOut(Structure):
     _fields_ = [
-        ("z", Matrix), ("y", Matrix), ("stats", c_void_p), ("partial", c_void_p),
+        ("z", Matrix),
+        ("y", Matrix),
+        ("stats", c_void_p),
+        ("partial", c_void_p),
         ("arrived", c_void_p),
-    ]  # fmt: skip
+    ]
 
 
 class BackwardOut(Structure):
     _fields_ = [
-        ("dy", Matrix), ("z", Matrix), ("stats", c_void_p), ("dz", Matrix), ("dt", Matrix),
-        ("dx", Matrix), ("dresidual", Matrix), ("row_means", c_void_p), ("partial", c_void_p),
+        ("dy", Matrix),
+        ("z", Matrix),
+        ("stats", c_void_p),
+        ("dz", Matrix),
+        ("dt", Matrix),
+        ("dx", Matrix),
+        ("dresidual", Matrix),
+        ("row_means", c_void_p),
+        ("partial", c_void_p),
         ("arrived", c_void_p),
-    ]  # fmt: skip
+    ]
 
 
 class SumsOut(Structure):
     _fields_ = [
-        ("from_", BackwardOut), ("dweight", Matrix), ("dbias", c_void_p),
-        ("dnorm_weight", c_void_p), ("dnorm_bias", c_void_p), ("dgate", c_void_p),
-        ("partial", c_void_p), ("arrived", c_void_p),
-    ]  # fmt: skip
+        ("from_", BackwardOut),
+        ("dweight", Matrix),
+        ("dbias", c_void_p),
+        ("dnorm_weight", c_void_p),
+        ("dnorm_bias", c_void_p),
+        ("dgate", c_void_p),
+        ("partial", c_void_p),
+        ("arrived", c_void_p),
+    ]
 
 
 class Device(Structure):
     """Of launchers.cpp."""
 
     _fields_ = [
-        ("processors", c_int), ("shared_limit", c_int), ("block_m", c_int), ("block_n", c_int),
-        ("groups", c_int), ("parts", c_int), ("sum_parts", c_int),
-    ]  # fmt: skip
+        ("processors", c_int),
+        ("shared_limit", c_int),
+        ("block_m", c_int),
+        ("block_n", c_int),
+        ("groups", c_int),
+        ("parts", c_int),
+        ("sum_parts", c_int),
+    ]
 
 
 STRUCTS = (Stages, Vector, Matrix, Layer, Tile, ForwardOut, BackwardOut, SumsOut)
