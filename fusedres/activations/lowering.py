@@ -49,9 +49,17 @@ COPIES = ("alias", "clone", "detach", "lift", "lift_fresh", "lift_fresh_copy", "
 
 # Torch's decompositions for exporters keep these whole.
 ALSO_DECOMPOSED = (
-    "gelu", "gelu_backward", "elu", "elu_backward", "hardtanh", "hardtanh_backward", "leaky_relu",
-    "leaky_relu_backward", "relu", "threshold_backward",
-)  # fmt: skip
+    "gelu",
+    "gelu_backward",
+    "elu",
+    "elu_backward",
+    "hardtanh",
+    "hardtanh_backward",
+    "leaky_relu",
+    "leaky_relu_backward",
+    "relu",
+    "threshold_backward",
+)
 
 SMALLEST, LARGEST = 2.0**-126, torch.finfo(torch.float32).max
 HIGHEST_POWER = 8  # a product of more factors is less accurate than torch's pow

@@ -198,9 +198,15 @@ def plan_whole(
 
 
 def backward_launches(
-    spec: Spec, bias: bool, own_residual: bool, dtype: torch.dtype, M: int, N: int, K: int,
+    spec: Spec,
+    bias: bool,
+    own_residual: bool,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
     device: planner.Device = planner.UNKNOWN,
-) -> tuple[str, ...]:  # fmt: skip
+) -> tuple[str, ...]:
     """What `residual_backward` launches with every gradient asked for; `own_residual`: a residual
     that is not x.
     """
@@ -337,9 +343,12 @@ class _Backward:
         for t in (z, other):
             strides += (0, 0) if t is None else t.stride()
         constants = {
-            "BEFORE": side.before, "AFTER": side.after, "ACT": act, "ACT_GRAD": act_grad,
+            "BEFORE": side.before,
+            "AFTER": side.after,
+            "ACT": act,
+            "ACT_GRAD": act_grad,
             **(chosen.options() if whole is None else whole.tile.options(dy.itemsize)),
-        }  # fmt: skip
+        }
         sizes = (M, C, chosen.walkers, scale, *strides)
         results = (dz, dshortcut, outs, total, partial, arrived)
         if batch:
