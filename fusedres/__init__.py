@@ -1,4 +1,4 @@
-"""fusedres: residual layers, y = act(norm(x @ weight.T + bias)) + x, in one kernel launch."""
+"""fusedres: residual layers, y = act(norm(x @ weight.T + bias)) + x, in one fused call."""
 
 from .activations import register_activation
 from .autograd import FusedResidualFunction

@@ -17,15 +17,15 @@ from .tracing import is_batched
 
 
 class FusedResidualFunction(torch.autograd.Function):
-    """apply(*operands, recipe, backend): `operands` in the order of :class:`Operands`, `recipe` as
-    ``str(spec)`` says it.
+    """apply(*operands, recipe, backend): the fields of ``fusedres.operands.Operands``, in order, a
+    recipe's text (``str(spec)``) and a key of ``fusedres.ops.FORWARD``.
 
-    Returns y (M, N) and stats, which carry no gradient: (2, C), mean and biased variance, where
-    batch norm used this batch's statistics; else None.
+    Returns y (M, N), of x's dtype, and stats: (2, C), float32 or for float64 float64, mean and
+    biased variance where batch norm used this batch's; else None. No gradient goes through stats.
 
-    Saved for backward: the operands, the backend's z (M, N) where a non-linear stage follows
-    ``linear``, the batch statistics. Everything else is recomputed. Inputs are assumed checked
-    (see checks.py).
+    Saved for backward: the operands, the statistics, and z (M, N) where a stage after ``linear``
+    needs the value it acts on. Everything else is recomputed. Inputs are assumed checked, see
+    checks.py; what an op still refuses is a RuntimeError.
     """
 
     @staticmethod
@@ -34,6 +34,7 @@ class FusedResidualFunction(torch.autograd.Function):
         residual: Any, running_mean: Any, running_var: Any, seed: Any, sample_rows: int,
         recipe: str, backend: str,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """y and stats, see the class."""
         y, z, stats = ops.FORWARD[backend](
             x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
             seed, sample_rows, recipe, True,
@@ -51,6 +52,7 @@ class FusedResidualFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Any = None) -> tuple[Tensor | None, ...]:
+        """From dy (M, N) the gradients of the differentiable operands, None where not needed."""
         z, stats, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[: len(DIFFERENTIABLE)]
         rest = (None,) * 6

@@ -1,5 +1,4 @@
-"""What a call must look like. Every message names the op, the argument, what came and what was
-expected.
+"""What a call must look like. A message says op, argument, what came and what was expected.
 
 Inside the package nothing checks again: code behind these functions assumes.
 """
@@ -60,8 +59,7 @@ def _check_like_x(name: str, value: Tensor, x: Tensor) -> None:
     if value.dtype != x.dtype:
         raise TypeError(
             f"{OP}: {name} has dtype {value.dtype}, x has {x.dtype}; they must agree: convert one "
-            f"with .to(), "
-            f"or run under torch.autocast"
+            f"with .to(), or run under torch.autocast"
         )
     if value.device != x.device:
         raise ValueError(
@@ -102,8 +100,8 @@ def check_call(spec: Spec, o: Operands, pad: bool) -> None:
     if x.dim() == 0 or x.shape[-1] != K:
         features = "no" if x.dim() == 0 else x.shape[-1]
         raise ValueError(
-            f"{OP}: x has {features} features (shape {_shape(x)}), weight (N={N}, K={K}) expects "
-            f"{K}"
+            f"{OP}: x has {features} features (shape {_shape(x)}), "
+            f"weight (N={N}, K={K}) expects {K}"
         )
     _check_like_x("weight", weight, x)
     if bias is not None:
@@ -155,8 +153,7 @@ def _check_norm(spec: Spec, o: Operands) -> None:
     if spec.batch_stats and rows == 1:
         raise ValueError(
             f"{OP}: batch norm in training needs more than 1 row to have a variance, got x of "
-            f"shape {_shape(x)}; "
-            f"use more rows or .eval()"
+            f"shape {_shape(x)}; use more rows or .eval()"
         )
 
 
@@ -190,17 +187,15 @@ def check_residual(spec: Spec, x: Tensor, residual: Tensor | None, width: int, p
 def residual_required(features: int, width: int) -> NoReturn:
     raise ValueError(
         f"{OP}: x has {features} features and the sum {width}, so x cannot be its own shortcut: "
-        f"pass "
-        f"residual=(..., {width}), or use shortcut='linear' or 'pad'"
+        f"pass residual=(..., {width}), or use shortcut='linear' or 'pad'"
     )
 
 
 def check_shortcut_input(source: Tensor, in_features: int) -> None:
     if source.shape[-1] != in_features:
         raise ValueError(
-            f"{OP}: the shortcut's input has shape {_shape(source)}, expected (..., "
-            f"{in_features}), the in_features "
-            f"of the linear shortcut"
+            f"{OP}: the shortcut's input has shape {_shape(source)}, "
+            f"expected (..., {in_features}), the in_features of the linear shortcut"
         )
 
 

@@ -55,7 +55,7 @@ def _autocast(o: Operands) -> Operands:
 
 
 def _require_grad(o: tuple[Any, ...]) -> bool:
-    for t in o[: len(DIFFERENTIABLE)]:  # noqa: SIM110 (any() over a generator takes three times as long)
+    for t in o[: len(DIFFERENTIABLE)]:  # noqa: SIM110 (any() takes three times as long)
         if t is not None and t.requires_grad:
             return True
     return False
@@ -123,9 +123,7 @@ def run(
 def update_running_statistics(
     running_mean: Tensor, running_var: Tensor, stats: Tensor, rows: int, momentum: float
 ) -> None:
-    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, as torch
-    does.
-    """
+    """running = (1 - momentum) * running + momentum * batch, as in torch: unbiased variance."""
     if rows > 1:
         mean, var = stats.unbind()
         for running, batch in ((running_mean, mean), (running_var, var * (rows / (rows - 1)))):
@@ -167,29 +165,29 @@ def fused_residual(
         weight, bias: (N, K) and (N,), of x's dtype.
         norm_weight, norm_bias: (C,) with C = K where the norm stands before ``linear``, else N; any
             floating dtype. None: no scale, no shift.
-        residual: (..., R), what goes into the shortcut; default x. R is the width at ``add``.
+        residual: (..., R), R the width at ``add``, of x's dtype: goes into the shortcut; default x.
         order, norm, activation: see :class:`fusedres.Residual`.
         eps: added to the variance (no unit).
         running_mean, running_var: (C,), for ``norm="batch"``; updated in place in training, by
-            `momentum`.
+            `momentum`. None: this batch's statistics serve, in evaluation too.
         training: batch statistics for batch norm; dropout and drop-path on.
-        gate: (1,) or (C,), factor on the branch.
+        gate: (1,) or one value for each feature where it acts: a factor on the branch.
         dropout, drop_path: probabilities; masks come from one draw of torch's generator.
         residual_scale: factor on the shortcut.
-        shortcut: None, "identity", "pad" (a residual narrower than the sum counts as 0 beyond its
-            features) or "linear" (needs shortcut_weight).
-        shortcut_weight, shortcut_bias: (R, K) and (R,): the shortcut is residual @
-            shortcut_weight.T + bias.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". A named backend that cannot run the
-            call raises NotImplementedError with the reason; "auto" falls back.
+        shortcut: "identity" (as None), "pad" (a residual narrower than the sum counts as 0 beyond
+            its features) or "linear" (needs shortcut_weight).
+        shortcut_weight, shortcut_bias: (R, K) and (R,): the shortcut is r @ shortcut_weight.T +
+            shortcut_bias, where r is x or a residual (..., K).
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; "auto" falls back.
 
     Returns:
-        y: (..., N), x's dtype (the autocast dtype under autocast). Differentiable, any number of
-            times.
+        y: (..., N), x's dtype or that of autocast; differentiable any number of times.
 
     Raises:
-        ValueError, TypeError: a tensor or setting that does not fit; the message says what was
-            expected.
+        ValueError, TypeError: a tensor or setting does not fit; the message says what would.
+        NotImplementedError: the named backend cannot run the call; the message says why.
+
+    Source: He et al., "Deep residual learning for image recognition", arxiv.org/abs/1512.03385.
     """
     checks.check_tensor("x", x)
     checks.check_tensor("gate", gate, optional=True)
@@ -212,9 +210,7 @@ def fused_residual(
 
 
 def _spec_of(*settings: Any) -> Spec:
-    """make_spec; dynamo traces it, since it cannot hold an object that it did not see being
-    made.
-    """
+    """make_spec, which dynamo traces: it cannot hold an object that it did not see being made."""
     return (
         make_spec.__wrapped__(*by_value(settings))
         if is_dynamo_compiling()

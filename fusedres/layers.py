@@ -109,6 +109,5 @@ def norm_settings(norm: nn.Module | None, dtype: torch.dtype) -> dict[str, Any]:
             f"fusedres: a fused {kind.__name__} runs over the last dimension only, "
             f"got normalized_shape {tuple(module.normalized_shape)}"
         )
-    # nn.RMSNorm's own default
-    eps = torch.finfo(dtype).eps if module.eps is None else module.eps
+    eps = torch.finfo(dtype).eps if module.eps is None else module.eps  # as nn.RMSNorm does
     return {"norm": _NORMS[kind], "eps": eps}

@@ -94,12 +94,11 @@ class FusedResidualMLP(nn.Module):
 
     Shapes: x (..., K), residual (..., N) or what the shortcut takes, y (..., N); floating dtypes.
 
-    State-dict keys: those of two FusedResidual layers, ``fc1`` and ``fc2``: ``fc1.linear.weight``,
-    ``fc1.norm.weight`` or ``fc2.norm.weight`` (where the norm stands), ``fc2.gate``, ...; and
-    ``shortcut.*``.
+    State-dict keys: those of the FusedResidual layers ``fc1`` and ``fc2`` (``fc1.linear.weight``,
+    those of a norm where it stands, ``fc2.gate``, ...), and ``shortcut.*``.
 
     Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
-    does not fit.
+    does not fit, NotImplementedError where a named backend cannot run a call.
 
     Sources: https://arxiv.org/abs/2010.11929 (ViT), https://arxiv.org/abs/2106.11959 (RTDL),
     https://arxiv.org/abs/1810.04805 (BERT), https://arxiv.org/abs/2405.16158 (BRO).

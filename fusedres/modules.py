@@ -21,27 +21,24 @@ _TORCH_FORWARDS = {
 
 
 def parameter(module: Any, name: str) -> Any:
-    """module.name; past nn.Module's own look-up where it is a plain parameter (a parametrized one
-    is not).
-    """
+    """module.name; past nn.Module's own look-up unless it is parametrized or no parameter."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name, None)
 
 
 class FusedResidual(Residual):
-    """`Residual` in one fused call: same arguments (see there), parameters, state_dict and results.
+    """`Residual` in one fused call. Arguments, shapes, dtypes, errors and sources: see there.
 
-    A drop-in replacement: checkpoints move both ways. Where a submodule was replaced by one that
-    computes something else (SyncBatchNorm, a LoRA layer) or has hooks, the layer runs stage by
-    stage through that submodule.
+    A drop-in replacement: same parameters, state_dict and results. Where a submodule was replaced
+    by one that computes something else (SyncBatchNorm, a LoRA layer) or has hooks, the layer runs
+    stage by stage through that submodule.
 
-    `fusedres.explain(layer, x)` tells which backend and kernel a call uses.
+    `fusedres.explain(layer, x)` tells which backend and kernel a call uses. A call raises
+    NotImplementedError, with the reason, where a named backend cannot run it.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y (..., N) from x (..., K); `residual` (..., R) is what goes into the shortcut, default
-        x.
-        """
+        """y (..., N) from x (..., K); `residual` (..., R) goes into the shortcut, default x."""
         modules = self._modules  # nn.Module's attribute look-up costs half a microsecond a name
         linear: Any = modules["linear"]
         norm: Any = modules["norm"]
@@ -91,9 +88,7 @@ class FusedResidual(Residual):
         return None
 
     def _batch_norm_step(self, norm: Any) -> tuple[Any, Tensor | None, Tensor | None, float]:
-        """Recipe, running statistics and weight of this batch, as nn.BatchNorm1d.forward chooses
-        them.
-        """
+        """Recipe, running statistics, momentum for this batch, as nn.BatchNorm1d chooses them."""
         momentum = 0.0 if norm.momentum is None else norm.momentum
         training = norm.training
         if training and norm.track_running_stats and norm.num_batches_tracked is not None:
@@ -120,24 +115,23 @@ class FusedResidual(Residual):
         activation: str | nn.Module | None = None,
         **settings: Any,
     ) -> FusedResidual:
-        """A layer that shares the parameters of the given ones (the same modules become its
-        submodules).
+        """A layer that shares the given ones' parameters: they become its submodules.
 
         Args:
             linear: the nn.Linear.
             norm: an nn.LayerNorm, nn.RMSNorm or nn.BatchNorm1d; eps and momentum are taken from it.
             activation: a name, a torch.nn module such as nn.GELU(), or None.
             settings: the other arguments of FusedResidual (order, gate, dropout, shortcut, ...).
+
+        Raises TypeError or ValueError for a module that has no fused form or does not fit.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
-                f"FusedResidual.from_layers: linear must be an nn.Linear, got "
-                f"{type(linear).__name__}"
+                f"FusedResidual.from_layers: linear must be an nn.Linear, "
+                f"got {type(linear).__name__}"
             )
         settings = {**norm_settings(norm, linear.weight.dtype), **settings}
-        own = (
-            settings.get("gate") or settings.get("shortcut", "linear") == "linear"
-        )  # parameters of its own
+        own = settings.get("gate") or settings.get("shortcut", "linear") == "linear"  # parameters
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -152,8 +146,8 @@ class FusedResidual(Residual):
             if expected != came:
                 order = "-".join(layer.spec.stages)
                 raise ValueError(
-                    f"FusedResidual.from_layers: norm has {came} features, order '{order}' needs "
-                    f"{expected}"
+                    f"FusedResidual.from_layers: norm has {came} features, "
+                    f"order '{order}' needs {expected}"
                 )
         layer.linear = linear
         layer.register_module("norm", norm)

@@ -1,12 +1,11 @@
 """The residual layer in plain torch: the formula every kernel is tested against.
 
     z = x @ weight.T + bias
-    y = act(norm(z)) + residual_scale * residual         # order "note"; `composite` does every
-    order
+    y = act(norm(z)) + residual_scale * residual         # order "note"
 
-`composite` is the oracle (in float64), the "reference" backend, and what runs under function
-transforms and in double backward. `Residual` is the same layer as a module that calls its
-submodules one by one: the baseline.
+`composite` does every order: it is the oracle (in float64), the "reference" backend, and what runs
+under function transforms and in double backward. `Residual` is the same layer as a module that
+calls its submodules one by one: the baseline.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mish": F.mish,
     "softplus": F.softplus,
     "hardswish": F.hardswish,
-    "hardsigmoid": lambda h: (
-        F.relu6(h + 3) / 6
-    ),  # F.hardsigmoid's float64 gradient is 1/6 in float32
+    "hardsigmoid": lambda h: F.relu6(h + 3) / 6,  # F.hardsigmoid's float64 gradient is 1/6 in fp32
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "sin": torch.sin,
@@ -53,9 +50,8 @@ def philox(seed: Tensor, index: Tensor, stream: int) -> Tensor:
     """First 32-bit word of Philox4x32-10, as int64, for each element of `index`.
 
     Key: the 64 bits of `seed`. Counter: (index low, index high, stream, 0). The 64-bit products
-        wrap, which
-    leaves their bits right. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
-    (SC 2011).
+    wrap, which leaves their bits right. Source: Salmon et al., "Parallel random numbers: as easy as
+    1, 2, 3" (SC 2011).
     """
     mask = 0xFFFFFFFF
     k0, k1 = seed & mask, (seed >> 32) & mask
@@ -70,9 +66,7 @@ def philox(seed: Tensor, index: Tensor, stream: int) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """(1,) int64 from torch's generator of `device`, so that torch.manual_seed makes masks
-    repeat.
-    """
+    """(1,) int64 from torch's generator of `device`: torch.manual_seed makes masks repeat."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
 
@@ -143,9 +137,8 @@ def composite(spec: Spec, o: Operands, momentum: float = 0.1) -> Tensor:
         return h if b is None else h + b
 
     def norm(t: Tensor) -> Tensor:
-        if (
-            is_dynamo_compiling()
-        ):  # torch 2.11 to 2.15 cannot compile the jvp of an affine layer or batch norm
+        # torch 2.11 to 2.15 cannot compile the jvp of an affine layer or batch norm
+        if is_dynamo_compiling():
             h = plain_norm(t, None, None)
             h = h if o.norm_weight is None else h * o.norm_weight.to(t.dtype)
             return h if o.norm_bias is None else h + o.norm_bias.to(t.dtype)
@@ -166,7 +159,7 @@ def rows_per_sample(x: Tensor) -> int:
 
 
 class Residual(nn.Module):
-    """A residual layer in eager PyTorch, stage by stage: the reference implementation.
+    """y = act(norm(x @ weight.T + bias)) + x, or another order, stage by stage: the reference.
 
     Args:
         in_features: K, the size of x's last dimension.
@@ -177,8 +170,7 @@ class Residual(nn.Module):
         activation: None, a name in ``fusedres.ACTIVATIONS``, or one of your own, see
             ``fusedres.register_activation``.
         bias: whether ``self.linear`` has a bias.
-        eps, momentum: of the norm. ``momentum=None`` keeps a cumulative average, as nn.BatchNorm1d
-            does.
+        eps, momentum: of the norm. ``momentum=None``: a cumulative average, as in nn.BatchNorm1d.
         gate: None, "scalar" (ReZero, https://arxiv.org/abs/2003.04887) or "channel" (LayerScale,
             https://arxiv.org/abs/2103.17239): a learned factor ``self.gate`` on the branch.
         gate_init: its first value; default 0 for "scalar", 1e-5 for "channel".
@@ -189,16 +181,15 @@ class Residual(nn.Module):
         shortcut: "identity", "linear" (parameters ``shortcut.weight``, ``shortcut.bias``), "pad"
             (zeros appended, option A of https://arxiv.org/abs/1512.03385) or a module. Default:
             "identity" where the widths agree, else "linear".
-        backend: "auto", "reference", "cpu", "triton" or "cuda"; `Residual` itself always runs the
-            reference.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; `Residual` runs the reference only.
         device, dtype: of the parameters.
 
-    Shapes: x (..., K), residual (..., R), y (..., N); any floating dtype that the parameters have.
+    Shapes: x (..., K), residual (..., R) as the shortcut takes it, y (..., N); one floating dtype.
 
     Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
     does not fit.
 
-    Source: He et al., "Deep residual learning for image recognition", https://arxiv.org/abs/1512.03385.
+    Source: He et al., "Deep residual learning for image recognition", arxiv.org/abs/1512.03385.
     """
 
     def __init__(
@@ -270,8 +261,7 @@ class Residual(nn.Module):
         if shortcut == "pad" and self._sum_features < self.in_features:
             raise ValueError(
                 f"{type(self).__name__}: shortcut='pad' appends zeros and cannot go from "
-                f"{self.in_features} "
-                f"features to {self._sum_features}; use shortcut='linear'"
+                f"{self.in_features} features to {self._sum_features}; use shortcut='linear'"
             )
         if shortcut == "linear":
             self.shortcut = nn.Linear(self.in_features, self._sum_features, **where)
@@ -291,9 +281,7 @@ class Residual(nn.Module):
             and self._default_shortcut
             and residual.shape[-1] == self._sum_features
         ):
-            return (
-                residual  # an explicit residual of out_features skips the default linear shortcut
-            )
+            return residual  # one of the sum's width skips the default linear shortcut
         source = x if residual is None else residual
         if self.shortcut_kind == "linear":
             checks.check_shortcut_input(source, self.in_features)
@@ -316,9 +304,7 @@ class Residual(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y (..., N) from x (..., K); `residual` (..., R) is what goes into the shortcut, default
-        x.
-        """
+        """y (..., N) from x (..., K); `residual` (..., R) goes into the shortcut, default x."""
         return self.eager(x, residual)
 
     def extra_repr(self) -> str:

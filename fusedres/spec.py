@@ -3,9 +3,8 @@
 This file is the single list of stages, orders, norms, activations, gates and shortcuts. Everything
 else, in Python, Triton and C++, is derived from it or tested against it.
 
-A :class:`Spec` is one layer's recipe without its tensors. ``str(spec)`` is a line of text that
-every backend reads (it is the ``recipe`` argument of the registered ops), and ``Spec.parse`` reads
-it back.
+A :class:`Spec` is one layer's recipe without its tensors. ``str(spec)``, a line of text, is what
+every backend reads (the ``recipe`` argument of the registered ops), and ``Spec.parse`` as well.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ ACTIVATIONS = (
     "softsign",
 )
 
-REGISTERED: dict[str, Any] = {}  # a user's own activations, see activations.py
+REGISTERED: dict[str, Any] = {}  # a user's own activations, see activations/
 
 GATES = ("scalar", "channel")
 
@@ -80,20 +79,12 @@ class Spec:
     batch_stats: bool = False  # batch norm by the statistics of this very batch, as in training
 
     # derived, plain attributes so that torch.compile can read them
-    prologue: tuple[str, ...] = field(
-        init=False, compare=False, repr=False
-    )  # before `linear`: K features
-    epilogue: tuple[str, ...] = field(
-        init=False, compare=False, repr=False
-    )  # after `linear`: N features
+    prologue: tuple[str, ...] = field(init=False, compare=False, repr=False)  # before `linear`
+    epilogue: tuple[str, ...] = field(init=False, compare=False, repr=False)  # after `linear`
     adds: bool = field(init=False, compare=False, repr=False)
-    random: bool = field(
-        init=False, compare=False, repr=False
-    )  # dropout or drop-path: needs a seed
+    random: bool = field(init=False, compare=False, repr=False)  # needs a seed
     saves_z: bool = field(init=False, compare=False, repr=False)  # backward needs z
-    saves_residual: bool = field(
-        init=False, compare=False, repr=False
-    )  # backward needs the shortcut's value
+    saves_residual: bool = field(init=False, compare=False, repr=False)  # and the shortcut
     text: str = field(init=False, compare=False, repr=False)  # one line that says it all
 
     def __post_init__(self) -> None:
@@ -102,8 +93,7 @@ class Spec:
         self._derive("epilogue", self.stages[linear + 1 :])
         self._derive("adds", "add" in self.stages)
         self._derive("random", "dropout" in self.stages or "droppath" in self.stages)
-        # `add`, `dropout` and `droppath` have factors that backward knows without the value they
-        # act on
+        # what `add`, `dropout` and `droppath` act on, their backward need not know
         after_add = self.stages[self.stages.index("add") + 1 :] if self.adds else ()
         self._derive("saves_z", any(stage in _NEEDS_INPUT for stage in self.epilogue))
         self._derive("saves_residual", any(stage in _NEEDS_INPUT for stage in after_add))
@@ -153,9 +143,7 @@ _READ: dict[str, Any] = {
 
 
 def parse_order(order: str) -> tuple[str, ...]:
-    """An alias or a string of stages joined by "-" as a tuple of stages; nonsense is a
-    ValueError.
-    """
+    """The stages of an alias or of a string of stages joined by "-"; nonsense is a ValueError."""
     if not isinstance(order, str):
         raise ValueError(
             f"fusedres: order must be a string such as 'linear-norm-act-add', got {order!r}"
@@ -165,8 +153,7 @@ def parse_order(order: str) -> tuple[str, ...]:
         if stage not in STAGES:
             raise ValueError(
                 f"fusedres: unknown stage {stage!r} in order {order!r}; "
-                f"stages: {', '.join(STAGES)}; "
-                f"well-known orders: {', '.join(ORDERS)}"
+                f"stages: {', '.join(STAGES)}; well-known orders: {', '.join(ORDERS)}"
             )
         if stages.count(stage) > 1:
             raise ValueError(f"fusedres: stage {stage!r} stands more than once in order {order!r}")
@@ -207,11 +194,9 @@ def make_spec(
 
     `gate`, `dropout` and `drop_path` that are on but have no stage in `order` get their usual
     place: in this order straight before `add` (at the end where there is no `add`). `norm` and
-        `activation` act
-    only where
-    the order has a stage for them: `bert-output`, for one, has no activation whatever `activation`
-        says.
-    Without `training`, dropout and drop-path are off and batch norm uses its running statistics.
+    `activation` act only where the order has a stage for them: `bert-output`, for one, has no
+    activation whatever `activation` says. Without `training`, dropout and drop-path are off and
+    batch norm uses its running statistics.
     """
     stages = list(parse_order(order))
     if norm is not None:

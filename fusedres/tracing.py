@@ -1,6 +1,4 @@
-"""Under transforms and torch.compile: whether one is at work, and settings that are constants of
-the graph.
-"""
+"""Whether transforms or torch.compile are at work; settings that are constants of a graph."""
 
 from __future__ import annotations
 
@@ -12,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-# Inside torch.func.grad, vmap and the like. Private to torch, hence the getattr; tests hold them to
-# their word.
+# Inside torch.func.grad, vmap and the like. Private to torch, hence the getattr; tests check both.
 transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: False
 )
@@ -27,7 +24,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def by_value(settings: tuple[Any, ...]) -> list[Any]:
     """The settings without the symbols that tracers make of numbers (dynamic=True, or another value
-    than last time). The graph is guarded by their values."""
+    than last time). The graph is guarded by their values.
+    """
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
     numbers = (int, float, torch.SymInt, torch.SymFloat)
@@ -36,16 +34,13 @@ def by_value(settings: tuple[Any, ...]) -> list[Any]:
 
 def constant_when_compiled(cached: Function) -> Function:
     """`cached`, an lru_cache of a function of settings with a plain result, called once while
-    dynamo traces.
-
-    Left alone, dynamo warns of the cache and traces the function inside it.
+    dynamo traces. Left alone, dynamo warns of the cache and traces the function inside it.
     """
 
     def constant(*settings: Any) -> Any:
         return cached(*settings)
 
-    # What torch.compiler.assume_constant_result does, which also imports torch._dynamo: seconds at
-    # every import.
+    # as torch.compiler.assume_constant_result does, which takes seconds to import torch._dynamo
     constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @wraps(cached)

@@ -76,7 +76,7 @@ Number = bool | int | float
 
 
 def op_name(target: Any) -> str:
-    """ "add" of aten.add.Tensor; anything else than an aten op by its own name."""
+    """An aten op's name, "add" of aten.add.Tensor; of anything else, its text."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         return target._schema.name.removeprefix("aten::")
     return str(target)
@@ -95,8 +95,7 @@ def simplify(graph: GraphModule, h: torch.Tensor) -> GraphModule:
 def source(name: str, graph: GraphModule) -> str:
     """The text of the jitted functions NAME_value(h) and NAME_grad(h), for tiles of any shape.
 
-    `graph` maps h to (value, derivative). Raises NotImplementedError that names what cannot be
-    lowered.
+    `graph` maps h to (value, derivative). NotImplementedError names what cannot be lowered.
     """
     results: Any = graph.graph.output_node().args[0]
     parts = [

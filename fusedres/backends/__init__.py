@@ -95,8 +95,7 @@ def choose(
     if reason is not None:
         raise NotImplementedError(
             f"fused_residual: backend={backend!r} cannot run '{spec}' with {dtype}, N={N}, K={K}: "
-            f"{reason}; "
-            f"backend='auto' falls back"
+            f"{reason}; backend='auto' falls back"
         )
     if backend in ("triton", "vendor"):
         from . import triton
@@ -116,9 +115,7 @@ def environment_flag(name: str) -> bool:
 
 
 def environment_backend() -> str:
-    """What FUSEDRES_DISABLE and FUSEDRES_BACKEND make of "auto"; a value they do not know is an
-    error.
-    """
+    """What FUSEDRES_DISABLE and FUSEDRES_BACKEND make of "auto"; an unknown value is an error."""
     if environment_flag("FUSEDRES_DISABLE"):
         return "reference"
     return one_of("FUSEDRES_BACKEND", os.environ.get("FUSEDRES_BACKEND", "auto"), BACKENDS)

@@ -43,7 +43,7 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
 
 
 def name(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str:
-    """ "cuda", or WITH_TRITON where rows are too wide for its backward."""
+    """WITH_TRITON where rows are too wide for the C++ backward, else "cuda"."""
     if _refusal(spec, dtype, device, N, K, True) is None:
         return "cuda"
     from . import triton

@@ -218,9 +218,7 @@ def candidates(family: str, random: bool, size: int, M: int, N: int, device: Dev
 
 
 def choose_tile(family: str, random: bool, size: int, M: int, N: int, device: Device) -> Tile:
-    """The first tile that fills the device and is no larger than the matrix, else the one that
-    gives the most programs.
-    """
+    """The first tile within the matrix that fills the device, else the one of most programs."""
     tiles = candidates(family, random, size, M, N, device)
     fitting = [t for t in tiles if power_of_two(N) >= t.BLOCK_N and power_of_two(M) >= t.BLOCK_M]
     fitting = fitting or tiles[-1:]
@@ -238,9 +236,7 @@ def plan(
     device: Device = UNKNOWN,
     tile: Tile | None = None,
 ) -> Plan:
-    """The forward launch for x (M, K) and weight (N, K), with `tile` or the one that the tables
-    say.
-    """
+    """The forward launch for x (M, K) and weight (N, K), with `tile` or the one of the tables."""
     size = dtype.itemsize
     family = family_of(spec, size, M, N)
     kernel, over = FAMILIES[family]

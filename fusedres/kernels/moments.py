@@ -1,9 +1,8 @@
 """Row and column statistics of tiles and of parts, sums over rows, programs that wait for others.
 
 M2 is the sum of squared deviations from the mean; without centring (RMSNorm) the mean is 0. Two
-passes within a tile, Chan's formula between tiles: never E[z^2] - E[z]^2. Source of the merge:
-Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
-(1979).
+passes within a tile, Chan's formula between tiles: never E[z^2] - E[z]^2. Source: Chan, Golub,
+LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
 """
 
 from __future__ import annotations

@@ -208,7 +208,8 @@ def convert(model: nn.Module, *, linear_stacks: bool = True) -> ConversionReport
 
     Parameters, buffers, submodules, state-dict keys, devices, dtypes and modes stay the very same.
 
-    Returns a report to print: for each such module what was done, or why not. Raises TypeError.
+    Returns a report to print: for each such module what was done, or why not. Raises TypeError for
+    anything but a torch.nn.Module.
     """
     _check_module("convert", model)
     changes: list[Change] = []
@@ -232,7 +233,7 @@ def convert(model: nn.Module, *, linear_stacks: bool = True) -> ConversionReport
 def revert(model: nn.Module) -> ConversionReport:
     """Undoes `convert`, in place: every module gets the class it had.
 
-    Layers that were FusedResidual from the start stay. Returns a report. Raises TypeError.
+    Layers that were FusedResidual from the start stay. Returns and raises as `convert` does.
     """
     _check_module("revert", model)
     changes: list[Change] = []

@@ -29,13 +29,9 @@ class Call:
     why_not: dict[str, str]  # the other backends that cannot run this call, with the reason
     kernel: str
     tiles: dict[str, Any]
-    forward_launches: (
-        int | None
-    )  # kernels on a GPU, ops on a CPU; None: one for each torch operation
+    forward_launches: int | None  # kernels on a GPU, ops on a CPU; None: one a torch operation
     backward_launches: int | None  # at most, with every gradient asked for
-    saved: (
-        dict[str, int] | None
-    )  # bytes kept for backward beside the parameters; None: torch decides
+    saved: dict[str, int] | None  # bytes kept for backward, without parameters; None: torch decides
 
     def __str__(self) -> str:
         tiles = "".join(f", {name}={value}" for name, value in self.tiles.items())

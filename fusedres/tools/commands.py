@@ -38,9 +38,8 @@ def _print_json(found: Any) -> None:
 
 
 def info(args: argparse.Namespace) -> int:
-    """Answers: what is installed, which backends run on this machine, what is missing, how to get
-    it. It never fails: a fact that cannot be found out is replaced by the reason. Put it into bug
-    reports.
+    """Answers: what is installed, which backends run here, what is missing, how to get it. It never
+    fails: a fact that cannot be found out is replaced by the reason. Put it into bug reports.
     """
     from .system import report, system
 
@@ -55,8 +54,7 @@ def info(args: argparse.Namespace) -> int:
 
 def selftest(args: argparse.Namespace) -> int:
     """Answers: does what is installed compute the right thing here? Runs layers of every order and
-    norm, forward and backward, on every backend that is here, and compares with torch operations in
-    float64.
+    norm, forward and backward, on every backend that is here, against torch operations in float64.
     """
     from .selftest import Found, selftest
 
@@ -89,9 +87,8 @@ def selftest(args: argparse.Namespace) -> int:
 
 
 def explain(args: argparse.Namespace) -> int:
-    """Answers: which backend and kernel would a layer use, with which tiles, how many launches,
-    what does it save for backward, and what is not fused and why. Nothing runs: any size and device
-    will do.
+    """Answers: which backend and kernel would a layer use, which tiles, how many launches, what
+    does it save for backward, what is not fused and why. Nothing runs: any size and device will do.
     """
     from .. import explain
 

@@ -60,9 +60,7 @@ def prepare(call: Call, where: torch.device = CUDA) -> Callable[[str], list[Tens
 
 
 def most_rows(call: Call, small: str, large: str, end: float) -> int | None:
-    """The rows up to which `small` beats `large`; None if they disagree; TimeoutError past
-    `end`.
-    """
+    """Up to how many rows `small` beats `large`; None if they disagree. TimeoutError past `end`."""
     won, M = 0, LEAST_ROWS
     while M <= MOST_ROWS:
         if perf_counter() > end:

@@ -128,7 +128,7 @@ def _gpus() -> list[str]:
 
 
 def _state(backend: str) -> str:
-    """ "runs", or why it does not run even the plain layer."""
+    """Why it does not run even the plain layer, else "runs"."""
     kind = "cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda"
     spec = make_spec()
     reason = backends.why_not(backend, spec, torch.float32, torch.device(kind), 64, 64)
