@@ -1,4 +1,4 @@
-// What every op gets, in one place, and the checks of it. For ops.cpp and cuda_ops.cpp, through torch's stable ABI.
+// What every op gets, and the checks of it. For ops.cpp and cuda_ops.cpp, by torch's stable ABI.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The ops fusedres::cuda_residual_forward and fusedres::cuda_residual_backward on CUDA tensors: from
-// tensors to the plain structs of cuda/layer.h, memory, launches.
+// The ops fusedres::cuda_residual_forward and fusedres::cuda_residual_backward on CUDA tensors:
+// from tensors to the plain structs of cuda/layer.h, memory, launches.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
 #include <cuda_runtime_api.h>
@@ -36,8 +36,8 @@ Device make_device(int index) {
           ask(cudaDevAttrComputeCapabilityMajor), ask(cudaDevAttrComputeCapabilityMinor)};
 }
 
-// What lives as long as the process: arrival counters for each device, a slot a stream. Kernels leave
-// them at 0. They are no tensor: one made within a CUDA graph's memory pool would die with it.
+// What lives as long as the process: arrival counters of each device, a slot a stream. Kernels
+// leave them at 0. No tensor: made within a CUDA graph's memory pool, it would die with it.
 struct Resident {
   static constexpr int64_t kSlot = 1 << 16, kSlots = 16;
   Device device;
@@ -78,8 +78,7 @@ struct Where {
   Device device;
   std::vector<Tensor> workspace;  // until the launches are enqueued
 
-  // The guard leaves a thread that never used CUDA without a context, which encoding boxes for TMA
-  // needs.
+  // Encoding boxes for TMA needs a context, and the guard alone gives a new thread none.
   explicit Where(const Tensor& x) : index(x.get_device_index()), guard(index) {
     check_cuda(cudaSetDevice(index), "choosing the device");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
@@ -107,8 +106,8 @@ struct Where {
     return static_cast<T*>(workspace.back().data_ptr());
   }
 
-  // `count` zeros. A graph being captured gets its own, cleared within the graph, and so does whoever
-  // needs more than there are.
+  // `count` zeros. A graph being captured gets its own, cleared within the graph, and so does
+  // whoever needs more than there are.
   int32_t* counters(int64_t count) {
     if (count == 0) return nullptr;
     const auto cuda_stream = static_cast<cudaStream_t>(stream);

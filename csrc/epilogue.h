@@ -1,9 +1,7 @@
-// The element maths, written once for CPU and CUDA: exp and its kin, activations with derivatives,
-// Philox.
+// The element maths, once for CPU and CUDA: exp and its kin, activations and derivatives, Philox.
 //
 // Every function is branch-free apart from selections, so that a loop over it becomes SIMD code,
-// and keeps NaN. For double it calls libm. `A` is the accumulate type: float, or double for float64
-// tensors.
+// and keeps NaN. For double it calls libm. `A` accumulates: float, or double for float64 tensors.
 #pragma once
 
 #include <cmath>
@@ -22,22 +20,20 @@ namespace fusedres {
 
 // ---- exp, expm1, log1p, tanh, normal distribution
 
-// exp(x) = scale * (1 + q) with q = expm1(r), |r| <= ln(2)/2. Below 2^-126.5 it is 0, above 2^127.5
-// infinite.
+// exp(x) = scale * (1 + q), q = expm1(r), |r| <= ln(2)/2; 0 below 2^-126.5, infinite above 2^127.5.
 struct ExpParts {
   float scale, q;
 };
 
 FUSEDRES_HD ExpParts exp_parts(float x) {
-  constexpr float kRound =
-      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds; integer in the low bits
   x = x < -88.0f ? -88.0f : x;
   x = x > 89.0f ? 89.0f : x;
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
-  const float r =
-      (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln(2) in two parts, the first exact times n
-  float p = 1.98412698e-4f;                         // Taylor: r + r^2/2! + ... + r^7/7!
+  // ln(2) in two parts, the first exact times n.
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.98412698e-4f;  // Taylor: r + r^2/2! + ... + r^7/7!
   p = p * r + 1.38888889e-3f;
   p = p * r + 8.33333333e-3f;
   p = p * r + 4.16666667e-2f;
@@ -71,8 +67,7 @@ FUSEDRES_HD float log1p_(float u) {
   return (p * t) * s + 2.0f * s;
 }
 
-// |x| < 0.625: x + x^3 P(x^2), a minimax fit to 4e-9. Else 1 - 2 / (exp(2|x|) + 1) with the sign of
-// x.
+// |x| < 0.625: x + x^3 P(x^2), a minimax fit to 4e-9. Else 1 - 2 / (exp(2|x|) + 1), with x's sign.
 FUSEDRES_HD float tanh_(float x) {
   const float a = std::fabs(x), s = x * x;
   float p = -5.717044631e-03f;
@@ -114,8 +109,7 @@ FUSEDRES_HD Normal<float> normal(float h) {
   return {a < 0.5f ? 0.5f + h * near : far, density * 0.398942280f};
 }
 
-// sin and cos for |x| < kSinLimit: r = x - q pi/2 in double, then the Taylor series of the
-// quadrant.
+// sin and cos for |x| < kSinLimit: r = x - q pi/2 in double, then the quadrant's Taylor series.
 constexpr float kSinLimit = 1e6f;
 
 FUSEDRES_HD float sin_of_quadrant(float r, int quadrant) {

@@ -1,4 +1,4 @@
-// The Python module fusedres._C: what no tensor op carries. Loading it registers ops.cpp's ops.
+// The Python module fusedres._C: what no tensor op carries. Loading it registers the ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -97,7 +97,7 @@ bool knows(const std::string& text) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and the planner of fusedres' C++ kernels";
   m.def("build_info", &build_info,
-        "Compiler, language level, SIMD level of this machine, CUDA version.");
+        "Compiler, language level, SIMD level of this machine, CUDA version, Hopper's kernels.");
   m.def("plan", &plan, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("float32") = true);
   m.def("cuda_why_not", &cuda_why_not, py::arg("recipe"), py::arg("dtype"), py::arg("N"),
         py::arg("K"), py::arg("shared_limit"), py::arg("gradients"));

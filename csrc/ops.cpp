@@ -3,8 +3,8 @@
 //   z = prologue(x) @ weight.T        vendor library; saved for backward
 //   y = epilogue(z + bias)            cpu/forward.cpp, one pass; but for fp32, z has the bias
 //
-// This file and its headers alone know torch, through its stable ABI: one binary loads on every
-// torch from 2.11 on.
+// This file, cuda_ops.cpp and their headers alone know torch, through its stable ABI: one binary
+// loads on every torch from 2.11 on.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
 #include <algorithm>
@@ -63,8 +63,7 @@ struct Gradients {
   Optional of[kInputs];
 };
 
-// Backward through one side: column sums wanted of it go to `grads`, the gradient of its input to
-// the result.
+// Backward through one side: column sums wanted of it go to `grads`; returns its input's gradient.
 template <class A>
 Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t needs,
                        bool want_input, bool want_bias, const Rows& skip, double skip_scale,

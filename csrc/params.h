@@ -1,5 +1,4 @@
-// Plain structs between ops.cpp and the kernels: pointers, sizes, strides in elements, enums. No
-// torch.
+// Plain structs between ops and kernels: pointers, sizes, strides in elements, enums. No torch.
 #pragma once
 
 #include <cstdint>
@@ -64,8 +63,7 @@ struct Rows {
   int64_t features = 0;
 };
 
-// The stages on one side of `linear`, over M rows of `width` features. `A` is float, or double for
-// float64.
+// The stages on one side of `linear`, over M rows of `width` features. `A`: float; double for fp64.
 template <class A>
 struct Program {
   const std::vector<Stage>* stages = nullptr;

@@ -1,5 +1,5 @@
 // Tensors through torch's stable ABI: checks, allocation, rows, small parameter vectors, the matrix
-// product. For ops.cpp and side.h alone.
+// product. For call.h and what includes it alone.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -89,8 +89,7 @@ inline Tensor transposed(const Tensor& t) {
   return Tensor(handle);
 }
 
-// A matrix with adjacent columns: `t` itself or a copy. Anything else goes back as it came, to fail
-// the checks.
+// A matrix with adjacent columns: `t` or a copy. What is no matrix stays, to fail the checks.
 inline Tensor adjacent_columns(const Tensor& t) {
   return t.dim() != 2 || t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);
 }

@@ -161,8 +161,7 @@ struct BlockSums {
 };
 
 // Walks each row back to stages[first]. first = 0: the whole way, to dinput and the sums that
-// `given` asks for. Else stages[first - 1] is the norm, and sums of its gradient are all that is
-// wanted.
+// `given` asks for. Else stages[first - 1] is the norm, and only its gradient's sums are wanted.
 template <class A>
 FUSEDRES_SIMD_CLONES void run(const Backward<A>& given, size_t first, BlockSums<A>& sums,
                               int64_t begin, int64_t end, Buffers<A>& buffers) {

@@ -11,8 +11,7 @@ namespace fusedres::cpu {
 template <class A>
 void forward_rows(const Program<A>& program, const Rows& y, int64_t begin, int64_t end);
 
-// Sums of d and d^2 down the rows, d = (what reaches the norm) - shift. shift, sums, squares:
-// (width).
+// Sums of d and d^2 down the rows, d = (what reaches the norm) - shift; each vector (width).
 template <class A>
 void column_statistics(const Program<A>& program, const A* shift, double* sums, double* squares,
                        int64_t begin, int64_t end);
@@ -21,8 +20,7 @@ void column_statistics(const Program<A>& program, const A* shift, double* sums, 
 template <class A>
 void backward_rows(const Backward<A>& backward, int64_t begin, int64_t end);
 
-// For batch statistics, before backward_rows: dgamma = sum of dh * c and dbeta = sum of dh, dh the
-// norm's gradient.
+// For batch statistics, before backward_rows: the sums of dh, the norm's gradient, and of dh * c.
 template <class A>
 void norm_gradient_sums(const Backward<A>& backward, A* dh_sum, A* dhc_sum, int64_t begin,
                         int64_t end);

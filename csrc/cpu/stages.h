@@ -1,4 +1,4 @@
-// One row at a time, in the accumulate type, in L1: what each stage does to it, forward and backward.
+// What each stage does to a row in L1, in the accumulate type, forward and backward.
 //
 //   layer: c = (t - mean) * rstd                  rms: c = t * rstd
 //   batch: c[n] = (t[n] - mean[n]) * rstd[n]      norm: h = gamma * c + beta
@@ -28,8 +28,7 @@ namespace fusedres::cpu {
 
 // ---- rows
 
-// Calls f(pointer to row m's first element) with the pointer's storage type. A double program holds
-// float64 only.
+// Calls f(pointer to row m's first element), of its storage type; a double program's is double.
 template <class A, class F>
 inline void with_row(const Rows& rows, DType dtype, int64_t m, F&& f) {
   const int64_t offset = m * rows.stride;
@@ -107,9 +106,8 @@ struct RowScale {
 // where the mean is) shows as the mean of what is left, `shift`.
 template <class A>
 inline RowScale<A> center(A* t, int64_t n, bool subtract_mean, A eps) {
-  const A per_n =
-      A(1) / static_cast<A>(
-                 n);  // ready before the sums are: a division after them would make the row wait
+  // Ready before the sums are: a division after them would make the row wait.
+  const A per_n = A(1) / static_cast<A>(n);
   if (!subtract_mean) return {0, 1 / std::sqrt(dot(t, t, n) * per_n + eps)};
   const A mean = sum(t, n) * per_n;
   A rest = 0, squares = 0;
@@ -138,8 +136,7 @@ inline void scale_shift(const A* t, const A* gamma, const A* beta, A* out, int64
   }
 }
 
-// d, the gradient of c, becomes the gradient of t: rstd * (d - mean(d) - c * mean(d * c)); rms has
-// no mean(d).
+// d, the gradient of c, becomes t's: rstd * (d - mean(d) - c * mean(d * c)); rms has no mean(d).
 template <class A>
 inline void normalize_grad(A* d, const A* c, A rstd, int64_t n, bool center) {
   const A per_n = A(1) / static_cast<A>(n), mean_d = center ? sum(d, n) * per_n : A(0),
@@ -189,8 +186,8 @@ inline void activate_grad(Act act, A* d, const A* h, int64_t n) {
 // is dropped is 0 even if it was NaN.
 template <class A>
 inline void drop_elements(A* t, int64_t n, uint64_t seed, uint64_t first, double p) {
-  constexpr int64_t kBlock =
-      256;  // words are made apart from their use: together, gcc makes no SIMD code of them
+  // Words are made apart from their use: together, gcc makes no SIMD code of them.
+  constexpr int64_t kBlock = 256;
   uint32_t words[kBlock];
   const uint32_t threshold =
       static_cast<uint32_t>(std::min<uint64_t>(drop_threshold(p), UINT32_MAX));
@@ -214,16 +211,14 @@ inline void drop_sample(A* t, int64_t n, uint64_t seed, uint64_t sample, double 
 
 // ---- one stage on one row
 
-// What a row's backward needs of its forward: the value that `act` and `gate` saw, the norm's c and
-// rstd.
+// What a row's backward needs of its forward: what `act` and `gate` saw, the norm's c and rstd.
 template <class A>
 struct Tape {
   const A *act = nullptr, *gate = nullptr, *c = nullptr;
   A rstd = 0;
 };
 
-// out = h = gamma * c + beta. c stays in t where it is kept apart from out, that is for a tape;
-// returns rstd.
+// out = h = gamma * c + beta; returns rstd. Where out is apart from t, for a tape, c stays in t.
 template <class A, bool kKeep>
 inline A norm_forward(const Program<A>& p, A* t, A* out) {
   const Recipe& r = *p.recipe;

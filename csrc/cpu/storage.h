@@ -1,5 +1,4 @@
-// bf16 and fp16 as bit patterns, converted by integer arithmetic so that loops over them become
-// SIMD code.
+// bf16 and fp16 as bit patterns, converted by integer arithmetic, of which loops make SIMD code.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +22,8 @@ inline bfloat16 to_bfloat16(float v) {  // round to nearest even; NaN stays NaN
   return {static_cast<uint16_t>(v != v ? 0x7FC0 : rounded)};
 }
 
-inline float to_float(
-    float16 v) {  // exponent and mantissa in place, then one multiplication mends the bias
+// Exponent and mantissa in place, then one multiplication mends the bias.
+inline float to_float(float16 v) {
   const uint32_t magnitude = (v.bits & 0x7FFFu) << 13, sign = (v.bits & 0x8000u) << 16;
   const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
   const uint32_t u = __builtin_bit_cast(uint32_t, scaled);

@@ -13,9 +13,9 @@
 //   stores its tile of z and the moments of its rows; one tile later, when the others should have
 //   done so too, it merges the moments in the order of the tiles and makes y of its own tile. A
 //   block that has posted its tile number s waits for tiles that stand in one row block with its
-//   tile number s - 1. As a row block has no more tiles than there are blocks, none of these comes later than
-//   their blocks' number s, and to post that a block need only have waited for earlier ones: nobody
-//   waits forever.
+//   tile number s - 1. As a row block has no more tiles than there are blocks, none of these comes
+//   later than their blocks' number s, and to post that a block need only have waited for earlier
+//   ones: nobody waits forever.
 // - A norm stands before `linear`: all meet once, at the start.
 #pragma once
 
