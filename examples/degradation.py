@@ -1,4 +1,4 @@
-"""The degradation experiment (fusedres/demo.py), drawn as README shows it.
+"""The degradation experiment (fusedres/tools/demo.py), drawn as README shows it.
 
 Run: python examples/degradation.py
 """

@@ -33,9 +33,7 @@ ASIDE = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call: settings of make_spec, operands by composite's names, the cotangent dy, the seed of
-    the masks.
-    """
+    """One call: settings of make_spec, operands by name, the cotangent dy, the masks' seed."""
 
     settings: dict
     tensors: dict
@@ -88,8 +86,7 @@ def make_case(
 ):
     """Random operands. `residual`: None for x itself (where widths allow), else its width.
 
-    `scale`: sigma of x, bias and residual. `mean`: of what the norm sees. `draw`: another one,
-    another case.
+    `scale`: sigma of x, bias and residual. `mean`: of what the norm sees. `draw`: which case.
     """
     N = K if N is None else N
     settings = {

@@ -1,6 +1,4 @@
-"""What every test has: one thread a worker, the same random numbers in every run, GPU tests skipped
-without one.
-"""
+"""What every test has: one thread, the same random numbers every time; GPU tests, a GPU."""
 
 import os
 

@@ -231,8 +231,8 @@ TABLE = {
 ],
 "fusedres/kernels/backward.py": [
     ("triton sums", "rows past M count in sums",
-     "tl.where(inside, dh * c, 0.0), tl.where(inside, dh, 0.0),\n    )  # fmt: skip\n    return",
-     "tl.where(inside, dh * c, 0.0), dh,\n    )  # fmt: skip\n    return"),
+     "tl.where(inside, dh * c, 0.0), tl.where(inside, dh, 0.0),\n    )\n    return",
+     "tl.where(inside, dh * c, 0.0), dh,\n    )\n    return"),
     ("triton whole", "the skip of dx is not scaled", "dx += skip * other", "dx += other"),
     ("triton whole", "wide rows' sums start anew with each block",
      "partial_ptr, block == walker, walker, walkers, n, C)\n        turned",
@@ -259,8 +259,8 @@ TABLE = {
 ],
 "fusedres/functional.py": [
     ("batch", "running variance is biased", "var * (rows / (rows - 1))", "var"),
-    ("train", "every call draws the same masks", "draw_seed(x.device) if spec.random",
-     "torch.ones(1, dtype=torch.int64) if spec.random"),
+    ("train", "every call draws the same masks", "seed=draw_seed(x.device)",
+     "seed=torch.ones(1, dtype=torch.int64)"),
 ],
 "fusedres/autograd.py": [
     ("needs", "needs in the reverse order", "need << i for", "need << (6 - i) for"),

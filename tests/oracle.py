@@ -25,9 +25,7 @@ def gradients(leaves, asked, y, dy):
 
 
 def _leaves(case, asked, dtype):
-    """Fresh leaves with the operands' values and strides, in `dtype`; running statistics are
-    copies.
-    """
+    """Fresh leaves with the operands' values and strides, in `dtype`; copies of statistics."""
     copies = {name: case.tensors[name].clone() for name in STATISTICS if name in case.tensors}
     return {
         name: t.detach().to(dtype).requires_grad_(name in asked)
@@ -104,9 +102,7 @@ def pre_activation(case, dtype):
 
 
 def near_kink(case):
-    """(M, C) bool: twice the largest error that eager makes near a kink could carry the element
-    across it.
-    """
+    """(M, C) bool: whether twice eager's largest error could carry the element across a kink."""
     h = pre_activation(case, torch.float64)
     dtype = torch.float32 if case.x.dtype == torch.float64 else case.x.dtype
     error, near = (pre_activation(case, dtype) - h).abs(), torch.zeros(h.shape, dtype=torch.bool)
@@ -118,9 +114,7 @@ def near_kink(case):
 
 
 def without_kinks(case):
-    """The case without the rows that have an element near a kink: at most 0.5 % of the elements are
-    near one.
-    """
+    """The case without the rows that have an element near a kink, at most 0.5 % of the elements."""
     if case.spec.activation not in KINKS:
         return case
     near = near_kink(case)
@@ -139,8 +133,7 @@ def _errors(name, ours, plain, true):
 
 
 def assert_as_accurate(ours, plain, true, what=""):
-    """NUMERICS 1 for every tensor of three results: RMS error <= 1.10x, largest error <= 2x
-    eager's.
+    """NUMERICS 1 for every tensor of three results: RMS error <= 1.10x, largest <= 2x eager's.
 
     Each plus one rounding step at the largest value: for the RMS, in one element. The RMS of n
     errors is itself only known to 1/sqrt(2n): the ratio of two may exceed 1.10 by 4/sqrt(n), four
@@ -166,8 +159,7 @@ def assert_as_accurate(ours, plain, true, what=""):
 
 
 def assert_close(ours, plain, true, terms, what=""):
-    """For a few elements, where no RMS is to be had: within twice eager's error, and some
-    roundings.
+    """For a few elements, which have no RMS: within twice eager's error, and some roundings.
 
     Those are four in the dtype (z, y, and the like) and a random walk of `terms` additions in fp32
     or better, each of a term as large as the result, or as 3: operands are of the order of 1, and

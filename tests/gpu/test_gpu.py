@@ -423,9 +423,7 @@ with torch.no_grad():
 @without_cuda
 @pytest.mark.parametrize("order", ["prenorm", "postnorm"])
 def test_hopper_s_first_call_in_a_capture(order):
-    """Of the process: a kernel is loaded at its first launch, here one of blocks that wait for each
-    other.
-    """
+    """A process loads a kernel at its first launch, here one of blocks that wait for others."""
     needs_hopper(make_case(20011, 1024, order=order, dtype=BF16))
     done = subprocess.run(
         [sys.executable, "-c", FIRST_CALL, order],

@@ -1,6 +1,4 @@
-"""NUMERICS 1: the fused layer is as accurate as eager, for y and every gradient. The rule stands in
-oracle.py.
-"""
+"""NUMERICS 1: the fused layer is as accurate as eager, y and every gradient. Rule: oracle.py."""
 
 import pytest
 import torch
@@ -43,9 +41,7 @@ def in_layer(cls, case, dtype=None):
 
 
 def one_step(layer, case):
-    """Output, gradients and buffers of one training step, after a look at the parameters it has
-    moved.
-    """
+    """Output, gradients and buffers of one training step, which must move the weight."""
     x = case.x.detach().to(layer.linear.weight.dtype).requires_grad_()
     before = layer.linear.weight.detach().clone()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

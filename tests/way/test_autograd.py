@@ -1,6 +1,4 @@
-"""How FusedResidualFunction behaves towards autograd: what it saves, what it computes, what it
-refuses.
-"""
+"""FusedResidualFunction and autograd: what it saves, what it computes, what it refuses."""
 
 import pytest
 import torch
@@ -38,18 +36,15 @@ def test_saved_tensors_are_unpacked_once():
     with saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
         y = layer(x)
     y.sum().backward()
-    assert (
-        len({id(t) for t in unpacked}) == len(unpacked) <= 7
-    )  # x, weight, bias, norm's two, z, stats
+    # x, weight, bias, norm's two, z, stats
+    assert len({id(t) for t in unpacked}) == len(unpacked) <= 7
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"norm": "batch"}, {"order": "preact", "gate": "channel"}]
 )
 def test_saved_tensor_hooks(settings):
-    """What is packed elsewhere (here: as float64 copies, then on the CPU) comes back into the
-    gradients.
-    """
+    """What is packed elsewhere (as float64 copies, then on the CPU) comes back into gradients."""
     layer = FusedResidual(K, **settings)
     x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, K)
     inputs = [x, *layer.parameters()]
@@ -227,9 +222,7 @@ def cuda_autocast():
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a build without CUDA")
 @pytest.mark.parametrize("order", ["note", "postnorm"])
 def test_dtype_of_the_composite_under_autocast(cuda_autocast, order):
-    """The autocast dtype, though autocast on CUDA makes float32 of F.layer_norm. Fakes need no
-    GPU.
-    """
+    """Autocast's, though on CUDA it makes float32 of F.layer_norm. Fakes need no GPU."""
     with FakeTensorMode():
         layer = FusedResidual(K, order=order, backend="reference", device="cuda")
         x = torch.randn(M, K, device="cuda")
@@ -239,9 +232,7 @@ def test_dtype_of_the_composite_under_autocast(cuda_autocast, order):
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_batched_cotangents(batch_norm):
-    """torch.autograd.grad(is_grads_batched=True), as
-    torch.autograd.functional.jacobian(vectorize=True) does.
-    """
+    """torch.autograd.grad(is_grads_batched=True), as jacobian(vectorize=True) calls it."""
     results = []
     for layer in twins(
         norm="batch" if batch_norm else "layer", bias=not batch_norm, dtype=torch.float64

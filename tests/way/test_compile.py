@@ -1,6 +1,4 @@
-"""torch.compile: one graph without a break or a warning, our ops in it forward and backward,
-eager's values.
-"""
+"""torch.compile: one graph, no break or warning, our ops forward and backward, eager's values."""
 
 import copy
 import warnings
@@ -34,9 +32,7 @@ LAYERS = {
 
 @pytest.fixture(autouse=True)
 def _strict():
-    """What dynamo warns of (an lru_cache, say) is an error; torch's own deprecations are not
-    UserWarnings.
-    """
+    """What dynamo warns of is an error, an lru_cache say; deprecations are no UserWarnings."""
     torch._dynamo.reset()
     counters.clear()
     torch.set_num_threads(1)
@@ -46,9 +42,7 @@ def _strict():
 
 
 class Graphs:
-    """A compiler that keeps the names of the aten-level ops of every graph: aot_eager with a
-    memory.
-    """
+    """aot_eager with a memory: a compiler that keeps the names of every graph's aten-level ops."""
 
     def __init__(self):
         self.forward, self.backward = [], []
@@ -92,9 +86,7 @@ def assert_same_layers(ours, plain):
 
 
 def check_training(settings, backend, *, lead=(), dynamic=None, sizes=BATCHES):
-    """Steps with several batch sizes: the compiled layer does what the eager one does, in at most
-    two graphs.
-    """
+    """Steps with several batch sizes: compiled does what eager does, in at most two graphs."""
     eager = FusedResidual(K, **settings)
     ours = copy.deepcopy(eager)
     fast = torch.compile(ours, fullgraph=True, backend=backend, dynamic=dynamic)
@@ -131,9 +123,7 @@ def test_dynamic(name):
 
 
 def test_dynamic_length():
-    """Drop-path by samples of a length that the graph does not know: sample_rows is a symbol
-    there.
-    """
+    """Drop-path by samples of a length that the graph does not know: sample_rows is a symbol."""
     eager = FusedResidual(K, drop_path=0.5)
     fast = torch.compile(eager, fullgraph=True, backend="aot_eager", dynamic=True)
     for seed, shape in enumerate([(4, 3), (5, 7), (8, 2), (3, 4, 2)]):
@@ -170,9 +160,7 @@ def test_batch_norm_of_a_frozen_norm():
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_masks_differ_from_call_to_call(backend):
-    """The seed is drawn inside the graph, from torch's generator; backward uses the forward's
-    mask.
-    """
+    """The graph draws the seed from torch's generator; backward uses the forward's mask."""
     layer = FusedResidual(64, dropout=0.5, norm=None, activation=None, order="linear-add")
     torch.nn.init.eye_(layer.linear.weight)
     torch.nn.init.zeros_(layer.linear.bias)
@@ -211,9 +199,7 @@ def test_explicit_residual():
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_function(dynamic):
-    """`fused_residual` with its settings as arguments; another value of one is another graph, not
-    another result.
-    """
+    """`fused_residual` with its settings as arguments, whose values the graph is guarded by."""
     graphs = Graphs()
     fast = torch.compile(fused_residual, fullgraph=True, backend=graphs.backend, dynamic=dynamic)
     for settings in ({}, {"eps": 1e-2}, {"eps": 1e-3, "order": "preact", "residual_scale": 0.25}):
@@ -257,9 +243,8 @@ def test_a_whole_net():
     for a, b in zip(step(fast, x), step(eager, x), strict=True):
         assert_close(a, b)
     assert_same_layers(net, eager)
-    assert (
-        graphs.forward.count("fusedres.residual_forward.default") == 4
-    )  # with the linear shortcut
+    launches = graphs.forward.count("fusedres.residual_forward.default")
+    assert launches == 4  # with the linear shortcut
     assert counters["stats"]["unique_graphs"] == 1
 
 

@@ -91,8 +91,7 @@ def test_another_process_gives_the_same_bytes():
 def assert_same_specials(ours, plain, what):
     """NaN, +Inf and -Inf in the same places as in torch's float64; finite elsewhere.
 
-    Not as in torch's own float32: there gelu(inf) is NaN where oneDNN computes it and inf
-    elsewhere.
+    Not as in torch's own float32: there gelu(inf) is NaN by oneDNN and inf elsewhere.
     """
     for name in plain:
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):

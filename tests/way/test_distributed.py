@@ -1,6 +1,4 @@
-"""Two processes over gloo: DDP and FSDP2 give the gradients that one process has on the whole
-batch.
-"""
+"""Two processes over gloo: DDP and FSDP2 give one process's gradients on the whole batch."""
 
 import copy
 import sys
@@ -108,9 +106,7 @@ def worker(rank, path):
 
 
 def test_two_processes(tmp_path):
-    """DDP, DDP compiled, FSDP2 and DTensor weights, in one pair of processes to save their
-    start.
-    """
+    """DDP, DDP compiled, FSDP2, DTensor weights: one pair of processes, whose start takes long."""
     if native.missing:
         pytest.skip(native.missing)
     mp.spawn(worker, (str(tmp_path / "rendezvous"),), WORLD)

@@ -1,6 +1,4 @@
-"""NUMERICS 10: every misuse is an error that names the op, the argument, what came and what was
-expected.
-"""
+"""NUMERICS 10: every misuse is an error that says op, argument, what came, what was expected."""
 
 import pytest
 import torch

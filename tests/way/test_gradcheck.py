@@ -28,9 +28,7 @@ def _one_thread():
 
 
 def case_away_from_kinks(**settings):
-    """A small case in float64. eps is large, so that rows that an activation has zeroed stay well
-    conditioned.
-    """
+    """A small case in float64. Its large eps keeps rows that an activation zeroed conditioned."""
     for draw in range(100):
         case = oracle.make_case(3, 4, eps=0.1, dtype=torch.float64, draw=draw, **settings)
         if case.spec.activation is None:
@@ -50,9 +48,7 @@ def check(case):
     def call(*tensors):
         if case.spec.random:
             torch.manual_seed(5)
-        running = {
-            name: t.clone() for name, t in statistics.items()
-        }  # every call starts from the same
+        running = {name: t.clone() for name, t in statistics.items()}  # the same for every call
         return fused_residual(
             **dict(zip(names, tensors, strict=True)),
             **running,

@@ -1,6 +1,4 @@
-"""The modules as a PyTorch user meets them: checkpoints, copies, devices, optimizers, replaced
-submodules.
-"""
+"""The modules as users meet them: checkpoints, copies, devices, optimizers, other submodules."""
 
 import copy
 import io

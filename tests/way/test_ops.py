@@ -1,7 +1,7 @@
 """The registered ops by themselves: torch.library.opcheck, and that an op's fake tells the truth.
 
-The ops have no autograd of their own: FusedResidualFunction above them has it (Decision 1), and
-passes them detached tensors. So opcheck gets tensors that require no gradient, with which its
+The ops have no autograd of their own: FusedResidualFunction above them has it, and passes them
+detached tensors. So opcheck gets tensors that require no gradient, with which its
 test_autograd_registration has nothing to say; schema (no mutation, no aliasing), fakes and AOT
 dispatch with dynamic shapes are what it checks.
 """
@@ -80,9 +80,7 @@ def test_opcheck(tables, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_are_fresh(tables, name):
-    """No output shares memory with an input or another output; fakes have the sizes, strides and
-    dtypes of them.
-    """
+    """No output shares memory with anything; fakes have the sizes, strides and dtypes of them."""
     forward, backward = tables
     case = make(name)
     arguments = forward_arguments(case)
@@ -162,9 +160,7 @@ for name in NAMES:
 
 
 def test_opcheck_of_the_triton_ops():
-    """In the interpreter, which must be asked for before Triton is imported: in a process of its
-    own.
-    """
+    """In the interpreter, to be chosen before Triton is imported: in a process of its own."""
     pytest.importorskip("triton")
     here = Path(__file__).parents[1]
     result = subprocess.run(

@@ -1,6 +1,4 @@
-"""NUMERICS 9: any shape x stride x dtype x order x flags x subset of gradients, drawn by
-hypothesis.
-"""
+"""NUMERICS 9: any shape, strides, dtype, order, flags, subset of gradients, by hypothesis."""
 
 import math
 
@@ -35,9 +33,7 @@ def orders(draw):
 def cases(draw):
     """A call that is allowed: every setting of fused_residual, operands in any layout."""
     dtype, order = draw(st.sampled_from(DTYPES)), draw(orders())
-    smooth = [
-        a for a in ACTIVATIONS if a not in KINKS
-    ]  # in half precision a kink is a matter of luck
+    smooth = [a for a in ACTIVATIONS if a not in KINKS]  # in half precision a kink is luck
     kinds = {
         "order": order,
         "norm": draw(st.sampled_from((None, *NORMS))),
@@ -83,9 +79,7 @@ def cases(draw):
 @given(case=cases(), data=st.data())
 @settings(ci, max_examples=500)
 def test_any_call_agrees_with_the_reference(case, data):
-    """Also with any subset of the gradients asked for: exactly those come, with the same bytes as
-    among all.
-    """
+    """Of any subset of gradients exactly those come, with the bytes they have among all."""
     if case.spec.activation in KINKS:
         assume(not near_kink(case).any())
     ours, terms = fused(case), case.x.numel() + case.dy.numel() + case.x.shape[-1] + 1

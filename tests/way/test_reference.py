@@ -166,9 +166,7 @@ def test_philox_in_integers_gives_the_published_answers(key, counter, output):
 
 
 def test_philox_is_philox():
-    """Counter (index low, index high, stream, 0), first output word; the first known answer is
-    reachable.
-    """
+    """Counter (index low, index high, stream, 0), first word; known answers among them."""
     zero = torch.zeros(1, dtype=torch.int64)
     assert philox(zero, zero, 0).item() == 0x6627E8D5
     seeds = torch.cat(
@@ -183,9 +181,7 @@ def test_philox_is_philox():
 
 
 def dropped(dropout=0.0, drop_path=0.0, lead=(400, 5), features=64):
-    """Which elements a layer that passes ones through its branch drops, and what it puts in the
-    others.
-    """
+    """Which elements a layer whose branch is all ones drops, and what it makes of the others."""
     layer = Residual(
         features,
         order="linear",
@@ -201,9 +197,7 @@ def dropped(dropout=0.0, drop_path=0.0, lead=(400, 5), features=64):
 
 
 def test_dropout_statistics():
-    """The kept share is binomial: within 5 sigma of 1 - p. The kept are scaled; neighbours are
-    independent.
-    """
+    """The share kept, scaled, is binomial: within 5 sigma of 1 - p; neighbours are independent."""
     for p in (0.1, 0.5, 0.9):
         mask, values = dropped(dropout=p)
         mask = mask.double()

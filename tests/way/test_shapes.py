@@ -68,9 +68,7 @@ SHAPES = sorted(set(shapes()))
 
 
 def small(M, K, N, index, **settings):
-    """eps = 1 keeps a norm of one or two numbers from amplifying rounding errors of nearly equal
-    values.
-    """
+    """With eps = 1 a norm of one or two nearly equal numbers does not amplify rounding errors."""
     order, norm = ORDERS[index % len(ORDERS)], NORMS[index % len(NORMS)]
     if norm == "batch" and M < 2:
         norm = "layer"
@@ -250,9 +248,7 @@ print("done")
 
 
 def test_nothing_is_written_outside(native):
-    """glibc's checking malloc puts a canary behind every block and looks at it when the block is
-    freed.
-    """
+    """glibc's checking malloc puts a canary behind every block and looks when it is freed."""
     library = "libc_malloc_debug.so.0"
     environment = {
         **os.environ,

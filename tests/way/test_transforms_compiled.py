@@ -73,9 +73,7 @@ def test_checkpoint(launches, reentrant):
 
 
 def test_checkpoint_repeats_the_masks():
-    """The recomputed forward draws the same seed, as checkpoint keeps the state of the
-    generator.
-    """
+    """The recomputed forward draws the same seed: checkpoint keeps the generator's state."""
     layer = FusedResidual(K, dropout=0.5, drop_path=0.2, activation="silu")
     results = []
     for call in (

@@ -93,8 +93,7 @@ def _run(command) -> None:
 def load(name: str, *sources: Path, flags=(), root: Path = ROOT, watched=False) -> ctypes.CDLL:
     """The sources as one library with a machine in it, built once for all processes.
 
-    `watched`: accesses to shared memory are watched for races, which is slow. `root`: where csrc
-    lies.
+    `watched`: memory accesses are watched for races, which is slow. `root`: where csrc lies.
     """
     files = (*MACHINE, *sources, *((HERE / "instrumented.cpp",) if watched else ()))
     library = CACHE / f"{name}-{_key(files, (*FLAGS, *flags, watched), root)}.so"

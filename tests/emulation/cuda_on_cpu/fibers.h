@@ -1,5 +1,4 @@
-// Threads, warps and blocks, and what the scheduler (machine.cpp) shares with what threads call
-// (threads.cpp).
+// Threads, warps and blocks: what the scheduler (machine.cpp) and threads.cpp share.
 #pragma once
 
 #include <memory>

@@ -18,7 +18,7 @@ struct Device {
 
 extern "C" {
 
-// sizeof each struct and where its last field stands, so that layers.py can check its mirror.
+// sizeof each struct and where its last field stands, so that structs.py can check its mirror.
 void layouts(size_t* out) {
   const size_t values[] = {
       sizeof(Stages),      offsetof(Stages, count),

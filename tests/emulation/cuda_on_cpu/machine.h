@@ -39,8 +39,8 @@ void check_shared(const char* what, const void* p, size_t bytes, size_t alignmen
 void maybe_yield();         // lets others run, or not
 bool sync_block(bool any);  // whether any thread said so
 
-// All lanes of a warp meet in an operation of this name; the last to arrive runs
-// compute(in, out) with every lane's in and out. Without `compute` it is a barrier.
+// All lanes of a warp meet in an operation of this name; the last to arrive runs compute(in, out)
+// with every lane's in and out. Without `compute` it is a barrier.
 using Compute = void (*)(const void* const* in, void* const* out);
 void meet(const char* name, const void* in, void* out, Compute compute);
 int lane();
