@@ -13,16 +13,18 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 
 // The operands of an op, which are adjacent on the dispatcher's stack: fusedres/operands.py names
-// them. Backward's `dy`, `z` and `stats` stand before them; the recipe comes next, then one more.
+// them. Backward's `dy` and `saved` stand before them; the recipe comes next, then one more.
+// Each has its own dtype: weight's is the product's. To backward x and residual may come as
+// stand-ins, of their shape and dtype but without memory, where it does not look at their values.
 struct Call {
   Tensor x, weight;
   Optional bias, norm_weight, norm_bias, gate, residual, running_mean, running_var, seed;
   int64_t sample_rows;
   const Recipe& recipe;
-  static constexpr int kRecipe = 11, kMore = kRecipe + 1;
+  static constexpr int kRecipe = 11, kMore = kRecipe + 1, kBefore = 2;
 
-  // Takes them off the stack and checks them. `cuda`: what the op is for.
-  Call(StableIValue* stack, bool cuda);
+  // Takes them off the stack and checks them. `cuda`: what the op is for; `needs`: backward's.
+  Call(StableIValue* stack, bool cuda, std::optional<int64_t> needs = std::nullopt);
   Call(const Call&) = delete;
 
   int64_t M() const { return x.size(0); }
@@ -33,6 +35,19 @@ struct Call {
            recipe.prologue.end();
   }
   int64_t width(Stage stage) const { return in_prologue(stage) ? K() : N(); }
+
+  ScalarType product_dtype() const { return weight.scalar_type(); }
+  ScalarType y_dtype() const {
+    return recipe.y_dtype ? scalar_type(*recipe.y_dtype) : product_dtype();
+  }
+  // Whether x is cast for the product by itself, which backward then gets instead of x.
+  bool casts() const { return recipe.prologue.empty() && x.scalar_type() != product_dtype(); }
+
+ private:
+  bool reads_x(int64_t needs) const {
+    return !recipe.prologue.empty() || ((needs >> kWeight & 1) && !casts()) ||
+           (recipe.saves_residual() && !residual);
+  }
 };
 
 // ---- schemas
@@ -42,12 +57,11 @@ const std::string kOperands =
     "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, SymInt sample_rows";
 
 inline std::string forward_schema(const std::string& op) {
-  return op + "(" + kOperands + ", str recipe, bool save) -> (Tensor y, Tensor z, Tensor stats)";
+  return op + "(" + kOperands + ", str recipe, bool save) -> Tensor[]";
 }
 
 inline std::string backward_schema(const std::string& op) {
-  return op + "(Tensor dy, Tensor z, Tensor stats, " + kOperands +
-         ", str recipe, int needs) -> Tensor[]";
+  return op + "(Tensor dy, Tensor[] saved, " + kOperands + ", str recipe, int needs) -> Tensor[]";
 }
 
 // ---- checks: whoever calls the op directly gets an error, not a crash
@@ -68,8 +82,10 @@ inline void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_
   STD_TORCH_CHECK(together(t, x) && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns,
                   "fusedres: ", name, " has shape ", shape_text(t), ", expected (", rows, ", ",
                   columns, ") on x's device");
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "fusedres: ", name,
-                  " and x have different dtypes");
+  STD_TORCH_CHECK(
+      (t.scalar_type() == ScalarType::Double) == (x.scalar_type() == ScalarType::Double),
+      "fusedres: of ", name, " and x only one is float64");
+  dtype_of(t);
 }
 
 inline void check(const Call& c, bool cuda) {
@@ -80,8 +96,9 @@ inline void check(const Call& c, bool cuda) {
                   ", expected (N, K)");
   check_matrix("x", c.x, c.x.size(0), c.weight.size(1), c.x);
   check_matrix("weight", c.weight, c.N(), c.K(), c.x);
-  dtype_of(c.x);
   check_vector("bias", c.bias, c.N(), c.x);
+  STD_TORCH_CHECK(!c.bias || c.bias->scalar_type() == c.product_dtype(),
+                  "fusedres: bias and weight have different dtypes");
   check_vector("norm_weight", c.norm_weight, c.width(Stage::norm), c.x);
   check_vector("norm_bias", c.norm_bias, c.width(Stage::norm), c.x);
   check_vector("running_mean", c.running_mean, c.width(Stage::norm), c.x);
@@ -110,41 +127,49 @@ inline void check(const Call& c, bool cuda) {
   }
 }
 
-inline Optional adjacent_columns(const Optional& t) {
-  return t ? Optional(adjacent_columns(*t)) : std::nullopt;
-}
-
-inline Call::Call(StableIValue* stack, bool cuda)
-    : x(adjacent_columns(to<Tensor>(stack[0]))),
+inline Call::Call(StableIValue* stack, bool cuda, std::optional<int64_t> needs)
+    : x(to<Tensor>(stack[0])),
       weight(to<Tensor>(stack[1])),
       bias(to<Optional>(stack[2])),
       norm_weight(to<Optional>(stack[3])),
       norm_bias(to<Optional>(stack[4])),
       gate(to<Optional>(stack[5])),
-      residual(adjacent_columns(to<Optional>(stack[6]))),
+      residual(to<Optional>(stack[6])),
       running_mean(to<Optional>(stack[7])),
       running_var(to<Optional>(stack[8])),
       seed(to<Optional>(stack[9])),
       sample_rows(to<int64_t>(stack[10])),
       recipe(fusedres::recipe(take_text(to<StringHandle>(stack[kRecipe])))) {
   check(*this, cuda);
+  if (!needs || reads_x(*needs)) x = adjacent_columns(x);
+  if (residual && (!needs || recipe.saves_residual())) residual = adjacent_columns(*residual);
 }
 
-// What backward gets before its operands.
+// What forward kept for backward, in this order, each if there is something to keep.
 struct Saved {
-  static constexpr int kCount = 3;
-  Tensor dy, z, stats;
-  explicit Saved(StableIValue* stack)
-      : dy(adjacent_columns(to<Tensor>(stack[0]))),
-        z(to<Tensor>(stack[1])),
-        stats(to<Tensor>(stack[2])) {}
-};
+  Optional z;        // (M, N), product_dtype
+  Optional stats;    // of batch norm in training, (2, C); CUDA: of a norm over rows, (2 M)
+  Optional operand;  // x (M, K) in product_dtype, where Call::casts
 
-inline void check(const Saved& s, const Call& c) {
-  check_matrix("dy", s.dy, c.M(), c.N(), c.x);
-  if (!c.recipe.saves_z()) return;
-  check_matrix("z", s.z, c.M(), c.N(), c.x);
-  STD_TORCH_CHECK(s.z.is_contiguous(), "fusedres: z must be contiguous");
-}
+  Saved(const Call& c, const std::vector<Tensor>& saved, bool has_stats) {
+    const bool there[] = {c.recipe.saves_z(), has_stats, c.casts()};
+    Optional* const into[] = {&z, &stats, &operand};
+    size_t next = 0;
+    for (int i = 0; i < 3; ++i)
+      if (there[i] && next < saved.size()) *into[i] = saved[next++];
+    STD_TORCH_CHECK(next == saved.size() && next == size_t(there[0] + there[1] + there[2]),
+                    "fusedres: backward got ", saved.size(), " saved tensors, expected ",
+                    there[0] + there[1] + there[2]);
+    const auto check_kept = [&](const char* name, const Optional& t, int64_t features) {
+      if (!t) return;
+      check_matrix(name, *t, c.M(), features, c.x);
+      STD_TORCH_CHECK(t->scalar_type() == c.product_dtype(), "fusedres: ", name,
+                      " and weight have different dtypes");
+    };
+    check_kept("z", z, c.N());
+    check_kept("operand", operand, c.K());
+    STD_TORCH_CHECK(!z || z->is_contiguous(), "fusedres: z must be contiguous");
+  }
+};
 
 }  // namespace fusedres

@@ -8,7 +8,6 @@
 #include <array>
 #include <map>
 #include <mutex>
-#include <tuple>
 
 #include "call.h"
 #include "cuda/family.h"
@@ -209,11 +208,16 @@ void check_device(const Device& device) {
 void check_recipe(const Call& c) {
   STD_TORCH_CHECK(!c.recipe.batch_stats,
                   "fusedres: the CUDA kernels do not compute batch statistics");
+  const ScalarType dtype = c.product_dtype();
+  STD_TORCH_CHECK(c.x.scalar_type() == dtype && c.y_dtype() == dtype &&
+                      (!c.residual || c.residual->scalar_type() == dtype),
+                  "fusedres: the CUDA kernels take x, weight, residual and y of one dtype");
 }
 
 // ---- forward
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
+// y, and what backward needs if `save`: see Saved.
+std::vector<Tensor> forward(const Call& c, bool save) {
   check_recipe(c);
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
@@ -221,24 +225,27 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
   const Device& device = where.device;
   check_device(device);
   const bool rows = save && r.has(Stage::norm) && r.norm != Norm::batch;
-  const Tensor y = where.make({c.M(), c.N()}, x.scalar_type());
-  const Tensor z = save && r.saves_z() ? where.make({c.M(), c.N()}, x.scalar_type())
-                                       : where.make({0}, x.scalar_type());
-  const Tensor stats = where.make({rows ? 2 * c.M() : 0}, ScalarType::Float);
-  if (c.M() == 0 || c.N() == 0) return {y, z, stats};
+  std::vector<Tensor> results = {where.make({c.M(), c.N()}, x.scalar_type())};
+  ForwardOut out = {};
+  out.y = matrix_of(results[0]);
+  if (save && r.saves_z()) {
+    results.push_back(where.make({c.M(), c.N()}, x.scalar_type()));
+    out.z = matrix_of(results.back());
+  }
+  if (rows) {
+    results.push_back(where.make({2 * c.M()}, ScalarType::Float));
+    out.stats = static_cast<float*>(results.back().data_ptr());
+  }
+  if (c.M() == 0 || c.N() == 0) return results;
 
   const Prepared prepared(c);
   const Layer& layer = prepared.layer;
-  ForwardOut out = {};
-  out.y = matrix_of(y);
-  if (z.numel() > 0) out.z = matrix_of(z);
-  if (rows) out.stats = static_cast<float*>(stats.data_ptr());
 #ifdef FUSEDRES_SM90
   if (on_hopper(layer, device)) {
     const Tile tile = sm90::plan_forward(layer, device.multiprocessors);
     where.give_memory(out, tile);
     check_launch(residual_forward_sm90(layer, out, tile, where.stream), "the Hopper forward");
-    return {y, z, stats};
+    return results;
   }
 #endif
   const char* reason = why_not(layer, device.shared_limit, false);
@@ -246,23 +253,25 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
   const Tile tile = plan_forward(layer, device.multiprocessors, device.shared_limit);
   where.give_memory(out, tile);
   check_launch(residual_forward_sm80(layer, out, tile, where.stream), "the forward");
-  return {y, z, stats};
+  return results;
 }
 
 // ---- backward
 
-std::vector<Tensor> backward(const Call& c, const Saved& saved, int64_t needs) {
+bool saves_statistics(const Call& c) {
+  return c.recipe.has(Stage::norm) && c.recipe.norm != Norm::batch;
+}
+
+std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved, int64_t needs) {
   check_recipe(c);
-  check(saved, c);
-  const auto& [dy, z, stats] = saved;
+  check_matrix("dy", dy, c.M(), c.N(), c.x);
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
   const Optional& residual = c.residual;
-  const bool rows = r.has(Stage::norm) && r.norm != Norm::batch;
-  if (rows)
-    STD_TORCH_CHECK(together(stats, x) && stats.is_contiguous() && stats.numel() == 2 * c.M() &&
-                        stats.scalar_type() == ScalarType::Float,
-                    "fusedres: stats has shape ", shape_text(stats), ", expected (", 2 * c.M(),
+  if (const Optional& stats = saved.stats)
+    STD_TORCH_CHECK(together(*stats, x) && stats->is_contiguous() && stats->numel() == 2 * c.M() &&
+                        stats->scalar_type() == ScalarType::Float,
+                    "fusedres: stats has shape ", shape_text(*stats), ", expected (", 2 * c.M(),
                     ",), float32, on x's device");
 
   Where where(x);
@@ -302,8 +311,8 @@ std::vector<Tensor> backward(const Call& c, const Saved& saved, int64_t needs) {
   const bool sums = needs & ~(1 << kX | 1 << kResidual);
   BackwardOut first = {};
   first.dy = matrix_of(dy);
-  if (r.saves_z()) first.z = matrix_of(z);
-  if (rows) first.stats = static_cast<const float*>(stats.data_ptr());
+  if (saved.z) first.z = matrix_of(*saved.z);
+  if (saved.stats) first.stats = static_cast<const float*>(saved.stats->data_ptr());
   if (features) first.dx = matrix_of(grads[kX]);
   first.dresidual = matrix_of(grads[kResidual]);
   const bool reads_dz = layer.epilogue.count > 0 && (grads[kWeight] || grads[kBias]);
@@ -337,17 +346,16 @@ std::vector<Tensor> backward(const Call& c, const Saved& saved, int64_t needs) {
 
 void residual_forward(StableIValue* stack, uint64_t, uint64_t) {
   const Call c(stack, true);
-  const auto [y, z, stats] = forward(c, to<bool>(stack[Call::kMore]));
-  stack[0] = from(y);
-  stack[1] = from(z);
-  stack[2] = from(stats);
+  stack[0] = from(forward(c, to<bool>(stack[Call::kMore])));
 }
 
 void residual_backward(StableIValue* stack, uint64_t, uint64_t) {
-  const Saved saved(stack);
-  StableIValue* operands = stack + Saved::kCount;
-  const Call c(operands, true);
-  stack[0] = from(backward(c, saved, to<int64_t>(operands[Call::kMore])));
+  const Tensor dy = adjacent_columns(to<Tensor>(stack[0]));
+  const std::vector<Tensor> kept = to<std::vector<Tensor>>(stack[1]);
+  StableIValue* operands = stack + Call::kBefore;
+  const int64_t needs = to<int64_t>(operands[Call::kMore]);
+  const Call c(operands, true, needs);
+  stack[0] = from(backward(c, dy, Saved(c, kept, saves_statistics(c)), needs));
 }
 
 }  // namespace

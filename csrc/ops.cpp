@@ -17,43 +17,47 @@ namespace {
 
 // ---- forward
 
+// y, and what backward needs if `save`: see Saved.
 template <class A>
-std::tuple<Tensor, Tensor, Tensor> forward(const Call& c, bool save) {
+std::vector<Tensor> forward(const Call& c, bool save) {
   const Recipe& r = c.recipe;
   const ScalarType exact = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor& x = c.x;
-  Tensor stats = empty({0}, exact);
+  Optional stats;
   const auto keep_statistics = [&](const Side<A>& side) {
     if (!side.batch_norm) return;
     stats = empty({2, side.program.width}, exact);
-    A* data = static_cast<A*>(stats.data_ptr());
+    A* data = static_cast<A*>(stats->data_ptr());
     std::copy(side.mean.begin(), side.mean.end(), data);
     std::copy(side.var.begin(), side.var.end(), data + side.program.width);
   };
 
-  Tensor operand = x;
+  Tensor operand = c.x;
   if (!r.prologue.empty()) {
-    Side<A> side(c, true, x);
-    operand = side.forward(x);
+    Side<A> side(c, true, c.x);
+    operand = side.forward(c.product_dtype());
+    keep_statistics(side);
+  } else if (c.casts()) {
+    operand = torch::stable::to(c.x, c.product_dtype());
+  }
+  const bool early = bias_in_product(dtype_of(c.weight));
+  const Tensor z = multiply(operand, transposed(c.weight), early ? c.bias : std::nullopt);
+  std::vector<Tensor> out = {z};
+  if (!r.epilogue.empty() || (c.bias && !early) || z.scalar_type() != c.y_dtype()) {
+    Side<A> side(c, false, z);
+    out[0] = side.forward(c.y_dtype());
     keep_statistics(side);
   }
-  const bool early = bias_in_product(dtype_of(x));
-  const Tensor z = multiply(operand, transposed(c.weight), early ? c.bias : std::nullopt);
-  if (r.epilogue.empty() && (early || !c.bias)) return {z, empty({0}, x), stats};
-  Side<A> side(c, false, z);
-  const Tensor y = side.forward(x);
-  keep_statistics(side);
-  return {y, save && r.saves_z() ? z : empty({0}, x), stats};
+  if (save && r.saves_z()) out.push_back(z);
+  if (stats) out.push_back(*stats);
+  if (save && c.casts()) out.push_back(operand);
+  return out;
 }
 
 void residual_forward(StableIValue* stack, uint64_t, uint64_t) {
   const Call c(stack, false);
   const bool save = to<bool>(stack[Call::kMore]);
-  const auto [y, z, stats] =
-      c.x.scalar_type() == ScalarType::Double ? forward<double>(c, save) : forward<float>(c, save);
-  stack[0] = from(y);
-  stack[1] = from(z);
-  stack[2] = from(stats);
+  stack[0] = from(c.product_dtype() == ScalarType::Double ? forward<double>(c, save)
+                                                          : forward<float>(c, save));
 }
 
 // ---- backward
@@ -66,8 +70,8 @@ struct Gradients {
 // Backward through one side: column sums wanted of it go to `grads`; returns its input's gradient.
 template <class A>
 Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t needs,
-                       bool want_input, bool want_bias, const Rows& skip, double skip_scale,
-                       const Optional& dresidual, Gradients<A>& grads) {
+                       std::optional<ScalarType> input_dtype, bool want_bias, const Rows& skip,
+                       double skip_scale, const Optional& dresidual, Gradients<A>& grads) {
   const Recipe& r = c.recipe;
   Program<A>& p = side.program;
   const int64_t C = p.width;
@@ -99,8 +103,8 @@ Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t n
                         want_norm && wants(kNormBias, Stage::norm), wants(kGate, Stage::gate),
                         want_bias};
   Optional dinput;
-  if (want_input) {
-    dinput = empty({p.M, C}, c.x);
+  if (input_dtype) {
+    dinput = empty({p.M, C}, *input_dtype);
     b.dinput = rows_of(*dinput);
   }
   if (dresidual && c.recipe.has(Stage::add)) b.dresidual = rows_of(*dresidual);
@@ -134,20 +138,19 @@ Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t n
       grads.of[kGate] = take(*c.gate);
     }
   }
-  if (want[3]) grads.of[kBias] = take(c.x);
+  if (want[3]) grads.of[kBias] = take(c.bias ? *c.bias : c.weight);
   return dinput;
 }
 
 template <class A>
-std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, const Tensor& stats,
-                             int64_t needs) {
+std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved, int64_t needs) {
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
   const auto wants = [&](Input input) { return (needs >> input & 1) != 0; };
   Gradients<A> grads;
   const auto load_statistics = [&](Side<A>& side) {
     if (!side.batch_norm) return;
-    const A* data = static_cast<const A*>(stats.data_ptr());
+    const A* data = static_cast<const A*>(saved.stats->data_ptr());
     const int64_t C = side.program.width;
     side.set_statistics({data, data + C}, {data + C, data + 2 * C});
   };
@@ -157,7 +160,8 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
   const bool adds_after = r.has(Stage::add) && !c.in_prologue(Stage::add);
   const bool skip_to_x = adds_after && !c.residual && wants(kX);
   const bool last = adds_after && r.epilogue.back() == Stage::add;
-  if (c.residual && wants(kResidual)) grads.of[kResidual] = empty({c.M(), c.residual->size(1)}, x);
+  if (c.residual && wants(kResidual))
+    grads.of[kResidual] = empty({c.M(), c.residual->size(1)}, *c.residual);
   Optional skip;
   if (skip_to_x) skip = last ? dy : empty({c.M(), std::min(c.K(), c.N())}, x);
   const Optional dresidual = skip_to_x && !last ? skip : grads.of[kResidual];
@@ -168,12 +172,14 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
   const bool prologue_residual = before && c.in_prologue(Stage::add);
   const bool want_dz = want_operand || wants(kWeight) || (prologue_residual && wants(kResidual));
 
+  const ScalarType product = c.product_dtype();
   Tensor dz = dy;  // an empty epilogue's dz
-  if (!r.epilogue.empty() || wants(kBias)) {
-    Side<A> side(c, false, r.saves_z() ? z : dy);
+  const bool changes = !r.epilogue.empty() || dy.scalar_type() != product;
+  if (changes || wants(kBias)) {
+    Side<A> side(c, false, saved.z ? *saved.z : dy);
     load_statistics(side);
-    const bool copy = want_dz && !r.epilogue.empty();
-    const Optional d = backward_side(c, side, dy, needs, copy, wants(kBias), Rows{}, 1.0,
+    const auto dtype = want_dz && changes ? std::optional(product) : std::nullopt;
+    const Optional d = backward_side(c, side, dy, needs, dtype, wants(kBias), Rows{}, 1.0,
                                      prologue_residual ? Optional() : dresidual, grads);
     if (d) dz = *d;
   }
@@ -184,35 +190,38 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
     load_statistics(*prologue);
   }
   if (wants(kWeight)) {
-    Tensor operand = x;
+    Tensor operand = saved.operand ? *saved.operand : x;
     if (before) {
       Side<A> side(c, true, x);  // the operand is recomputed, with the statistics of forward
       load_statistics(side);
       side.batch_norm = false;
-      operand = side.forward(x);
+      operand = side.forward(product);
     }
     grads.of[kWeight] = multiply(transposed(dz), operand);
   }
   if (want_operand || (prologue_residual && wants(kResidual))) {
     Tensor doperand = multiply(dz, c.weight);
-    const Rows skip_rows =
-        skip ? Rows{skip->data_ptr(), skip->stride(0), std::min(skip->size(1), c.K())} : Rows{};
+    const Rows skip_rows = skip ? Rows{skip->data_ptr(), skip->stride(0),
+                                       std::min(skip->size(1), c.K()), dtype_of(*skip)}
+                                : Rows{};
     const double scale = last ? r.residual_scale : 1.0;
     if (before) {
-      grads.of[kX] =
-          backward_side(c, *prologue, doperand, needs, wants(kX), false, skip_rows, scale,
-                        prologue_residual ? grads.of[kResidual] : Optional(), grads);
+      const auto dtype = wants(kX) ? std::optional(x.scalar_type()) : std::nullopt;
+      grads.of[kX] = backward_side(c, *prologue, doperand, needs, dtype, false, skip_rows, scale,
+                                   prologue_residual ? grads.of[kResidual] : Optional(), grads);
     } else {
       grads.of[kX] = doperand;
-      if (skip) {  // dx += scale * skip, in place: dx is ours
+      if (c.casts()) grads.of[kX] = empty({c.M(), c.K()}, x);
+      if (skip ||
+          c.casts()) {  // dx = doperand + scale * skip, in place where it may be: dx is ours
         static const std::vector<Stage> none;
         Backward<A> b;
         b.program.stages = &none;
         b.program.recipe = &r;
-        b.program.dtype = dtype_of(x);
         b.program.M = c.M();
         b.program.width = c.K();
-        b.dy = b.dinput = rows_of(doperand);
+        b.dy = rows_of(doperand);
+        b.dinput = rows_of(*grads.of[kX]);
         b.skip = skip_rows;
         b.skip_scale = scale;
         for_each_chunk(Chunks(c.M(), c.K()), [&](int64_t, int64_t begin, int64_t end) {
@@ -232,21 +241,23 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Tensor& z, c
 }
 
 void residual_backward(StableIValue* stack, uint64_t, uint64_t) {
-  const Saved saved(stack);
-  StableIValue* operands = stack + Saved::kCount;
-  const Call c(operands, false);
+  const Tensor dy = adjacent_columns(to<Tensor>(stack[0]));
+  const std::vector<Tensor> kept = to<std::vector<Tensor>>(stack[1]);
+  StableIValue* operands = stack + Call::kBefore;
   const int64_t needs = to<int64_t>(operands[Call::kMore]);
-  const auto& [dy, z, stats] = saved;
-  check(saved, c);
-  const bool wide = c.x.scalar_type() == ScalarType::Double;
-  if (c.recipe.batch_stats)
-    STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous() &&
-                        stats.numel() == 2 * c.width(Stage::norm) &&
-                        stats.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-                    "fusedres: stats has shape ", shape_text(stats), ", expected (2, ",
-                    c.width(Stage::norm), ")");
-  stack[0] = from(wide ? backward<double>(c, dy, z, stats, needs)
-                       : backward<float>(c, dy, z, stats, needs));
+  const Call c(operands, false, needs);
+  const Saved saved(c, kept, c.recipe.batch_stats);
+  check_matrix("dy", dy, c.M(), c.N(), c.x);
+  const bool wide = c.product_dtype() == ScalarType::Double;
+  if (saved.stats)
+    STD_TORCH_CHECK(
+        saved.stats->is_cpu() && saved.stats->is_contiguous() &&
+            saved.stats->numel() == 2 * c.width(Stage::norm) &&
+            saved.stats->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+        "fusedres: stats has shape ", shape_text(*saved.stats), ", expected (2, ",
+        c.width(Stage::norm), ")");
+  stack[0] =
+      from(wide ? backward<double>(c, dy, saved, needs) : backward<float>(c, dy, saved, needs));
 }
 
 }  // namespace

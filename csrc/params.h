@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,10 +39,12 @@ struct Recipe {
   Act act = Act::none;
   bool scalar_gate = false;
   bool batch_stats = false;
+  std::optional<DType> y_dtype;  // where it is not weight's
   double eps = 1e-5, dropout = 0, drop_path = 0, residual_scale = 1;
 
   bool has(Stage stage) const;
-  bool saves_z() const;  // backward needs z: a stage after linear needs the value it acts on
+  bool saves_residual() const;  // a stage after `add` needs its sum
+  bool saves_z() const;         // backward needs z: a stage after linear needs the value it acts on
 };
 
 // The recipe of `text`, which lives as long as the process. Throws std::invalid_argument.
@@ -61,6 +64,7 @@ struct Rows {
   void* data = nullptr;
   int64_t stride = 0;
   int64_t features = 0;
+  DType dtype = DType::float32;
 };
 
 // The stages on one side of `linear`, over M rows of `width` features. `A`: float; double for fp64.
@@ -68,7 +72,6 @@ template <class A>
 struct Program {
   const std::vector<Stage>* stages = nullptr;
   const Recipe* recipe = nullptr;
-  DType dtype = DType::float32;
   int64_t M = 0, width = 0;
   Rows input;                      // x before linear, x @ weight.T after it
   const A* bias = nullptr;         // (width) or null: added to the input first

@@ -1,4 +1,5 @@
 // Reads what fusedres/spec.py writes: "linear-norm-act-add norm=layer activation=gelu eps=1e-06".
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <sstream>
@@ -44,6 +45,11 @@ const std::map<std::string, Act> kActs = {
     {"softsign", Act::softsign},
 };
 
+const std::map<std::string, DType> kDTypes = {{"float32", DType::float32},
+                                              {"bfloat16", DType::bfloat16},
+                                              {"float16", DType::float16},
+                                              {"float64", DType::float64}};
+
 Recipe parse(const std::string& text) {
   Recipe r;
   std::istringstream words(text);
@@ -71,6 +77,10 @@ Recipe parse(const std::string& text) {
       r.scalar_gate = value == "scalar";
     else if (name == "batch_stats")
       r.batch_stats = value == "1";
+    else if (name == "y_dtype")
+      r.y_dtype = lookup(kDTypes, "dtype", value);
+    else if (name == "x_dtype" || name == "residual_dtype")
+      lookup(kDTypes, "dtype", value);  // the tensors say it, too
     else if (name == "eps")
       r.eps = std::stod(value);
     else if (name == "dropout")
@@ -99,6 +109,12 @@ bool contains(const std::vector<Stage>& stages, Stage stage) {
 
 bool Recipe::has(Stage stage) const {
   return contains(prologue, stage) || contains(epilogue, stage);
+}
+
+bool Recipe::saves_residual() const {
+  if (contains(prologue, Stage::add)) return true;
+  const auto add = std::find(epilogue.begin(), epilogue.end(), Stage::add);
+  return add != epilogue.end() && std::any_of(add, epilogue.end(), needs_input);
 }
 
 bool Recipe::saves_z() const {

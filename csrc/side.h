@@ -62,13 +62,12 @@ struct Side {
     const Recipe& r = c.recipe;
     program.stages = prologue ? &r.prologue : &r.epilogue;
     program.recipe = &r;
-    program.dtype = dtype_of(c.x);
     program.M = c.M();
     program.width = prologue ? c.K() : c.N();
     program.input = rows_of(input);
     program.sample_rows = c.sample_rows;
     const auto here = [&](Stage stage) { return r.has(stage) && c.in_prologue(stage) == prologue; };
-    if (!prologue && !bias_in_product(program.dtype)) program.bias = load(bias, c.bias);
+    if (!prologue && !bias_in_product(dtype_of(c.weight))) program.bias = load(bias, c.bias);
     if (here(Stage::norm)) {
       program.gamma = load(gamma, c.norm_weight);
       program.beta = load(beta, c.norm_bias);
@@ -121,9 +120,9 @@ struct Side {
     set_statistics(std::move(batch_mean), std::move(batch_var));
   }
 
-  Tensor forward(const Tensor& like) {
+  Tensor forward(ScalarType dtype) {
     if (batch_norm) compute_statistics();
-    Tensor out = empty({program.M, program.width}, like);
+    Tensor out = empty({program.M, program.width}, dtype);
     const Rows rows = rows_of(out);
     for_each_chunk(Chunks(program.M, program.width), [&](int64_t, int64_t begin, int64_t end) {
       cpu::forward_rows(program, rows, begin, end);

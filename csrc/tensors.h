@@ -49,6 +49,19 @@ inline std::string take_text(StringHandle handle) {
   return copy;
 }
 
+inline ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return ScalarType::BFloat16;
+    case DType::float16:
+      return ScalarType::Half;
+    case DType::float64:
+      return ScalarType::Double;
+    default:
+      return ScalarType::Float;
+  }
+}
+
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -94,7 +107,7 @@ inline Tensor adjacent_columns(const Tensor& t) {
   return t.dim() != 2 || t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);
 }
 
-inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.size(1)}; }
+inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.size(1), dtype_of(t)}; }
 
 // ---- the matrix product: the vendor's
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
@@ -13,19 +15,36 @@ from .checks import check_memory
 from .operands import DIFFERENTIABLE, Operands
 from .reference import composite
 from .spec import Spec
-from .tracing import is_batched
+from .tracing import constant_when_compiled, is_batched
+
+TENSORS = 10  # of the operands
+
+
+@constant_when_compiled
+@lru_cache(maxsize=4096)
+def _facts(recipe: str) -> tuple[bool, bool, bool, bool, bool]:
+    spec = Spec.parse(recipe)
+    reads_x = bool(spec.prologue)
+    return reads_x, spec.saves_residual, spec.saves_z, spec.batch_stats, spec.casts
+
+
+def _stand_in(t: Tensor) -> Tensor:
+    """Of t's shape, dtype and device, without memory: for what backward does not look at."""
+    return t.new_zeros(()).expand(t.shape)
 
 
 class FusedResidualFunction(torch.autograd.Function):
-    """apply(*operands, recipe, backend): the fields of ``fusedres.operands.Operands``, in order, a
-    recipe's text (``str(spec)``) and a key of ``fusedres.ops.FORWARD``.
+    """apply(*operands, recipe, backend): `operands` in the order of :class:`Operands`, `recipe` as
+    ``str(spec)`` says it.
 
-    Returns y (M, N), of x's dtype, and stats: (2, C), float32 or for float64 float64, mean and
-    biased variance where batch norm used this batch's; else None. No gradient goes through stats.
+    Returns y (M, N); stats, which carry no gradient: (2, C), mean and biased variance, where batch
+    norm used this batch's statistics, else None; and what stands for x below, else None.
 
-    Saved for backward: the operands, the statistics, and z (M, N) where a stage after ``linear``
-    needs the value it acts on. Everything else is recomputed. Inputs are assumed checked, see
-    checks.py; what an op still refuses is a RuntimeError.
+    Saved for backward: what the op returns beside y (see :class:`Outputs`) and the operands that
+    the gradients asked for look at. x is not kept where weight is frozen and nothing acts before
+    ``linear``, or where it is only cast: then z or the cast, an output of this node, leads the
+    gradient of a gradient back to x. Everything else is recomputed. Operands are assumed checked
+    (see checks.py).
     """
 
     @staticmethod
@@ -33,44 +52,66 @@ class FusedResidualFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Any, norm_weight: Any, norm_bias: Any, gate: Any,
         residual: Any, running_mean: Any, running_var: Any, seed: Any, sample_rows: int,
         recipe: str, backend: str,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """y and stats, see the class."""
-        y, z, stats = ops.FORWARD[backend](
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        y, *saved = ops.FORWARD[backend](
             x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
             seed, sample_rows, recipe, True,
         )  # fmt: skip
+        reads_x, reads_residual, saves_z, batch_stats, casts = _facts(recipe)
+        stands_for_x = None
+        if not reads_x and (casts or not weight.requires_grad):
+            if not weight.requires_grad:
+                stands_for_x = saved[0] if saves_z else None
+                saved = [*saved[:-1], _stand_in(saved[-1])] if casts else saved
+            else:
+                stands_for_x = saved[-1]
+            if residual is not None or not reads_residual:
+                x = _stand_in(x)
+            else:
+                stands_for_x = None
+        if residual is not None and not reads_residual:
+            residual = _stand_in(residual)
         ctx.save_for_backward(
-            z, stats, x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean,
-            running_var, seed,
+            x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
+            seed, *saved,
         )  # fmt: skip
-        ctx.settings = sample_rows, recipe, backend
-        if stats.dim() == 1:
-            return y, None
-        ctx.mark_non_differentiable(stats)
+        ctx.settings = sample_rows, recipe, backend, stands_for_x is not None
+        if not batch_stats and stands_for_x is None:
+            return y, None, None
         ctx.set_materialize_grads(False)
-        return y, stats
+        stats = saved[saves_z] if batch_stats else None
+        if stats is not None:
+            ctx.mark_non_differentiable(stats)
+        return y, stats, stands_for_x
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any = None) -> tuple[Tensor | None, ...]:
-        """From dy (M, N) the gradients of the differentiable operands, None where not needed."""
-        z, stats, *tensors = ctx.saved_tensors
+    def backward(
+        ctx: Any, dy: Tensor | None, _: Any = None, d_stands: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        tensors, saved = saved[:TENSORS], saved[TENSORS:]
         needs = ctx.needs_input_grad[: len(DIFFERENTIABLE)]
-        rest = (None,) * 6
-        if dy is None:
-            return (None,) * len(DIFFERENTIABLE) + rest
-        sample_rows, recipe, backend = ctx.settings
-        operands = (*tensors, sample_rows)
-        if torch.is_grad_enabled():  # create_graph=True: a gradient to be differentiated again
-            return _composite_gradients(operands, needs, dy, recipe) + rest
-        mask = sum(need << i for i, need in enumerate(needs))
-        try:  # costs nothing, unlike a question
-            grads = iter(ops.BACKWARD[backend](dy, z, stats, *operands, recipe, mask))
-        except RuntimeError as error:
-            check_memory(error)
-            if not is_batched(dy):
-                raise
-            return _composite_gradients(operands, needs, dy, recipe) + rest
-        return tuple(next(grads) if need else None for need in needs) + rest
+        sample_rows, recipe, backend, stands = ctx.settings
+        grads: list[Tensor | None] = [None] * len(DIFFERENTIABLE)
+        o = (*tensors, sample_rows)
+        plain = torch.is_grad_enabled()  # create_graph=True: gradients to be differentiated again
+        if dy is not None and not plain:
+            mask = sum(need << i for i, need in enumerate(needs))
+            try:  # costs nothing, unlike a question
+                given = iter(ops.BACKWARD[backend](dy, saved, *o, recipe, mask))
+                grads = [next(given) if need else None for need in needs]
+            except RuntimeError as error:
+                check_memory(error)
+                if not is_batched(dy):
+                    raise
+                plain = True
+        if dy is not None and plain:
+            grads, more = _composite_gradients(o, saved, stands, needs, dy, recipe, backend)
+            if more is not None:
+                d_stands = more if d_stands is None else d_stands + more
+        if d_stands is not None:
+            _through(o, recipe, backend, needs, d_stands, grads)
+        return (*grads, None, None, None, None, None, None)
 
 
 # What Function.apply comes down to where no functorch transform is at work and dynamo does not
@@ -78,17 +119,53 @@ class FusedResidualFunction(torch.autograd.Function):
 apply_plainly = super(torch.autograd.Function, FusedResidualFunction).apply
 
 
+def _bias_after_product(o: Operands, backend: str) -> bool:
+    """Whether z, as a backend saves it, does not have the bias yet: csrc/tensors.h."""
+    return o.bias is not None and backend == "cpu" and o.weight.dtype == torch.float32
+
+
+def _through(
+    operands: tuple[Any, ...], recipe: str, backend: str, needs: tuple[bool, ...], d: Tensor,
+    grads: list[Any],
+) -> None:  # fmt: skip
+    """Adds to `grads` what the gradient `d` of what stands for x makes of them."""
+    o = Operands._make(operands)
+    dx, dbias = d, None
+    if not o.weight.requires_grad:  # it is z
+        dx = d @ o.weight
+        dbias = None if _bias_after_product(o, backend) else d.sum(0)
+    for i, more in ((0, dx.to(o.x.dtype)), (2, dbias)):
+        if needs[i] and more is not None:
+            grads[i] = more if grads[i] is None else grads[i] + more
+
+
 def _composite_gradients(
-    operands: tuple[Any, ...], needs: tuple[bool, ...], dy: Tensor, recipe: str
-) -> tuple[Tensor | None, ...]:
+    operands: tuple[Any, ...], saved: tuple[Tensor, ...], stands: bool, needs: tuple[bool, ...],
+    dy: Tensor, recipe: str, backend: str,
+) -> tuple[list[Tensor | None], Tensor | None]:  # fmt: skip
+    """The gradients by plain torch ops, and that of what stands for x, if something does."""
     create_graph = torch.is_grad_enabled()
     no_autocast = nullcontext() if dy.is_meta else torch.autocast(dy.device.type, enabled=False)
     with torch.enable_grad(), no_autocast:
         # views: an operand may be computed from another (a linear shortcut from x), or be the same
-        views: list[Any] = [t.view_as(t) if isinstance(t, Tensor) else t for t in operands]
-        y = composite(Spec.parse(recipe), Operands(*views))
-        wanted = [t for t, need in zip(views, needs, strict=False) if need]
-        grads = iter(
-            torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True)
+        views = [t.view_as(t) if isinstance(t, Tensor) else t for t in operands]
+        for t, need in zip(views, needs, strict=False):
+            if need and not t.requires_grad:  # a stand-in
+                t.requires_grad_()
+        o = Operands._make(views)
+        product: Any = None
+        inside: list[Any] = []
+        if stands and not operands[1].requires_grad:
+            z = saved[0].view_as(saved[0])
+            bias = o.bias if _bias_after_product(o, backend) else None
+            product, inside = (lambda _: z if bias is None else z + bias), [z]
+        elif stands:
+            cast = saved[-1].view_as(saved[-1])
+            product, inside = (lambda _: F.linear(cast, o.weight, o.bias)), [cast]
+        y = composite(Spec.parse(recipe), o, product=product)
+        wanted: list[Any] = [t for t, need in zip(o, needs, strict=False) if need]
+        grads = torch.autograd.grad(
+            y, wanted + inside, dy, create_graph=create_graph, allow_unused=True
         )
-    return tuple(next(grads) if need else None for need in needs)
+    given = iter(grads)
+    return [next(given) if need else None for need in needs], next(given, None)

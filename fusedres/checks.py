@@ -55,15 +55,23 @@ def _check_vector(
         raise ValueError(f"{OP}: {name} is on {value.device}, x is on {device}; move it with .to()")
 
 
-def _check_like_x(name: str, value: Tensor, x: Tensor) -> None:
-    if value.dtype != x.dtype:
+def _check_beside_x(name: str, value: Tensor, x: Tensor) -> None:
+    if value.dtype not in DTYPES:
         raise TypeError(
-            f"{OP}: {name} has dtype {value.dtype}, x has {x.dtype}; they must agree: convert one "
-            f"with .to(), or run under torch.autocast"
+            f"{OP}: {name} has dtype {value.dtype}, expected one of {', '.join(map(str, DTYPES))}"
         )
     if value.device != x.device:
         raise ValueError(
             f"{OP}: {name} is on {value.device}, x is on {x.device}; move one with .to()"
+        )
+
+
+def check_product(x: torch.dtype, weight: torch.dtype) -> None:
+    """Whether torch multiplies what reaches ``linear`` by the weight."""
+    if x != weight:
+        raise TypeError(
+            f"{OP}: weight has dtype {weight}, x has {x}; they must agree: convert one with .to(), "
+            f"or run under torch.autocast"
         )
 
 
@@ -103,15 +111,16 @@ def check_call(spec: Spec, o: Operands, pad: bool) -> None:
             f"{OP}: x has {features} features (shape {_shape(x)}), "
             f"weight (N={N}, K={K}) expects {K}"
         )
-    _check_like_x("weight", weight, x)
+    _check_beside_x("weight", weight, x)
     if bias is not None:
         _check_vector("bias", bias, N, f"one value for each of weight's {N} rows", x.device)
-        _check_like_x("bias", bias, x)
+        if bias.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{OP}: bias has dtype {bias.dtype}, weight has {weight.dtype}")
     _check_norm(spec, o)
     _check_gate(spec, o.gate, spec.width("gate", K, N), x.device)
     check_residual(spec, x, residual, spec.width("add", K, N), pad)
     if residual is not None:
-        _check_like_x("residual", residual, x)
+        _check_beside_x("residual", residual, x)
 
 
 def check_operands(spec: Spec, x: Any, weight: Tensor, residual: Any, pad: bool) -> None:

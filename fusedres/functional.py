@@ -7,7 +7,6 @@ y = act(norm(z)) + residual_scale * residual         # order "note"
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import backends, checks, ops
 from .autograd import FusedResidualFunction, apply_plainly
+from .dtypes import typed
 from .operands import DIFFERENTIABLE, Operands
 from .reference import composite, draw_seed, rows_per_sample
 from .spec import Spec, make_spec, one_of
@@ -41,19 +41,6 @@ def composite_only(x: Tensor, weight: Tensor) -> bool:
     return wrapped(x) or wrapped(weight)
 
 
-def _autocast(o: Operands) -> Operands:
-    """Casts as autocast casts a matmul's operands: floating tensors, but not float64."""
-    dtype = torch.get_autocast_dtype(o.x.device.type)
-
-    def cast(t: Any) -> Any:
-        kept = t is None or not t.is_floating_point() or t.dtype == torch.float64
-        return t if kept else t.to(dtype)
-
-    return o._replace(
-        x=cast(o.x), weight=cast(o.weight), bias=cast(o.bias), residual=cast(o.residual)
-    )
-
-
 def _require_grad(o: tuple[Any, ...]) -> bool:
     for t in o[: len(DIFFERENTIABLE)]:  # noqa: SIM110 (any() takes three times as long)
         if t is not None and t.requires_grad:
@@ -70,18 +57,19 @@ def run(
     longer, a fused op says that something is wrong and check_call what. Plain torch ops might
     broadcast instead, so what they get is always checked.
     """
-    x = o.x
-    autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    if autocast:
-        o = _autocast(o)
-        x = o.x
-    weight, residual = o.weight, o.residual
+    x, weight, residual = o.x, o.weight, o.residual
     inner = composite_only(x, weight)
     unchecked = own_parameters and not (inner or spec.batch_stats or is_dynamo_compiling())
     if unchecked:
         checks.check_operands(spec, x, weight, residual, pad)
     else:
         checks.check_call(spec, o, pad)
+    recipe, dtype, autocast = spec.text, weight.dtype, None
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        autocast = torch.get_autocast_dtype(x.device.type)
+    if autocast or x.dtype is not dtype or (residual is not None and residual.dtype is not dtype):
+        third = None if residual is None else residual.dtype
+        recipe, dtype = typed(recipe, x.dtype, dtype, third, autocast, x.device.type)
     N, K = weight.shape
     given, flat = o, x.dim() == 2
     if not flat:
@@ -94,22 +82,23 @@ def run(
 
     name = "reference"
     if not inner:
-        small = x.is_cuda and backends.is_small(x.device, x.dtype, M, N, K)
-        name = backends.choose(backend, spec.text, x.dtype, x.device, N, K, small)
+        small = x.is_cuda and backends.is_small(x.device, dtype, M, N, K)
+        name = backends.choose(backend, recipe, dtype, x.device, N, K, small)
     if name == "reference":
         if unchecked:
             checks.check_call(spec, given, pad)
-        without = torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
-        with without:  # its casts are done
-            y = composite(spec, o, momentum)
+        y = composite(spec, o, momentum)
     else:
         call = o._replace(running_mean=None, running_var=None) if spec.batch_stats else o
+        if autocast:  # as autocast casts a product's: once a call, in torch ops with gradients
+            call = call._replace(weight=_cast(weight, autocast), bias=_cast(o.bias, autocast))
         try:
             if torch.is_grad_enabled() and _require_grad(o):
                 apply = FusedResidualFunction.apply if is_dynamo_compiling() else apply_plainly
-                y, stats = apply(*call, spec.text, name)
+                y, stats, _ = apply(*call, recipe, name)
             else:
-                y, _, stats = ops.FORWARD[name](*call, spec.text, False)
+                y, *rest = ops.FORWARD[name](*call, recipe, False)
+                stats = rest[0] if spec.batch_stats else None
         except RuntimeError as error:
             checks.check_call(spec, given, pad)
             checks.check_memory(error)
@@ -117,6 +106,10 @@ def run(
         if spec.batch_stats and o.running_mean is not None and o.running_var is not None:
             update_running_statistics(o.running_mean, o.running_var, stats, M, momentum)
     return y if flat else y.view(*x.shape[:-1], N)
+
+
+def _cast(t: Any, dtype: torch.dtype) -> Any:
+    return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,21 +28,41 @@ class Operands(NamedTuple):
     seed: Tensor | None = None  # (1,) int64, for dropout and drop-path
     sample_rows: int = 1  # rows a sample, for drop-path
 
-    def empty_outputs(self, spec: Spec, save: bool, rows: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """y (M, N), z and stats of a forward op, unwritten.
-
-        z is (M, N) if backward needs it (`save`), else (0,). stats, in fp32 (fp64 for fp64): (2, C)
-        for batch norm in training; (2 * M,) for norms over rows where the backend saves them
-        (`rows`) and backward needs them; else (0,).
+    def empty_outputs(self, spec: Spec, save: bool, rows: bool) -> Outputs:
+        """What a forward op returns, unwritten. `save`: for backward; `rows`: whether the backend
+        saves the statistics of norms over rows.
         """
-        x, N = self.x, self.weight.shape[0]
-        M, K = x.shape
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        shape: tuple[int, ...] = (2 * M if rows and save and spec.norm in ("layer", "rms") else 0,)
-        if spec.batch_stats:
-            shape = 2, spec.width("norm", K, N)
-        z = x.new_empty((M, N) if save and spec.saves_z else (0,))
-        return x.new_empty((M, N)), z, x.new_empty(shape, dtype=exact)
+        x, weight = self.x, self.weight
+        (M, K), N = x.shape, weight.shape[0]
+        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        shape: tuple[int, ...] | None = (2 * M,) if rows and save and spec.norm else None
+        if spec.norm == "batch":
+            shape = (2, spec.width("norm", K, N)) if spec.batch_stats else None
+        return Outputs(
+            weight.new_empty((M, N), dtype=getattr(torch, spec.y_dtype) if spec.y_dtype else None),
+            weight.new_empty((M, N)) if save and spec.saves_z else None,
+            None if shape is None else weight.new_empty(shape, dtype=exact),
+            weight.new_empty((M, K)) if save and spec.casts else None,
+        )
+
+
+class Outputs(NamedTuple):
+    """What a forward op returns as a list, without what is None: y, then what backward gets."""
+
+    y: Tensor  # (M, N)
+    z: Tensor | None  # (M, N), if a stage after ``linear`` needs what it acted on
+    stats: Tensor | None  # (2, C) of batch norm in training, (2 * M,) of a norm over rows
+    operand: Tensor | None  # (M, K): x in weight's dtype, where that is all that is done to x
+
+    @classmethod
+    def of_list(cls, spec: Spec, saved: Sequence[Tensor], has_stats: bool) -> Outputs:
+        """From y and what follows it."""
+        rest = iter(saved)
+        there = (True, spec.saves_z, has_stats, spec.casts)
+        return cls(*(next(rest) if has else None for has in there))  # type: ignore[arg-type]
+
+    def list(self) -> list[Tensor]:
+        return [t for t in self if t is not None]
 
 
 DIFFERENTIABLE = Operands._fields[:7]  # bit i of a backward op's `needs` stands for the i-th

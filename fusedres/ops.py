@@ -24,26 +24,26 @@ OPERANDS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
     "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? seed, SymInt sample_rows"
 )
-FORWARD_SCHEMA = f"({OPERANDS}, str recipe, bool save) -> (Tensor y, Tensor z, Tensor stats)"
-BACKWARD_SCHEMA = (
-    f"(Tensor dy, Tensor z, Tensor stats, {OPERANDS}, str recipe, int needs) -> Tensor[]"
-)
+FORWARD_SCHEMA = f"({OPERANDS}, str recipe, bool save) -> Tensor[]"
+BACKWARD_SCHEMA = f"(Tensor dy, Tensor[] saved, {OPERANDS}, str recipe, int needs) -> Tensor[]"
 
 FORWARD: dict[str, Callable[..., Any]] = {}
 BACKWARD: dict[str, Callable[..., Any]] = {}
 
 
-def forward_fake(*call: Any, saves_rows: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes, dtypes and strides of (y, z, stats): what every backend must return.
+def forward_fake(*call: Any, saves_rows: bool = False) -> list[Tensor]:
+    """Shapes, dtypes and strides of y and what is saved: what every backend must return.
 
     `saves_rows`: whether the backend saves the statistics of norms over rows.
     """
     *operands, recipe, save = call
-    return Operands(*operands).empty_outputs(Spec.parse(recipe), save, saves_rows)
+    return Operands(*operands).empty_outputs(Spec.parse(recipe), save, saves_rows).list()
 
 
-def backward_fake(_dy: Tensor, _z: Tensor, _stats: Tensor, *call: Any) -> list[Tensor]:
-    """The gradients that `needs` asks for by bit i for operand i, contiguous, shaped like it."""
+def backward_fake(_dy: Tensor, _saved: list[Tensor], *call: Any) -> list[Tensor]:
+    """The gradients asked for, bit i of `needs` for operand i, each contiguous in its tensor's
+    shape and dtype.
+    """
     needs, inputs = call[-1], call[: len(DIFFERENTIABLE)]
     return [t.new_empty(t.shape) for i, t in enumerate(inputs) if needs >> i & 1 and t is not None]
 

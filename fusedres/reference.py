@@ -119,33 +119,45 @@ def run_stages(
     return t
 
 
-def composite(spec: Spec, o: Operands, momentum: float = 0.1) -> Tensor:
+def composite(
+    spec: Spec,
+    o: Operands,
+    momentum: float = 0.1,
+    product: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Every order in plain torch, differentiable any number of times. Returns y (M, N).
 
     Batch norm by this batch's statistics updates o.running_mean and o.running_var in place, as
-    nn.BatchNorm1d does.
+    nn.BatchNorm1d does. A recipe with dtypes in it is computed in these, without autocast; what
+    follows ``linear`` in y's, which is no less exact than eager. `product`: instead of ``linear``.
     """
+    y_dtype = None if spec.y_dtype is None else getattr(torch, spec.y_dtype)
 
     def plain_norm(t: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         if spec.norm == "batch":
             mean, var = o.running_mean, o.running_var
             return F.batch_norm(t, mean, var, w, b, spec.batch_stats, momentum, spec.eps)
-        w, b = (p if p is None else p.to(t.dtype) for p in (w, b))
+        float32 = all(p is None or p.dtype == torch.float32 for p in (w, b))
+        if not (float32 and t.is_cpu and t.itemsize == 2):  # torch takes such as they are
+            w, b = (p if p is None else p.to(t.dtype) for p in (w, b))
         if spec.norm == "layer":
             return F.layer_norm(t, t.shape[-1:], w, b, spec.eps)
         h = F.rms_norm(t, t.shape[-1:], w, spec.eps)
-        return h if b is None else h + b
+        return h if b is None else h + b.to(h.dtype)
 
     def norm(t: Tensor) -> Tensor:
-        # torch 2.11 to 2.15 cannot compile the jvp of an affine layer or batch norm
-        if is_dynamo_compiling():
+        if is_dynamo_compiling():  # torch 2.11 to 2.15 cannot compile the jvp of affine norms
             h = plain_norm(t, None, None)
             h = h if o.norm_weight is None else h * o.norm_weight.to(t.dtype)
             return h if o.norm_bias is None else h + o.norm_bias.to(t.dtype)
         return plain_norm(t, o.norm_weight, o.norm_bias)
 
     def linear(t: Tensor) -> Tensor:
-        return F.linear(t, o.weight, o.bias)
+        if product is not None:
+            z = product(t)
+        else:
+            z = F.linear(t.to(o.weight.dtype) if spec.dtypes else t, o.weight, o.bias)
+        return z if y_dtype is None else z.to(y_dtype)
 
     return run_stages(spec, o.x, linear, norm, o.gate, o.residual, o.seed, o.sample_rows)
 

@@ -77,6 +77,9 @@ class Spec:
     drop_path: float = 0.0
     residual_scale: float = 1.0
     batch_stats: bool = False  # batch norm by the statistics of this very batch, as in training
+    x_dtype: str | None = None  # these three where they are not weight's, which is the product's
+    residual_dtype: str | None = None
+    y_dtype: str | None = None
 
     # derived, plain attributes so that torch.compile can read them
     prologue: tuple[str, ...] = field(init=False, compare=False, repr=False)  # before `linear`
@@ -85,6 +88,8 @@ class Spec:
     random: bool = field(init=False, compare=False, repr=False)  # needs a seed
     saves_z: bool = field(init=False, compare=False, repr=False)  # backward needs z
     saves_residual: bool = field(init=False, compare=False, repr=False)  # and the shortcut
+    casts: bool = field(init=False, compare=False, repr=False)  # x to weight's dtype, by itself
+    dtypes: tuple[str, ...] = field(init=False, compare=False, repr=False)  # but weight's
     text: str = field(init=False, compare=False, repr=False)  # one line that says it all
 
     def __post_init__(self) -> None:
@@ -95,8 +100,12 @@ class Spec:
         self._derive("random", "dropout" in self.stages or "droppath" in self.stages)
         # what `add`, `dropout` and `droppath` act on, their backward need not know
         after_add = self.stages[self.stages.index("add") + 1 :] if self.adds else ()
+        saves_residual = any(stage in _NEEDS_INPUT or stage == "linear" for stage in after_add)
         self._derive("saves_z", any(stage in _NEEDS_INPUT for stage in self.epilogue))
-        self._derive("saves_residual", any(stage in _NEEDS_INPUT for stage in after_add))
+        self._derive("saves_residual", saves_residual)
+        self._derive("casts", self.x_dtype is not None and not self.prologue)
+        dtypes = (self.x_dtype, self.residual_dtype, self.y_dtype)
+        self._derive("dtypes", tuple(name for name in dtypes if name is not None))
         words = [f"{name}={_WRITE.get(name, str)(getattr(self, name))}" for name in _SETTINGS]
         words = [
             word
@@ -138,6 +147,9 @@ _READ: dict[str, Any] = {
     "norm": str,
     "activation": str,
     "gate": str,
+    "x_dtype": str,
+    "residual_dtype": str,
+    "y_dtype": str,
     "batch_stats": lambda v: v == "1",
 }
 

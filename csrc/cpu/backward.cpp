@@ -73,7 +73,7 @@ inline void backward_stage(const Backward<A>& b, Stage stage, int64_t m, const T
         for (int64_t i = 0; i < n; ++i) dx_add[i] = scale * d[i];
       if (b.dresidual.data) {
         for (int64_t i = 0; i < n; ++i) dx_add[i] = scale * d[i];
-        store_row(dx_add, b.dresidual, p.dtype, m, std::min(b.dresidual.features, n));
+        store_row(dx_add, b.dresidual, m, std::min(b.dresidual.features, n));
       }
       return;
     }
@@ -129,7 +129,7 @@ inline void backward_row(const Backward<A>& b, int64_t m, size_t replay, size_t 
                          Buffers<A>& buffers) {
   const std::vector<Stage>& stages = *b.program.stages;
   replay_row(b.program, m, replay, buffers);
-  load_row(b.dy, b.program.dtype, m, buffers.d, b.program.width);
+  load_row(b.dy, m, buffers.d, b.program.width);
   for (size_t i = stages.size(); i > first; --i)
     backward_stage(b, stages[i - 1], m, buffers.tape, buffers.d, buffers.dx_add);
 }
@@ -183,8 +183,8 @@ FUSEDRES_SIMD_CLONES void run(const Backward<A>& given, size_t first, BlockSums<
     sums.row_done();
     if (first > 0 || !b.dinput.data) continue;
     if (p.residual_is_input) accumulate(d, buffers.dx_add, p.width);
-    if (b.skip.data) add_scaled(b.skip, p.dtype, m, static_cast<A>(b.skip_scale), d, p.width);
-    store_row(d, b.dinput, p.dtype, m, p.width);
+    if (b.skip.data) add_scaled(b.skip, m, static_cast<A>(b.skip_scale), d, p.width);
+    store_row(d, b.dinput, m, p.width);
   }
   sums.flush();
 }

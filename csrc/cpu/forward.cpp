@@ -24,7 +24,7 @@ FUSEDRES_SIMD_CLONES void run(const Program<A>& p, size_t stages, const Sink<A>&
     for (size_t i = 0; i < stages; ++i)
       forward_stage<A, false>(p, (*p.stages)[i], m, t, t, nullptr);
     if (sink.y) {
-      store_row(t, *sink.y, p.dtype, m, p.width);
+      store_row(t, *sink.y, m, p.width);
       continue;
     }
 #pragma omp simd

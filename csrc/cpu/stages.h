@@ -30,21 +30,21 @@ namespace fusedres::cpu {
 
 // Calls f(pointer to row m's first element), of its storage type; a double program's is double.
 template <class A, class F>
-inline void with_row(const Rows& rows, DType dtype, int64_t m, F&& f) {
+inline void with_row(const Rows& rows, int64_t m, F&& f) {
   const int64_t offset = m * rows.stride;
   if constexpr (std::is_same_v<A, double>)
     f(static_cast<double*>(rows.data) + offset);
-  else if (dtype == DType::float32)
+  else if (rows.dtype == DType::float32)
     f(static_cast<float*>(rows.data) + offset);
-  else if (dtype == DType::bfloat16)
+  else if (rows.dtype == DType::bfloat16)
     f(static_cast<bfloat16*>(rows.data) + offset);
   else
     f(static_cast<float16*>(rows.data) + offset);
 }
 
 template <class A>
-inline void load_row(const Rows& rows, DType dtype, int64_t m, A* t, int64_t n) {
-  with_row<A>(rows, dtype, m, [&](const auto* in) {
+inline void load_row(const Rows& rows, int64_t m, A* t, int64_t n) {
+  with_row<A>(rows, m, [&](const auto* in) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) t[i] = to_float(in[i]);
   });
@@ -53,16 +53,16 @@ inline void load_row(const Rows& rows, DType dtype, int64_t m, A* t, int64_t n) 
 // t = input row m, plus the bias of `linear`
 template <class A>
 inline void load_input(const Program<A>& p, int64_t m, A* t) {
-  if (!p.bias) return load_row(p.input, p.dtype, m, t, p.width);
-  with_row<A>(p.input, p.dtype, m, [&](const auto* in) {
+  if (!p.bias) return load_row(p.input, m, t, p.width);
+  with_row<A>(p.input, m, [&](const auto* in) {
 #pragma omp simd
     for (int64_t i = 0; i < p.width; ++i) t[i] = to_float(in[i]) + p.bias[i];
   });
 }
 
 template <class A>
-inline void store_row(const A* t, const Rows& rows, DType dtype, int64_t m, int64_t n) {
-  with_row<A>(rows, dtype, m, [&](auto* out) {
+inline void store_row(const A* t, const Rows& rows, int64_t m, int64_t n) {
+  with_row<A>(rows, m, [&](auto* out) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) from_float(t[i], out[i]);
   });
@@ -70,9 +70,9 @@ inline void store_row(const A* t, const Rows& rows, DType dtype, int64_t m, int6
 
 // t += scale * r, for the features that r has.
 template <class A>
-inline void add_scaled(const Rows& rows, DType dtype, int64_t m, A scale, A* t, int64_t n) {
+inline void add_scaled(const Rows& rows, int64_t m, A scale, A* t, int64_t n) {
   const int64_t features = std::min(rows.features, n);
-  with_row<A>(rows, dtype, m, [&](const auto* r) {
+  with_row<A>(rows, m, [&](const auto* r) {
 #pragma omp simd
     for (int64_t i = 0; i < features; ++i) t[i] += scale * to_float(r[i]);
   });
@@ -117,8 +117,9 @@ inline RowScale<A> center(A* t, int64_t n, bool subtract_mean, A eps) {
     rest += t[i];
     squares += t[i] * t[i];
   }
-  const A shift = rest * per_n;
-  return {shift, 1 / std::sqrt(squares * per_n - shift * shift + eps)};
+  const A shift = rest * per_n, var = squares * per_n - shift * shift;
+  // A variance that overflows makes the row NaN, as torch does, not 0.
+  return {shift, 1 / std::sqrt(var + eps) + (var - var)};
 }
 
 // out = gamma * t + beta; out may be t.
@@ -283,7 +284,7 @@ inline A* forward_stage(const Program<A>& p, Stage stage, int64_t m, A* t, A* ne
       return t;
     case Stage::add: {
       const Rows& source = p.residual_is_input ? p.input : p.residual;
-      add_scaled(source, p.dtype, m, static_cast<A>(r.residual_scale), t, n);
+      add_scaled(source, m, static_cast<A>(r.residual_scale), t, n);
       return t;
     }
     case Stage::linear:

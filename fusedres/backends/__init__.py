@@ -23,6 +23,8 @@ def why_not(
     """None if `backend` can run a layer of N outputs and K inputs, else the reason."""
     if backend == "reference":
         return None
+    if spec.dtypes and "float64" in (*spec.dtypes, str(dtype).removeprefix("torch.")):
+        return "the kernels take no float64 beside other dtypes"
     if backend == "cpu":
         if device.type == "cpu" and spec.activation in REGISTERED:
             return f"the C++ kernels know only the built-in activations, not {spec.activation!r}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import activations
-from ..operands import DIFFERENTIABLE, Operands
+from ..operands import DIFFERENTIABLE, Operands, Outputs
 from ..spec import ACTIVATIONS, Spec
 from . import plan as planner
 from .plan import Plan, WholePlan, ceil_div
@@ -36,6 +36,8 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
         return "Triton is not installed"
     if dtype not in DTYPES:
         return f"the Triton kernels do not take {dtype}"
+    if spec.dtypes:
+        return "its kernels take x, weight, residual and y of one dtype"
     if max(N, K) > planner.MOST_COLUMNS:
         return f"{max(N, K)} features are too many for one launch (limit {planner.MOST_COLUMNS})"
     if spec.activation is not None and spec.activation not in ACTIVATIONS:
@@ -105,7 +107,7 @@ def stage_operands(spec: Spec, o: Operands, stats: Tensor | None) -> StageOperan
     )  # fmt: skip
 
 
-def residual_forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
+def residual_forward(*call: Any) -> list[Tensor]:
     """y (M, N), z and stats (`Operands.empty_outputs`) of (*operands, recipe, save).
 
     x (M, K) and residual (M, R) of any strides. A row's statistics are its mean and
@@ -114,15 +116,15 @@ def residual_forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
     *operands, recipe, save = call
     spec, o = Spec.parse(recipe), Operands(*operands)
     (M, K), N = o.x.shape, o.weight.shape[0]
-    y, z, stats = o.empty_outputs(spec, save, True)
-    if y.numel():
+    out = o.empty_outputs(spec, save, True)
+    if out.y.numel():
         chosen = planner.plan(spec, o.x.dtype, M, N, K, planner.device_of(o.x.device))
-        _launch_forward(spec, chosen, o, y, z if z.numel() else None, stats)
-    return y, z, stats
+        _launch_forward(spec, chosen, o, out.y, out.z, out.stats)
+    return out.list()
 
 
 def _launch_forward(
-    spec: Spec, chosen: Plan, o: Operands, y: Tensor, z: Tensor | None, stats: Tensor
+    spec: Spec, chosen: Plan, o: Operands, y: Tensor, z: Tensor | None, stats: Tensor | None
 ) -> None:
     x, weight = o.x, o.weight
     (M, K), N = x.shape, weight.shape[0]
@@ -157,19 +159,19 @@ def _launch_forward(
             partial = x.new_empty((3, ceil_div(N, tile.BLOCK_N), M), dtype=torch.float32)
             arrived = _counters(x, ceil_div(M, tile.BLOCK_M))
             kernel[grid](
-                *head, y if z is None else z, y, stats if stats.numel() else None, partial, arrived,
+                *head, y if z is None else z, y, stats, partial, arrived,
                 M, N, K, *strides, **constants,
             )  # fmt: skip
         else:
             kernel[grid](
-                *head, z, y, stats if stats.numel() else None, M, N, K, *strides,
+                *head, z, y, stats, M, N, K, *strides,
                 OVER=chosen.over, **constants,
             )  # fmt: skip
 
 
-def residual_backward(dy: Tensor, z: Tensor, stats: Tensor, *call: Any) -> list[Tensor]:
+def residual_backward(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tensor]:
     """The gradients of those of DIFFERENTIABLE whose bit is set in `needs`, shaped and typed like
-    them, of (dy, z, stats, *operands, recipe, needs).
+    them, of (dy, saved, *operands, recipe, needs).
 
     dy (M, N) of any strides, z and stats as `residual_forward` saved them. At most three launches:
     what is row by row after the product, both products, what is row by row before it.
@@ -181,7 +183,9 @@ def residual_backward(dy: Tensor, z: Tensor, stats: Tensor, *call: Any) -> list[
     if not dy.numel() or (not o.x.numel() and spec.prologue):
         return [grad.zero_() for grad in grads.values()]
     with torch.cuda.device_of(dy):
-        _Backward(spec, o, dy, z, stats, grads).run()
+        has_stats = spec.norm is not None and (spec.norm != "batch" or spec.batch_stats)
+        kept = Outputs.of_list(spec, (dy, *saved), has_stats)
+        _Backward(spec, o, dy, kept.z, kept.stats, grads).run()
     return list(grads.values())
 
 
@@ -232,9 +236,7 @@ class _Backward:
     it, which makes dx from the product's gradient dt and x.
     """
 
-    def __init__(
-        self, spec: Spec, o: Operands, dy: Tensor, z: Tensor, stats: Tensor, grads: Any
-    ) -> None:
+    def __init__(self, spec: Spec, o: Operands, dy: Tensor, z: Any, stats: Any, grads: Any) -> None:
         self.spec, self.inputs, self.grads = spec, o, grads
         self.dy, self.z, self.stats = dy, z, stats
         self.device = planner.device_of(dy.device)
@@ -271,14 +273,14 @@ class _Backward:
             skip = (grads["x"], 1.0) if late else None
             if late and spec.epilogue[-1] == "add":
                 dskip, skip = None, (dy, spec.residual_scale)
-            saved = self.z if self.z.numel() else None
+            saved = self.z
             self.rows("epilogue", dy, saved, new, dskip, own, skip, whole=whole)
             if "weight" in grads:
                 torch.mm((dy if new is None else new).t(), x, out=grads["weight"])
             return
         if dskip is not None or own or (changes and needs_dz):
             new = dy.new_empty(dy.shape) if changes and needs_dz else None
-            self.rows("epilogue", dy, self.z if self.z.numel() else None, new, dskip, own)
+            self.rows("epilogue", dy, self.z, new, dskip, own)
             dz = dy if new is None else new
         if not spec.prologue:
             if "x" in grads:

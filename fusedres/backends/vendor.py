@@ -27,6 +27,8 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
     """None if a layer of N outputs and K inputs runs this way, and should; else the reason."""
     if dtype != torch.float32 or triton._precision() != "ieee":
         return "tensor cores multiply within the one launch"
+    if spec.dtypes:
+        return "its kernels take x, weight, residual and y of one dtype"
     if spec.prologue:
         return "stages before linear are part of the product"
     if spec.batch_stats:
@@ -34,25 +36,25 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
     return triton.why_not(spec, dtype, device, N, K)
 
 
-def residual_forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
+def residual_forward(*call: Any) -> list[Tensor]:
     """The Triton backend's `residual_forward` in two launches, with the same arguments."""
     *operands, recipe, save = call
     spec, o = Spec.parse(recipe), Operands(*operands)
-    y, z, stats = o.empty_outputs(spec, save, True)
-    if not y.numel():
-        return y, z, stats
+    out = o.empty_outputs(spec, save, True)
+    if not out.y.numel():
+        return out.list()
     with torch.cuda.device_of(o.x):
-        to = z if z.numel() else y
+        to = out.y if out.z is None else out.z
         if o.bias is None:
             torch.mm(o.x, o.weight.t(), out=to)
         else:
             torch.addmm(o.bias, o.x, o.weight.t(), out=to)
         if spec.epilogue:
-            _finish(spec, o, to, y, stats)
-    return y, z, stats
+            _finish(spec, o, to, out.y, out.stats)
+    return out.list()
 
 
-def _finish(spec: Spec, o: Operands, z: Tensor, y: Tensor, stats: Tensor) -> None:
+def _finish(spec: Spec, o: Operands, z: Tensor, y: Tensor, stats: Any) -> None:
     M, N = y.shape
     rows = spec.norm in ("layer", "rms")
     side = triton.Side.of(spec.epilogue)
@@ -62,7 +64,7 @@ def _finish(spec: Spec, o: Operands, z: Tensor, y: Tensor, stats: Tensor) -> Non
         z,
         triton.stage_operands(spec, o, None),
         y,
-        stats if stats.numel() else None,
+        stats,
         M,
         N,
         BEFORE=side.before if rows else (),

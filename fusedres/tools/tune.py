@@ -116,7 +116,7 @@ def prepare(call: Call, device: Device, where: torch.device = CUDA) -> Callable[
     spec, dtype, M, N, _ = call
     operands = random_operands(call, where)
     y = torch.full((M, N), math.nan, device=where, dtype=dtype)
-    stats = operands.empty_outputs(spec, False, True)[2]
+    stats = operands.empty_outputs(spec, False, True).stats
 
     def launch(tile: Tile) -> Tensor:
         backend._launch_forward(spec, planner.plan(*call, device, tile), operands, y, None, stats)
