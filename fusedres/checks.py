@@ -35,7 +35,18 @@ def check_feature_counts(op: str, **counts: Any) -> None:
             raise ValueError(f"{op}: {name} must be a positive int, got {value!r}")
 
 
+SCRIPT = (
+    "torch.jit.script cannot read this layer; use torch.jit.trace or torch.export, or script "
+    "torch.nn modules"
+)
+
+
 def check_tensor(name: str, value: Any, optional: bool = False) -> None:
+    if type(value).__name__ == "Proxy":
+        raise TypeError(
+            f"{OP}: {name} is a torch.fx.Proxy; torch.fx.symbolic_trace cannot look into this "
+            f"layer: make it a leaf (Tracer.is_leaf_module), or use torch.export"
+        )
     if not (isinstance(value, Tensor) or (optional and value is None)):
         expected = "a torch.Tensor or None" if optional else "a torch.Tensor"
         raise TypeError(f"{OP}: {name} must be {expected}, got {type(value).__name__}")

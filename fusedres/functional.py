@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from . import backends, checks, ops
+from . import backends, checks, graphs, ops
 from .autograd import FusedResidualFunction, apply_plainly
 from .dtypes import typed
 from .operands import DIFFERENTIABLE, Operands
@@ -58,7 +58,7 @@ def run(
     broadcast instead, so what they get is always checked.
     """
     x, weight, residual = o.x, o.weight, o.residual
-    inner = composite_only(x, weight)
+    inner = composite_only(x, weight) or (not is_dynamo_compiling() and graphs.wants_plain_ops())
     unchecked = own_parameters and not (inner or spec.batch_stats or is_dynamo_compiling())
     if unchecked:
         checks.check_operands(spec, x, weight, residual, pad)
@@ -92,9 +92,15 @@ def run(
         call = o._replace(running_mean=None, running_var=None) if spec.batch_stats else o
         if autocast:  # as autocast casts a product's: once a call, in torch ops with gradients
             call = call._replace(weight=_cast(weight, autocast), bias=_cast(o.bias, autocast))
+        compiling = is_dynamo_compiling()
+        if not compiling and torch._C._len_torch_dispatch_stack():
+            graphs.register_flops()
         try:
-            if torch.is_grad_enabled() and _require_grad(o):
-                apply = FusedResidualFunction.apply if is_dynamo_compiling() else apply_plainly
+            if torch.compiler.is_exporting():
+                y, *rest = graphs.residual_layer(*call, recipe, name)
+                stats = rest[0] if spec.batch_stats else None
+            elif torch.is_grad_enabled() and _require_grad(o):
+                apply = FusedResidualFunction.apply if compiling else apply_plainly
                 y, stats, _ = apply(*call, recipe, name)
             else:
                 y, *rest = ops.FORWARD[name](*call, recipe, False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -192,6 +192,9 @@ class FusedResidualMLP(nn.Module):
             return shortcut(source)
         checks.check_shortcut_input(source, shortcut.in_features)
         return plain_linear(source, shortcut.weight, shortcut.bias, self.fc2.backend)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(f"FusedResidualMLP: {checks.SCRIPT}")
 
     def extra_repr(self) -> str:
         return f"{self.features}, {self.hidden_features}, {self.out_features}, order={self.order!r}"

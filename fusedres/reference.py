@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -318,6 +318,9 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y (..., N) from x (..., K); `residual` (..., R) goes into the shortcut, default x."""
         return self.eager(x, residual)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__}: {checks.SCRIPT}")
 
     def extra_repr(self) -> str:
         words = [f"{self.in_features}, {self.out_features}", f"order={self.order!r}"]
