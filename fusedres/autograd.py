@@ -34,17 +34,17 @@ def _stand_in(t: Tensor) -> Tensor:
 
 
 class FusedResidualFunction(torch.autograd.Function):
-    """apply(*operands, recipe, backend): `operands` in the order of :class:`Operands`, `recipe` as
-    ``str(spec)`` says it.
+    """apply(*operands, recipe, backend): the fields of ``fusedres.operands.Operands``, in order, a
+    recipe's text (``str(spec)``) and a key of ``fusedres.ops.FORWARD``.
 
     Returns y (M, N); stats, which carry no gradient: (2, C), mean and biased variance, where batch
     norm used this batch's statistics, else None; and what stands for x below, else None.
 
-    Saved for backward: what the op returns beside y (see :class:`Outputs`) and the operands that
-    the gradients asked for look at. x is not kept where weight is frozen and nothing acts before
-    ``linear``, or where it is only cast: then z or the cast, an output of this node, leads the
-    gradient of a gradient back to x. Everything else is recomputed. Operands are assumed checked
-    (see checks.py).
+    Saved for backward: what the op returns beside y (``fusedres.operands.Outputs``) and the
+    operands that the gradients asked for look at. x is not kept where weight is frozen and nothing
+    acts before ``linear``, or where it is only cast: then z or the cast, an output of this node,
+    leads the gradient of a gradient back to x. Everything else is recomputed. Operands are assumed
+    checked, see checks.py; what an op still refuses is a RuntimeError.
     """
 
     @staticmethod
@@ -53,6 +53,7 @@ class FusedResidualFunction(torch.autograd.Function):
         residual: Any, running_mean: Any, running_var: Any, seed: Any, sample_rows: int,
         recipe: str, backend: str,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """y, stats and what stands for x, see the class."""
         y, *saved = ops.FORWARD[backend](
             x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
             seed, sample_rows, recipe, True,
@@ -88,6 +89,7 @@ class FusedResidualFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, _: Any = None, d_stands: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
+        """From dy (M, N) the gradients of the differentiable operands, None where not needed."""
         saved = ctx.saved_tensors
         tensors, saved = saved[:TENSORS], saved[TENSORS:]
         needs = ctx.needs_input_grad[: len(DIFFERENTIABLE)]

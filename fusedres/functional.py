@@ -161,10 +161,10 @@ def fused_residual(
 
     Args:
         x: (..., K); float32, bfloat16, float16 or float64.
-        weight, bias: (N, K) and (N,), of x's dtype.
+        weight, bias: (N, K) and (N,), of x's dtype unless autocast casts them.
         norm_weight, norm_bias: (C,) with C = K where the norm stands before ``linear``, else N; any
             floating dtype. None: no scale, no shift.
-        residual: (..., R), R the width at ``add``, of x's dtype: goes into the shortcut; default x.
+        residual: (..., R), R the width at ``add``: goes into the shortcut; default x.
         order, norm, activation: see :class:`fusedres.Residual`.
         eps: added to the variance (no unit).
         running_mean, running_var: (C,), for ``norm="batch"``; updated in place in training, by
@@ -180,7 +180,7 @@ def fused_residual(
         backend: "auto", "reference", "cpu", "triton" or "cuda"; "auto" falls back.
 
     Returns:
-        y: (..., N), x's dtype or that of autocast; differentiable any number of times.
+        y: (..., N), of the dtype that eager torch gives it; differentiable any number of times.
 
     Raises:
         ValueError, TypeError: a tensor or setting does not fit; the message says what would.

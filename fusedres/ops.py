@@ -41,9 +41,7 @@ def forward_fake(*call: Any, saves_rows: bool = False) -> list[Tensor]:
 
 
 def backward_fake(_dy: Tensor, _saved: list[Tensor], *call: Any) -> list[Tensor]:
-    """The gradients asked for, bit i of `needs` for operand i, each contiguous in its tensor's
-    shape and dtype.
-    """
+    """The gradients that `needs` asks for by bit i for operand i, contiguous, shaped like it."""
     needs, inputs = call[-1], call[: len(DIFFERENTIABLE)]
     return [t.new_empty(t.shape) for i, t in enumerate(inputs) if needs >> i & 1 and t is not None]
 

@@ -196,7 +196,7 @@ class Residual(nn.Module):
         backend: "auto", "reference", "cpu", "triton" or "cuda"; `Residual` runs the reference only.
         device, dtype: of the parameters.
 
-    Shapes: x (..., K), residual (..., R) as the shortcut takes it, y (..., N); one floating dtype.
+    Shapes: x (..., K), residual (..., R) as the shortcut takes it, y (..., N); floating dtypes.
 
     Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
     does not fit.
