@@ -75,9 +75,14 @@ def routes(quick: bool) -> Iterator[Route]:
     uv = INSTALL.replace("pip", "uv pip", 1) + " --no-deps"
     yield Route("uv, not isolated", f"pip install -q uv\n{TORCH}\n{uv}", FUSED)
     for python in (f"python3.{minor}" for minor in range(10, 15)):
-        works = subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0
-        if works and python != HERE:
+        if python != HERE and works(python):
             yield Route(f"README, {python}", readme, FUSED, python)
+
+
+def works(python: str) -> bool:
+    """Whether there is one of that name, and no mere hint at one."""
+    found, imports = shutil.which(python), (python, "-c", "import venv")
+    return bool(found) and subprocess.run(imports, capture_output=True).returncode == 0
 
 
 def share_torch(folder: Path) -> None:
