@@ -24,7 +24,7 @@ info = extension.build_info() if extension else {"cuda": "none"}
 has_cuda = info["cuda"] != "none"
 hopper_missing: str | None = None
 if " 9.0" in info["cuda"] and info["hopper"] == "left out":
-    hopper_missing = "the extension has no kernels for Hopper (CUTLASS was not there to build them)"
+    hopper_missing = "the C++ extension lacks Hopper's kernels (it was built without CUTLASS)"
 
 
 @cache  # once a process
