@@ -103,16 +103,21 @@ def share_torch(folder: Path) -> None:
                 (folder / top).symlink_to(found.locate_file(top))
 
 
-def outcome(route: Route, folder: Path, shared: Path) -> str:
-    """Installs by this route into `folder` and says what came of it."""
-    tree, venv = folder / "tree", folder / "venv"
-    tree.mkdir()
+def copy_tree(folder: Path) -> None:
+    """The source without what was built in it."""
+    built = shutil.ignore_patterns("__pycache__", "*.so", "without_extension.txt")
+    folder.mkdir()
     for source in map(ROOT.joinpath, TREE):
         if source.is_dir():
-            built = shutil.ignore_patterns("__pycache__", "*.so", "without_extension.txt")
-            shutil.copytree(source, tree / source.name, ignore=built)
+            shutil.copytree(source, folder / source.name, ignore=built)
         else:
-            shutil.copy(source, tree)
+            shutil.copy(source, folder)
+
+
+def outcome(route: Route, folder: Path, source: Path, shared: Path) -> str:
+    """Installs by this route into `folder` and says what came of it."""
+    tree, venv = folder / "tree", folder / "venv"
+    shutil.copytree(source, tree)
     python = sys.executable if route.python == HERE else route.python
     subprocess.run([python, "-m", "venv", venv], check=True)
     if route.python == HERE:
@@ -148,7 +153,8 @@ def main() -> int:
     bad = 0
     print(f"{'route':28}  seconds  result")
     with tempfile.TemporaryDirectory() as top:
-        shared = Path(top, "shared")
+        source, shared = Path(top, "source"), Path(top, "shared")
+        copy_tree(source)  # all routes install the same, whatever is edited meanwhile
         shared.mkdir()
         share_torch(shared)
         for route in routes(args.quick):
@@ -156,7 +162,7 @@ def main() -> int:
                 continue
             start = perf_counter()
             with tempfile.TemporaryDirectory(dir=top) as folder:
-                found = outcome(route, Path(folder), shared)
+                found = outcome(route, Path(folder), source, shared)
             good = route.expected in found
             bad += not good
             told = found if good else f"WRONG, expected {route.expected!r}: {found}"
