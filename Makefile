@@ -10,14 +10,15 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench bench-check gpu-check mutate lint clean FORCE
+.PHONY: help demo test bench bench-check gpu-check mutate install-check lint clean FORCE
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
 	@echo "Another torch or Python: make test TORCH=torch==2.13.0 PYTHON=python3.12 VENV=.venv312"
 
 demo: $(VENV)/built ## train plain and residual nets on real digits and draw the picture (3 minutes)
-	$(PY) examples/degradation.py
+	@mkdir -p build
+	$(PY) -m fusedres demo --out build/degradation.png
 
 test: $(VENV)/built ## run all tests, in parallel
 	$(PY) -m pytest tests -n $(CORES) --dist worksteal
@@ -36,6 +37,9 @@ gpu-check: ## build, test and measure on this GPU, with the Python at hand and n
 mutate: $(VENV)/built ## break the kernels on purpose and count how many breaks the tests catch
 	$(PY) tests/mutate.py
 
+install-check: $(VENV)/installed ## install by every route into environments that are thrown away (ARGS=--quick: 3 minutes)
+	$(PY) tests/install_check.py $(ARGS)
+
 lint: $(VENV)/installed ## ruff, clang-format and mypy
 	ruff check .
 	ruff format --check .
@@ -43,7 +47,7 @@ lint: $(VENV)/installed ## ruff, clang-format and mypy
 	mypy
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build fusedres/_C*.so *.egg-info
+	rm -rf $(VENV) build fusedres/_C*.so fusedres/without_extension.txt *.egg-info
 
 # Holds the name of the torch that is wanted; touched only when that changes.
 $(VENV)/torch: FORCE
@@ -59,5 +63,6 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml
 
 $(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
 	@echo "Building the extension"
-	$(PY) setup.py --quiet build_ext --inplace
+	@$(PY) setup.py --quiet build_ext --inplace >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@grep ^fusedres: $(VENV)/build.log || true
 	@touch $@

@@ -4,6 +4,7 @@ With nvcc and a CUDA build of torch it has the CUDA kernels, else the CPU's alon
 its driver is needed, to build or to import.
 
 FUSEDRES_SKIP_EXT=1   build no extension; the package then runs on its other backends
+CXX                   the C++ compiler; default: c++
 FORCE_ONLY_CPU=1      leave out the CUDA kernels
 FORCE_CUDA=1          fail where they cannot be built, and say why
 TORCH_CUDA_ARCH_LIST  what they are built for; default: "8.0+PTX;9.0a;10.0", as far as nvcc knows it
@@ -14,14 +15,21 @@ MAX_JOBS=n            compile n files at once; default: one per core
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import __version__, setup
+from setuptools.command.build_py import build_py
+
+if int(__version__.partition(".")[0]) < 77:
+    needed = "needs 77 or newer: pip install 'setuptools>=77'"
+    sys.exit(f"fusedres: found setuptools {__version__}, {needed}")
 
 # No -march=native: the binary runs on every CPU of its architecture. No -ffast-math: NaN stays NaN.
 CXX_FLAGS = [
@@ -40,6 +48,10 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Icsrc",
 ]
+CXX_PROBE = "static_assert(__cplusplus >= 202002L && __builtin_bit_cast(int, 1.0f));"
+NOTE = (
+    "without_extension.txt"  # in the package: why it has none; fusedres/backends/native.py reads it
+)
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 
 
@@ -176,22 +188,53 @@ def find_cuda(torch_cuda: str | None) -> Cuda | None:
     return None
 
 
+def check_compiler() -> None:
+    """One line instead of the many that a build without one ends in."""
+    if {"egg_info", "sdist"} & {*sys.argv}:
+        return
+    instead = "or set FUSEDRES_SKIP_EXT=1 to build no extension"
+    command = shlex.split(os.environ.get("CXX") or "c++")  # as torch's build does
+    expected = f"expected g++ 11 or newer, of that name or named by CXX, {instead}"
+    if not shutil.which(command[0]):
+        sys.exit(f"fusedres: no C++ compiler {command[0]}, {expected}")
+    probe = [*command, "-std=c++20", "-fsyntax-only", "-xc++", "-"]
+    if subprocess.run(probe, input=CXX_PROBE, text=True, capture_output=True).returncode:
+        version = run(*command, "--version").partition("\n")[0]
+        sys.exit(f"fusedres: {command[0]} is '{version}' and knows no C++20, {expected}")
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").exists():
+        sys.exit(f"fusedres: no Python.h in {include}, install e.g. python3-dev, {instead}")
+
+
+def without(reason: str) -> dict:
+    """setup() arguments that build no extension and leave a note why."""
+
+    class BuildPython(build_py):
+        def run(self) -> None:
+            super().run()
+            folder = "." if self.editable_mode else self.build_lib
+            Path(folder, "fusedres", NOTE).write_text(reason)
+
+    return {"cmdclass": {"build_py": BuildPython}}
+
+
 def extension() -> dict:
-    """setup() arguments that build fusedres._C; none where there is nothing to build it with."""
+    """setup() arguments that build fusedres._C; where torch is missing, that build none."""
     if flag("FUSEDRES_SKIP_EXT"):
-        return {}
+        return without("FUSEDRES_SKIP_EXT=1 was set")
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         print(
             "fusedres: torch is not importable here, so no extension is built. For the extension, "
             "install torch first, then: pip install --no-build-isolation .",
             file=sys.stderr,
         )
-        return {}
+        return without("torch was not importable in the build, as in an isolated one")
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         sys.exit(f"fusedres: found torch {torch.__version__}, needs torch >= 2.11")
+    check_compiler()
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
     cuda = find_cuda(torch.version.cuda)
@@ -211,6 +254,10 @@ def extension() -> dict:
             if cuda is not None:
                 ext.extra_objects = cuda.compile(Path(self.build_temp) / "cuda")
             super().build_extension(ext)
+
+        def copy_extensions_to_source(self) -> None:
+            super().copy_extensions_to_source()
+            Path("fusedres", NOTE).unlink(missing_ok=True)  # of an earlier install without
 
     module = CppExtension(
         "fusedres._C",

@@ -21,7 +21,9 @@ namespace cuda = fusedres::cuda;
 namespace {
 
 std::string simd() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ < 12)
+  return "x86-64 (its compiler makes no AVX clones, g++ 12 does)";  // as in cpu/stages.h
+#elif defined(__x86_64__)
   if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
   if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
   return "x86-64";

@@ -90,11 +90,13 @@ def choose(
     if one_of("backend", backend, BACKENDS) == "auto":
         backend = environment_backend()
     if backend == "auto":
-        names = candidates(device, small)
-        able = (name for name in names if why_not(name, spec, dtype, device, N, K) is None)
-        backend = next(able, "reference")
-    reason = why_not(backend, spec, dtype, device, N, K)
-    if reason is not None:
+        for backend in (*candidates(device, small), "reference"):
+            reason = why_not(backend, spec, dtype, device, N, K)
+            if reason is None:
+                break
+            if reason == native.missing and not native.skipped:
+                native.warn(reason)
+    elif reason := why_not(backend, spec, dtype, device, N, K):
         raise NotImplementedError(
             f"fused_residual: backend={backend!r} cannot run '{spec}' with {dtype}, N={N}, K={K}: "
             f"{reason}; backend='auto' falls back"

@@ -46,6 +46,8 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
 
 def name(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str:
     """WITH_TRITON where rows are too wide for the C++ backward, else "cuda"."""
+    if native.hopper_missing and plan.device_of(device).architecture.startswith("sm_90"):
+        native.warn(native.hopper_missing)
     if _refusal(spec, dtype, device, N, K, True) is None:
         return "cuda"
     from . import triton

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import importlib
+import warnings
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+NOTE = Path(__file__).parents[1] / "without_extension.txt"  # setup.py's: why it built none
+
+extension: Any = None
+missing: str | None = None
 try:
-    extension: Any = importlib.import_module("fusedres._C")
-    missing: str | None = None
-except ImportError as error:  # `python -m fusedres info` says so, "auto" falls back
-    extension, missing = None, f"the C++ extension is not built ({error})"
-has_cuda = extension is not None and extension.build_info()["cuda"] != "none"
+    extension = importlib.import_module("fusedres._C")
+except ModuleNotFoundError as error:  # `python -m fusedres info` says so, "auto" falls back
+    missing = f"the C++ extension is not built ({NOTE.read_text() if NOTE.exists() else error})"
+except ImportError as error:
+    missing = f"the C++ extension does not load ({error})"
+skipped = "FUSEDRES_SKIP_EXT=1" in str(missing)  # so nobody is surprised
+
+info = extension.build_info() if extension else {"cuda": "none"}
+has_cuda = info["cuda"] != "none"
+hopper_missing: str | None = None
+if " 9.0" in info["cuda"] and info["hopper"] == "left out":
+    hopper_missing = "the C++ extension lacks Hopper's kernels (it was built without CUTLASS)"
+
+
+@cache  # once a process
+def warn(lack: str) -> None:
+    cure = "`python -m fusedres info` says how to get it"
+    told = f"fusedres: {lack}, and this call would have used it; {cure}"
+    warnings.warn(told, RuntimeWarning, stacklevel=2)

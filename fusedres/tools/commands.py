@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import FusedResidual, FusedResidualMLP
+from ..backends import native
 from ..spec import make_spec
 from . import console
 
@@ -75,15 +76,18 @@ def selftest(args: argparse.Namespace) -> int:
             for line in one.wrong:
                 console.out(f"  WRONG {line}", "bad")
     wrong = sum(len(one.wrong) for one in found)
+    lacks = native.missing and not native.skipped
     if args.json:
         _print_json([asdict(one) for one in found])
     elif wrong:
         console.out(f"{wrong} layers are wrong: please report it, with `info`", "bad")
+    elif lacks:
+        console.out(f"{native.missing}: `info` says how to get it", "bad")
     elif any(one.here for one in found):
         console.out("all is well", "good")
     else:
         console.out("nothing to check: layers run as torch operations; see `info`", "note")
-    return FAILED if wrong else OK
+    return FAILED if wrong or lacks else OK
 
 
 def explain(args: argparse.Namespace) -> int:

@@ -139,6 +139,8 @@ def _missing(facts: dict[str, Any]) -> Iterator[dict[str, str]]:
     if native.missing:
         tool = "" if facts["g++"] else "install g++, then "
         yield {"what": native.missing, "how": tool + BUILD}
+    if native.hopper_missing:
+        yield {"what": native.hopper_missing, "how": f"pip install nvidia-cutlass, then {BUILD}"}
     if not facts["GPUs"]:
         how = GPU if facts["torch CUDA"] else CPU_BUILD
         yield {"what": "a CUDA GPU (the CPU kernels need none)", "how": how}
