@@ -178,7 +178,7 @@ def family_of(spec: Spec, size: int, M: int, N: int) -> str:
         return "columns" if M <= TALLEST_COLUMN else "batch"
     if "norm" in spec.prologue and spec.batch_stats:
         return "prebatch"
-    if spec.prologue == ("norm",) and rows and size == 2:
+    if spec.prologue == ("norm",) and rows and size == 2 and spec.x_dtype is None:
         return "algebraic"
     return "prologue" if spec.prologue else "tile"
 

@@ -151,11 +151,11 @@ def backward(sm, dtype, norm, random, width):
     spec, M = make_spec(**settings), 4096
     tensors = operands(spec, dtype, M, width, width)
     dy = torch.empty(M, width, dtype=dtype, device="meta")
-    z = dy if spec.saves_z else dy.new_empty(0)
     shape = (2, width) if norm == "batch" else (2 * M,)
     stats = torch.empty(shape, dtype=F32, device="meta")
     needs = sum(1 << i for i, t in enumerate(tensors[:7]) if t is not None)
-    backend.residual_backward(dy, *tensors, z, stats, 1, str(spec), needs)
+    saved = [dy, stats] if spec.saves_z else [stats]
+    backend.residual_backward(dy, saved, *tensors, 1, str(spec), needs)
 
 
 def whole(sm, dtype, tile, random, activation, order):
@@ -168,7 +168,8 @@ def whole(sm, dtype, tile, random, activation, order):
     dy = torch.empty(M, N, dtype=dtype, device="meta")
     stats = torch.empty(2 * M, dtype=F32, device="meta")
     needs = sum(1 << i for i, t in enumerate(tensors[:7]) if t is not None)
-    backend.residual_backward(dy, *tensors, dy, stats, 1, str(spec), needs)
+    saved = [dy, stats] if spec.norm else [dy]
+    backend.residual_backward(dy, saved, *tensors, 1, str(spec), needs)
 
 
 def whole_job(job):
