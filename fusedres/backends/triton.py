@@ -389,7 +389,14 @@ class _Backward:
         spec, x, weight = self.spec, self.inputs.x, self.inputs.weight
         (M, K), N = x.shape, weight.shape[0]
         chosen = planner.plan_products(
-            self.dtype, M, N, K, dt is not None, bool(RANDOM & set(spec.prologue)), self.device
+            self.dtype,
+            M,
+            N,
+            K,
+            dt is not None,
+            bool(RANDOM & set(spec.prologue)),
+            self.device,
+            spec.x_dtype is not None,
         )
         partial = arrived = None
         if chosen.splits > 1:
@@ -404,7 +411,6 @@ class _Backward:
             PRECISION=_precision(), BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R,
             **chosen.options,
         )  # fmt: skip
-
 
     def dx(self, dz: Tensor, skip: tuple[Tensor, float] | None) -> None:
         """dx = dz @ weight + skip: one launch."""

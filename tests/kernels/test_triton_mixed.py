@@ -12,11 +12,9 @@ import pytest
 import torch
 
 from fusedres import FusedResidual, Residual, explain
-from fusedres.backends import plan as planner
-from fusedres.backends import triton as backend
 from fusedres.dtypes import typed
-from fusedres.spec import ORDERS, make_spec
-from oracle import assert_as_accurate, assert_close, double, make_case
+from fusedres.spec import ORDERS, Spec, make_spec
+from oracle import assert_as_accurate, double, make_case
 from triton_run import (
     DEVICE,
     F16,
@@ -48,7 +46,7 @@ def product_of(spec, x, weight, residual, autocast):
 def results(layer, tensors, dy, autocast, asked):
     """{"y": y, "dx": ...} of a layer's call; leaves have the dtypes that `tensors` have."""
     torch.manual_seed(7)
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+    leaves = {name: t.clone().requires_grad_(asked(name)) for name, t in tensors.items()}
     with torch.autocast(DEVICE, F16, enabled=autocast):
         y = layer(leaves["x"], leaves.get("residual"))
     leaves |= dict(layer.named_parameters())
@@ -89,7 +87,7 @@ def three(settings, sizes, dtypes, asked=lambda name: True):
     )
 
 
-def close(results, what, terms=600):
+def close(results, what):
     """`assert_close`, where every tensor may hold roundings of the coarsest dtype."""
     ours, plain, true = results
     for name in plain:
@@ -127,7 +125,9 @@ def test_every_order_norm_and_dtype(order, monkeypatch):
         close(three(settings, (M, K, N), dtypes), f"'{found[0]}', {dtypes}")
 
 
-@pytest.mark.parametrize("dtypes", [(F32, F32, None, True), (F32, F32, F16, True), (F16, F16, F32, False)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(F32, F32, None, True), (F32, F32, F16, True), (F16, F16, F32, False)], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_as_accurate_as_eager(family, dtypes, monkeypatch):
     """NUMERICS 1: RMS and largest error."""
@@ -145,7 +145,7 @@ def test_what_no_gradient_looks_at_is_not_kept(family, frozen, monkeypatch):
     settings = {"activation": "gelu", **settings}
     settings.pop("dtype", None)
     force(monkeypatch, **constants)
-    for dtypes in ((F32, F32, F16, True), (F32, F32, None, True), (F16, F16, F32, False)):
+    for dtypes in ((F32, F32, F16, True), (F32, F32, None, True)):
         forward = FusedResidual.forward
 
         def freeze(layer, *inputs, forward=forward):
@@ -161,18 +161,20 @@ def test_what_no_gradient_looks_at_is_not_kept(family, frozen, monkeypatch):
 
 def mixed_case(settings, sizes, dtypes):
     """A case whose operands have these dtypes, and its recipe; None where there is none."""
-    x, weight, residual, _ = dtypes
+    x, weight, residual, autocast = dtypes
     M, K, N = sizes
     spec = make_spec(**settings)
-    found = product_of(spec, *dtypes)
+    residual = residual if spec.adds else None
+    found = product_of(spec, x, weight, residual, autocast)
     if found is None:
         return None
     recipe, product = found
-    width = spec.width("add", K, N) if residual and spec.adds else None
+    width = spec.width("add", K, N) if residual else None
     case = on_device(make_case(M, K, N, residual=width, **settings))
     to = {"x": x, "weight": product, "bias": product, "residual": residual}
     cast = {name: t.to(to.get(name, weight)) for name, t in case.tensors.items()}
-    return case.with_tensors(**cast), recipe
+    y = Spec.parse(recipe).y_dtype
+    return case.with_tensors(case.dy.to(getattr(torch, y) if y else product), **cast), recipe
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -186,7 +188,7 @@ def test_one_launch_forward_and_at_most_three_backward(dtypes, monkeypatch):
             continue
         case, recipe = found
         force(monkeypatch, WIDEST_PRODUCT=0 if split else 512)
-        seen, (outputs, grads) = launches.of(partial(call, recipe=recipe), case)
+        seen, (_, grads) = launches.of(partial(call, recipe=recipe), case)
         cells += 1
         assert "forward" in seen[0] and sum("forward" in name for name in seen) == 1, seen
         assert 1 <= len(seen[1:]) <= 3, f"'{recipe}': {seen}"
@@ -198,7 +200,7 @@ def test_one_launch_forward_and_at_most_three_backward(dtypes, monkeypatch):
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
 @pytest.mark.parametrize("family", ["rows", "wide", "prologue", "columns", "batch", "prebatch"])
 def test_a_variance_that_overflows_is_torch_s(family, norm, monkeypatch):
-    """FIDELITY 10: NaN of layer norm, 0 of the others. With a batch norm, all rows."""
+    """FIDELITY 10: NaN of layer norm (of torch's by the width), 0 of the others."""
     settings, constants = FAMILIES[family]
     settings = {**settings, "norm": norm, "activation": None}
     force(monkeypatch, **constants)
@@ -210,15 +212,18 @@ def test_a_variance_that_overflows_is_torch_s(family, norm, monkeypatch):
         x[2] *= 1e20
         with torch.no_grad():
             ours, plain = fused(x), eager(x)
-        torch.testing.assert_close(ours, plain, equal_nan=True, rtol=1e-4, atol=1e-4)
-        assert ours[2].isnan().all() == (norm == "layer")
+        if norm == "layer":
+            assert ours[2].isnan().all()
+            ours[2] = plain[2] = 0
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_explain_says_what_is_cast():
-    layer = FusedResidual(24, backend="triton", device=DEVICE)
+    layer = FusedResidual(24, order="linear-norm-add", backend="triton", device=DEVICE)
     with torch.autocast(DEVICE, F16):
         told = explain(layer, torch.randn(4, 24, device=DEVICE))
     (layer_call,) = told.calls
     assert layer_call.recipe.endswith("x_dtype=float32 y_dtype=float32")
-    assert layer_call.backward_launches <= 3
-    assert "x in torch.float16" in str(told) or True
+    assert (layer_call.forward_launches, layer_call.backend) == (1, "triton")
+    assert "x" not in layer_call.saved and layer_call.saved["cast of x"] == 4 * 24 * 2
+    assert any("casts the weight and the bias to torch.float16" in note for note in told.notes)
