@@ -201,8 +201,8 @@ def tiles_of(
     device's shared memory.
     """
     tiles = config(device.name, device.architecture)["tiles"]
-    kinds = [" random"] * random + [" mixed"] * mixed + [""]
-    kinds = [" random mixed"] * (random and mixed) + kinds
+    both = [" random mixed"] * (random and mixed)
+    kinds = [*both, *[" random"] * random, *[" mixed"] * mixed, ""]
     by_kind = (tiles.get(family + kind, {}).get(str(8 * size)) for kind in kinds)
     found = []
     for row in next(rows for rows in by_kind if rows is not None):

@@ -6,12 +6,14 @@ with TRITON_INTERPRET=1. There is autocast to fp16 on a CPU too, so that one tes
 
 import copy
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from fusedres import FusedResidual, Residual, explain
+from fusedres import FusedResidual, Residual, explain, ops
+from fusedres.backends import vendor
 from fusedres.dtypes import typed
 from fusedres.spec import ORDERS, Spec, make_spec
 from oracle import assert_as_accurate, double, make_case
@@ -157,6 +159,48 @@ def test_what_no_gradient_looks_at_is_not_kept(family, frozen, monkeypatch):
         monkeypatch.setattr(FusedResidual, "forward", freeze)
         close(three(settings, (17, 20, 33), dtypes, asked), f"{family}, {dtypes}")
         monkeypatch.setattr(FusedResidual, "forward", forward)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_is_the_same(family, monkeypatch):
+    """There z has no tensor of its own and may lie in y, of another dtype."""
+    settings, constants = FAMILIES[family]
+    settings = {
+        name: value for name, value in settings.items() if name not in ("dtype", "training")
+    }
+    force(monkeypatch, **constants)
+    layer = FusedResidual(24, 70, shortcut="pad", activation="gelu", backend="triton", **settings)
+    layer, x = layer.to(DEVICE), torch.randn(17, 24, device=DEVICE)
+    with torch.autocast(DEVICE, F16):
+        y = layer(x)
+        with torch.no_grad():
+            assert y.dtype == F32 and torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("order", ["note", "prenorm", "resnet-v1"])
+def test_twenty_layers_in_a_row(order):
+    """The stream stays as exact as eager's, and finite where eager's is."""
+    torch.manual_seed(3)
+    stack = [FusedResidual(24, order=order, activation="gelu", backend="triton") for _ in range(20)]
+    x, ways = torch.randn(64, 24, device=DEVICE), {}
+    for way in ("eager", "forward", "exact"):
+        y = x.double() if way == "exact" else x
+        with torch.no_grad(), torch.autocast(DEVICE, F16, enabled=way != "exact"):
+            for layer in stack:
+                layer = double(layer) if way == "exact" else layer
+                y = getattr(layer.to(DEVICE), "forward" if way == "exact" else way)(y)
+        ways[way] = {"y": y}
+    assert_as_accurate(ways["forward"], ways["eager"], ways["exact"], order)
+
+
+@pytest.mark.parametrize("order", ["note", "postnorm", "linear-add"])
+def test_the_library_s_product_and_a_residual_of_its_own_dtype(order, monkeypatch):
+    spec, device = make_spec(order), torch.device(DEVICE)
+    assert vendor.why_not(replace(spec, residual_dtype="float16"), F32, device, 24, 24) is None
+    assert "x" in vendor.why_not(replace(spec, x_dtype="float16"), F32, device, 24, 24)
+    monkeypatch.setitem(ops.FORWARD, "triton", ops.FORWARD["vendor"])
+    settings = {"order": order, "activation": "gelu"}
+    assert_as_accurate(*three(settings, (64, 40, 40), (F32, F32, F16, False)), order)
 
 
 def mixed_case(settings, sizes, dtypes):
