@@ -24,9 +24,9 @@ from .stages import load_tile, row_rstd, rstd_of, run_stages, store_tile
 
 
 @triton.jit
-def as_stored(z, weight_ptr):
-    """z rounded to its type, weight's: a norm and its gradient must see the same values."""
-    return z.to(weight_ptr.dtype.element_ty).to(tl.float32)
+def rounded(z, weight_ptr):
+    """z in its type, weight's: a norm and its gradient must see the same values."""
+    return z.to(weight_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def residual_forward_kernel(
         store_tile(z_ptr, z, m, n, M, N)
 
     if OVER == "rows":
-        z = as_stored(z, weight_ptr)
+        z = rounded(z, weight_ptr).to(tl.float32)
         t = run_stages(z, p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
         mean, rest, m2 = moments(t, (n < N)[None, :], N, CENTRED, 1)
         mean += rest
@@ -132,7 +132,7 @@ def residual_forward_kernel(
         store_rows(stats_ptr, mean, rstd, m, M, tile_n)
         y = run_stages(t, p, m, n, M, N, mean[:, None], rstd[:, None], EPILOGUE, ACT)
     elif OVER == "columns":
-        z = as_stored(z, weight_ptr)
+        z = rounded(z, weight_ptr).to(tl.float32)
         t = run_stages(z, p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
         mean, rest, m2 = moments(t, (m < M)[:, None], M, CENTRED, 0)
         mean += rest
@@ -171,8 +171,9 @@ def residual_forward_wide_kernel(
         stride_xm, stride_xk, stride_wn, stride_wk,
         PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )
-    z = as_stored(z, weight_ptr)
+    z = rounded(z, weight_ptr)
     store_tile(z_ptr, z, m, n, M, N)
+    z = z.to(tl.float32)
     t = run_stages(z, p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
     count = tl.minimum(BLOCK_N, N - tile_n * BLOCK_N)
     mean, rest, m2 = moments(t, (n < N)[None, :], count, CENTRED, 1)
@@ -220,8 +221,9 @@ def residual_forward_batch_kernel(
                     stride_xm, stride_xk, stride_wn, stride_wk,
                     PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )
-                z = as_stored(z, weight_ptr)
+                z = rounded(z, weight_ptr)
                 store_tile(z_ptr, z, m, n, M, N)
+                z = z.to(tl.float32)
                 t = run_stages(z, p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
                 count = tl.minimum(BLOCK_M, M - block * BLOCK_M) * 1.0
                 part = moments(t, (m < M)[:, None], count, True, 0)

@@ -34,16 +34,16 @@ def moments(t, live, count, CENTRED: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def merge(mean, rest, m2, count, other_mean, other_rest, other_m2, other_count):
-    """(mean, rest, M2) of two sets of `count` and `other_count` elements; an empty one is zeros.
+    """(mean, rest, M2) of two sets of `count` and `other_count` elements; `count` may be 0.
 
     The mean stays that of the first set, so that the difference of two means, which lie close
     together, keeps its digits.
     """
     share = other_count / (count + other_count)
-    mean = tl.where(count > 0, mean, other_mean)
     delta = (other_mean - mean) + (other_rest - rest)
-    m2 += other_m2 + delta * delta * (count * share)
-    return mean, rest + delta * share, m2
+    m2 += other_m2 + delta * (delta * (count * share))  # 0 where count is, however large delta
+    rest = tl.where(count > 0, rest + delta * share, other_rest)
+    return tl.where(count > 0, mean, other_mean), rest, m2
 
 
 @triton.jit

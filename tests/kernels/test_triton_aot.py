@@ -38,6 +38,7 @@ pytestmark = [
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, by architecture
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+PLAN_WHOLE = planner.plan_whole  # which `whole` replaces
 EVERYTHING = {"gate": "channel", "dropout": 0.1, "drop_path": 0.1}
 
 # family -> order without and with everything on, norm
@@ -181,7 +182,7 @@ def mixed(sm, family, tile, x_dtype, random):
     and y in fp32; x in `x_dtype`, None: in bf16.
     """
     device = planner.Device("any", 132, SHARED_LIMIT[sm], f"sm_{sm}")
-    planner.device_of = lambda _: device
+    planner.device_of, planner.plan_whole = lambda _: device, PLAN_WHOLE
     planner.choose_tile = lambda *_: tile
     planner.plan.cache_clear()
     plain, everything, norm = RECIPES[family]
