@@ -347,8 +347,8 @@ def plan_products(
     device: Device = UNKNOWN,
     mixed: bool = False,
 ) -> ProductsPlan:
-    """dweight (N, K) and, if `dx`, dx (M, K); `random`: masks before `linear`; `mixed`: x of
-    another dtype.
+    """dweight (N, K) and, if `dx`, dx (M, K); `random`: masks before `linear`; `mixed`: as
+    in `tiles_of`.
     """
     tiles = tiles_of("products", random, dtype.itemsize, device, mixed)
     fitting = [t for t in tiles if power_of_two(min(N, K)) >= t.BLOCK_M] or tiles[-1:]

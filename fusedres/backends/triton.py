@@ -388,7 +388,7 @@ class _Backward:
         """dt = dz @ weight, if asked for, and dweight = dz.T @ prologue(x): one launch."""
         spec, x, weight = self.spec, self.inputs.x, self.inputs.weight
         (M, K), N = x.shape, weight.shape[0]
-        random, mixed = bool(RANDOM & set(spec.prologue)), spec.x_dtype is not None
+        random, mixed = bool(RANDOM & set(spec.prologue)), bool(spec.dtypes)
         chosen = planner.plan_products(
             self.dtype, M, N, K, dt is not None, random, self.device, mixed
         )

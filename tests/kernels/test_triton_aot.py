@@ -325,7 +325,7 @@ def test_backward_of_whole_rows(sm, pool):
     assert len(jobs) >= 10 and not told, "\n".join(told)
 
 
-@pytest.mark.parametrize("sm", [90])
+@pytest.mark.parametrize("sm", SHARED_LIMIT)
 def test_several_dtypes(sm, pool):
     """Of each family the largest tiles; with what backward launches, the dz and dx of whole rows
     and products that convert among it.
