@@ -52,6 +52,7 @@ SUITES = {
     "triton layouts": ("triton", "layouts or nothing_outside or shortcuts"),
     "triton whole": ("triton", "dz_and_dx"),
     "triton sums": ("triton", "rows_past or many_programs or same_call"),
+    "triton mixed": ("triton_mixed", "inference or overflows or looks_at"),
     "cuda": ("cuda_emulated", "test_shapes or residuals or parts or several_tiles or large_mean"),
     "cuda layouts": ("cuda_emulated", "strides or nan_and_inf or no_races"),
     "cuda drops": ("cuda_emulated", "orders_and_norms and drop"),
@@ -194,6 +195,7 @@ TABLE = {
     ("triton", "the gate has no gradient of its own", "dgate = d * values[i]", "dgate = d"),
     ("triton", "the skip's gradient is not scaled", "dshortcut = p.residual_scale * d",
      "dshortcut = d"),
+    ("triton mixed", "0 for a variance that overflows", "rstd += variance - variance", "rstd += 0"),
 ],
 "fusedres/kernels/moments.py": [
     ("triton", "dead columns count in the variance", "t = tl.where(live, t - tl.expand_dims(mean",
@@ -201,7 +203,7 @@ TABLE = {
     ("triton", "merged means are not weighted", "share = other_count / (count + other_count)",
      "share = 0.5"),
     ("triton", "merging forgets the distance of the means",
-     "m2 += other_m2 + delta * delta * (count * share)", "m2 += other_m2"),
+     "m2 += other_m2 + delta * (delta * (count * share))", "m2 += other_m2"),
     ("triton sums", "the last block counts in full", "return own * BLOCK - missing",
      "return own * BLOCK"),
     ("triton sums", "the arrival counter is not reset",
@@ -216,12 +218,16 @@ TABLE = {
 "fusedres/kernels/product.py": [
     ("triton", "the algebraic form forgets the mean", "mean[:, None] * sum_g[None, :]",
      "0 * sum_g[None, :]"),
+    ("triton mixed", "nobody stores what was multiplied", "tl.where(tile_n == 0, M, 0)",
+     "tl.where(tile_n < 0, M, 0)"),
     ("triton", "the norm's bias is left out", "return z + shift[None, :] + load",
      "return z + load"),
 ],
 "fusedres/kernels/forward.py": [
     ("triton", "biased by one: variance over M - 1", "tl.store(stats_ptr + N + n, m2 / M, n < N)\n"
      "        rstd", "tl.store(stats_ptr + N + n, m2 / (M - 1), n < N)\n        rstd"),
+    ("triton mixed", "z lies in y before its rounding", "z.to(weight_ptr.dtype.element_ty)",
+     "z.to(tl.float32)"),
     ("triton", "a wide row's statistics of z before its rounding",
      "t = run_stages(z.to(tl.float32), p", "t = run_stages(z.to(tl.float32) * 1.001, p"),
 ],
@@ -253,6 +259,7 @@ TABLE = {
 "fusedres/kernels/products.py": [
     ("triton sums", "the last part of the rows is lost", "range(0, splits)",
      "range(0, splits - 1)"),
+    ("triton mixed", "the skip of dx alone is not scaled", "dt += skip * other", "dt += other"),
 ],
 "fusedres/backends/triton.py": [
     ("triton", "the skip is added twice", "beta=int(late)", "beta=2 * int(late)"),
@@ -343,7 +350,7 @@ class Tree:
         command = [sys.executable, "-m", "pytest", *OPTIONS, "-k", names]
         return self.run(
             command + [str(*self.path.glob(f"tests/*/test_{file}.py")) for file in files.split()],
-            TRITON_INTERPRET=str(int(files == "triton")),
+            TRITON_INTERPRET=str(int(files.startswith("triton"))),
             PYTHONPATH=str(self.path),
             PYTHONDONTWRITEBYTECODE="1",
             CUDA_VISIBLE_DEVICES="",

@@ -89,9 +89,12 @@ class Tile(NamedTuple):
         found = {**self._asdict(), "maxnreg": self.maxnreg or most}
         return {name: value for name, value in found.items() if value is not None}
 
-    def shared(self, size: int) -> int:
-        """Bytes of shared memory of its pipeline for elements of `size` bytes, at most."""
-        return self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K * size
+    def shared(self, size: int, mixed: bool = False) -> int:
+        """Bytes of shared memory of its pipeline for elements of `size` bytes, at most. `mixed`: x
+        may be float32.
+        """
+        row = self.BLOCK_M * (4 if mixed else size) + self.BLOCK_N * size
+        return self.num_stages * self.BLOCK_K * row
 
     def grid(self, M: int, N: int) -> int:
         return ceil_div(M, self.BLOCK_M) * ceil_div(N, self.BLOCK_N)
@@ -178,7 +181,7 @@ def family_of(spec: Spec, size: int, M: int, N: int) -> str:
         return "columns" if M <= TALLEST_COLUMN else "batch"
     if "norm" in spec.prologue and spec.batch_stats:
         return "prebatch"
-    if spec.prologue == ("norm",) and rows and size == 2:
+    if spec.prologue == ("norm",) and rows and size == 2 and spec.x_dtype is None:
         return "algebraic"
     return "prologue" if spec.prologue else "tile"
 
@@ -186,20 +189,25 @@ def family_of(spec: Spec, size: int, M: int, N: int) -> str:
 def key_of(spec: Spec, size: int, M: int, N: int, K: int) -> str:
     """What tuned tiles are filed under: family, bits, and sizes rounded up to a power of two."""
     sizes = "x".join(str(power_of_two(n)) for n in (M, N, K))
-    random = " random" if spec.random else ""
-    return f"{family_of(spec, size, M, N)}{random} {8 * size} {sizes}"
+    kind = " random" * spec.random + " mixed" * bool(spec.dtypes)
+    return f"{family_of(spec, size, M, N)}{kind} {8 * size} {sizes}"
 
 
-def tiles_of(family: str, random: bool, size: int, device: Device) -> list[Tile]:
+def tiles_of(
+    family: str, random: bool, size: int, device: Device, mixed: bool = False
+) -> list[Tile]:
     """The tiles of a family for elements of `size` bytes, largest first; `random`: for recipes with
-    dropout or drop-path. Stages are dropped to fit the device's shared memory.
+    dropout or drop-path, `mixed`: with dtypes beside the product's. Stages are dropped to fit the
+    device's shared memory.
     """
     tiles = config(device.name, device.architecture)["tiles"]
-    by_bits = tiles.get(f"{family} random") if random else None
+    both = [" random mixed"] * (random and mixed)
+    kinds = [*both, *[" random"] * random, *[" mixed"] * mixed, ""]
+    by_kind = (tiles.get(family + kind, {}).get(str(8 * size)) for kind in kinds)
     found = []
-    for row in (by_bits or tiles[family])[str(8 * size)]:
+    for row in next(rows for rows in by_kind if rows is not None):
         tile = Tile(*row)
-        while tile.shared(size) > device.shared and tile.num_stages > 1:
+        while tile.shared(size, mixed) > device.shared and tile.num_stages > 1:
             tile = tile._replace(num_stages=tile.num_stages - 1)
         found.append(tile)
     return found
@@ -212,14 +220,12 @@ def can_compute(family: str, tile: Tile, M: int, N: int) -> bool:
     return family != "columns" or tile.BLOCK_M >= M
 
 
-def candidates(family: str, random: bool, size: int, M: int, N: int, device: Device) -> list[Tile]:
-    """Those that can compute (M, N)."""
-    return [t for t in tiles_of(family, random, size, device) if can_compute(family, t, M, N)]
-
-
-def choose_tile(family: str, random: bool, size: int, M: int, N: int, device: Device) -> Tile:
+def choose_tile(
+    family: str, random: bool, size: int, M: int, N: int, device: Device, mixed: bool = False
+) -> Tile:
     """The first tile within the matrix that fills the device, else the one of most programs."""
-    tiles = candidates(family, random, size, M, N, device)
+    tiles = tiles_of(family, random, size, device, mixed)
+    tiles = [t for t in tiles if can_compute(family, t, M, N)]
     fitting = [t for t in tiles if power_of_two(N) >= t.BLOCK_N and power_of_two(M) >= t.BLOCK_M]
     fitting = fitting or tiles[-1:]
     full = (t for t in fitting if t.grid(M, N) >= device.processors)
@@ -246,14 +252,14 @@ def plan(
         tuned = config(device.name, device.architecture)["tuned"].get(key_of(spec, size, M, N, K))
         tile = Tile(*tuned) if tuned else None
         if tile is None or not can_compute(family, tile, M, N):
-            tile = choose_tile(family, spec.random, size, M, N, device)
+            tile = choose_tile(family, spec.random, size, M, N, device, bool(spec.dtypes))
     programs, walkers = tile.grid(M, N), 1
     if family in COOPERATIVE:
         columns = ceil_div(N, tile.BLOCK_N) if family == "batch" else ceil_div(K, tile.BLOCK_K)
         walkers = min(max(1, device.processors // max(1, columns)), ceil_div(M, tile.BLOCK_M))
         most = walkers * columns if family == "batch" else max(walkers * columns, programs)
         programs = min(device.processors, most)
-    shared = tile.shared(size)
+    shared = tile.shared(size, bool(spec.dtypes))
     return Plan(family, kernel, over, tile, programs, walkers, shared, programs / device.processors)
 
 
@@ -332,10 +338,19 @@ class ProductsPlan(NamedTuple):
 
 
 def plan_products(
-    dtype: torch.dtype, M: int, N: int, K: int, dx: bool, random: bool, device: Device = UNKNOWN
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    dx: bool,
+    random: bool,
+    device: Device = UNKNOWN,
+    mixed: bool = False,
 ) -> ProductsPlan:
-    """dweight (N, K) and, if `dx`, dx (M, K); `random`: masks before `linear`."""
-    tiles = tiles_of("products", random, dtype.itemsize, device)
+    """dweight (N, K) and, if `dx`, dx (M, K); `random`: masks before `linear`; `mixed`: as
+    in `tiles_of`.
+    """
+    tiles = tiles_of("products", random, dtype.itemsize, device, mixed)
     fitting = [t for t in tiles if power_of_two(min(N, K)) >= t.BLOCK_M] or tiles[-1:]
     full = (t for t in fitting if t.grid(M, K) >= device.processors)
     tile = next(full, fitting[-1])

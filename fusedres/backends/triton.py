@@ -36,8 +36,6 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
         return "Triton is not installed"
     if dtype not in DTYPES:
         return f"the Triton kernels do not take {dtype}"
-    if spec.dtypes:
-        return "its kernels take x, weight, residual and y of one dtype"
     if max(N, K) > planner.MOST_COLUMNS:
         return f"{max(N, K)} features are too many for one launch (limit {planner.MOST_COLUMNS})"
     if spec.activation is not None and spec.activation not in ACTIVATIONS:
@@ -61,6 +59,11 @@ def _why_not_on(device: torch.device) -> str | None:
         told = ".".join(map(str, capability))
         return f"{device} has compute capability {told}, the kernels need 8.0"
     return None
+
+
+def _functions(spec: Spec, dtype: torch.dtype) -> tuple[Any, Any]:
+    """By the tanh instruction only where nothing has more digits than it: all is bf16."""
+    return activation_functions(spec.activation, torch.float32 if spec.dtypes else dtype)
 
 
 def activation_functions(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -108,25 +111,23 @@ def stage_operands(spec: Spec, o: Operands, stats: Tensor | None) -> StageOperan
 
 
 def residual_forward(*call: Any) -> list[Tensor]:
-    """y (M, N), z and stats (`Operands.empty_outputs`) of (*operands, recipe, save).
+    """y, z, stats and operand (`Operands.empty_outputs`) of (*operands, recipe, save).
 
-    x (M, K) and residual (M, R) of any strides. A row's statistics are its mean and
-    1 / sqrt(variance + eps).
+    x (M, K) and residual (M, R) of any strides. The product is in weight's dtype. A row's
+    statistics are its mean and 1 / sqrt(variance + eps).
     """
     *operands, recipe, save = call
     spec, o = Spec.parse(recipe), Operands(*operands)
     (M, K), N = o.x.shape, o.weight.shape[0]
     out = o.empty_outputs(spec, save, True)
     if out.y.numel():
-        chosen = planner.plan(spec, o.x.dtype, M, N, K, planner.device_of(o.x.device))
-        _launch_forward(spec, chosen, o, out.y, out.z, out.stats)
+        chosen = planner.plan(spec, o.weight.dtype, M, N, K, planner.device_of(o.x.device))
+        _launch_forward(spec, chosen, o, out)
     return out.list()
 
 
-def _launch_forward(
-    spec: Spec, chosen: Plan, o: Operands, y: Tensor, z: Tensor | None, stats: Tensor | None
-) -> None:
-    x, weight = o.x, o.weight
+def _launch_forward(spec: Spec, chosen: Plan, o: Operands, out: Outputs) -> None:
+    x, weight, (y, z, stats, operand) = o.x, o.weight, out
     (M, K), N = x.shape, weight.shape[0]
     tile, family = chosen.tile, chosen.family
     strides = (*x.stride(), *weight.stride())
@@ -138,8 +139,8 @@ def _launch_forward(
     head = (x, weight, o.bias, stage_operands(spec, o, stats))
     constants = {
         "PROLOGUE": spec.prologue, "BEFORE": before, "EPILOGUE": epilogue,
-        "ACT": activation_functions(spec.activation, x.dtype)[0], "PRECISION": _precision(),
-        **tile.options(x.dtype.itemsize),
+        "ACT": _functions(spec, weight.dtype)[0], "PRECISION": _precision(),
+        **tile.options(weight.dtype.itemsize),
     }  # fmt: skip
     kernel = getattr(forward, chosen.kernel)
     with torch.cuda.device_of(x):
@@ -149,7 +150,7 @@ def _launch_forward(
             arrived = _counters(x, 2 + ceil_div(width, step))
             parked = y if z is None and family == "batch" else z
             _launch_cooperative(
-                kernel, chosen.programs, *head, parked, y, stats, partial, arrived,
+                kernel, chosen.programs, *head, parked, y, stats, operand, partial, arrived,
                 M, N, K, chosen.walkers, *strides, **constants,
             )  # fmt: skip
             return
@@ -159,12 +160,12 @@ def _launch_forward(
             partial = x.new_empty((3, ceil_div(N, tile.BLOCK_N), M), dtype=torch.float32)
             arrived = _counters(x, ceil_div(M, tile.BLOCK_M))
             kernel[grid](
-                *head, y if z is None else z, y, stats, partial, arrived,
+                *head, y if z is None else z, y, stats, operand, partial, arrived,
                 M, N, K, *strides, **constants,
             )  # fmt: skip
         else:
             kernel[grid](
-                *head, z, y, stats, M, N, K, *strides,
+                *head, z, y, stats, operand, M, N, K, *strides,
                 OVER=chosen.over, **constants,
             )  # fmt: skip
 
@@ -185,7 +186,7 @@ def residual_backward(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tenso
     with torch.cuda.device_of(dy):
         has_stats = spec.norm is not None and (spec.norm != "batch" or spec.batch_stats)
         kept = Outputs.of_list(spec, (dy, *saved), has_stats)
-        _Backward(spec, o, dy, kept.z, kept.stats, grads).run()
+        _Backward(spec, o, dy, kept, grads).run()
     return list(grads.values())
 
 
@@ -220,13 +221,15 @@ def backward_launches(
         row_kernels.append(f"residual_backward_{'batch_' if batch else ''}kernel")
     after, before = row_kernels
     adds = "add" in spec.epilogue
-    runs = any(stage != "add" for stage in spec.epilogue) or bias or (adds and own_residual)
+    runs = any(stage != "add" for stage in spec.epilogue) or spec.y_dtype is not None
+    runs = runs or bias or (adds and own_residual)
+    direct = adds and spec.epilogue[-1] == "add" and bool(spec.prologue or spec.casts)
     if not spec.prologue and (runs or adds) and plan_whole(spec, dtype, M, N, K, device):
         return ("residual_backward_product_kernel", "mm")
     if not spec.prologue:
-        return (*([after] if runs or adds else []), "addmm", "mm")
-    runs = runs or (adds and spec.epilogue[-1] != "add")
-    return (*([after] if runs else []), "residual_products_kernel", before)
+        dx = "residual_dx_kernel" if spec.casts else "addmm"
+        return (*([after] if runs or (adds and not direct) else []), dx, "mm")
+    return (*([after] if runs or (adds and not direct) else []), "residual_products_kernel", before)
 
 
 class _Backward:
@@ -236,11 +239,13 @@ class _Backward:
     it, which makes dx from the product's gradient dt and x.
     """
 
-    def __init__(self, spec: Spec, o: Operands, dy: Tensor, z: Any, stats: Any, grads: Any) -> None:
+    def __init__(self, spec: Spec, o: Operands, dy: Tensor, kept: Outputs, grads: Any) -> None:
         self.spec, self.inputs, self.grads = spec, o, grads
-        self.dy, self.z, self.stats = dy, z, stats
+        self.dy, self.z, self.stats = dy, kept.z, kept.stats
+        self.multiplied = o.x if kept.operand is None else kept.operand
+        self.dtype = o.weight.dtype  # of the product and its gradients
         self.device = planner.device_of(dy.device)
-        self.operands = stage_operands(spec, o, stats)
+        self.operands = stage_operands(spec, o, kept.stats)
 
     def asked(self, stages: tuple[str, ...]) -> dict[str, Tensor]:
         """The gradients asked for of what `stages` read, but for x."""
@@ -252,49 +257,50 @@ class _Backward:
 
     def run(self) -> None:
         spec, inputs, grads, dy = self.spec, self.inputs, self.grads, self.dy
-        x, weight = inputs.x, inputs.weight
+        x, weight, multiplied = inputs.x, inputs.weight, self.multiplied
         before = spec.prologue != () and ("x" in grads or bool(self.asked(spec.prologue)))
         needs_dt = before or "x" in grads
         needs_dz = needs_dt or "weight" in grads
         # dx = ... + skip: from dy itself where nothing follows the add, else through dx's memory
         adds_to_x = spec.adds and inputs.residual is None and "x" in grads
         late = adds_to_x and "add" in spec.epilogue
-        direct = late and before and spec.epilogue[-1] == "add"
+        direct = late and (before or spec.casts) and spec.epilogue[-1] == "add"
+        skip = (dy, spec.residual_scale) if direct else (grads["x"], 1.0) if late else None
         dskip = grads["x"] if late and not direct else grads.get("residual")
         if "add" not in spec.epilogue:
             dskip = None
         own = self.asked(spec.epilogue) | {n: grads[n] for n in ("bias",) if n in grads}
 
         dz = dy
-        changes = any(stage != "add" for stage in spec.epilogue)
-        whole = self.whole() if dskip is not None or own or changes else None
+        changes = any(stage != "add" for stage in spec.epilogue) or dy.dtype != self.dtype
+        whole = self.whole() if late or dskip is not None or own or changes else None
         if whole is not None:
-            new = dy.new_empty(dy.shape) if changes and "weight" in grads else None
-            skip = (grads["x"], 1.0) if late else None
+            new = weight.new_empty(dy.shape) if changes and "weight" in grads else None
             if late and spec.epilogue[-1] == "add":
                 dskip, skip = None, (dy, spec.residual_scale)
             saved = self.z
             self.rows("epilogue", dy, saved, new, dskip, own, skip, whole=whole)
             if "weight" in grads:
-                torch.mm((dy if new is None else new).t(), x, out=grads["weight"])
+                torch.mm((dy if new is None else new).t(), multiplied, out=grads["weight"])
             return
         if dskip is not None or own or (changes and needs_dz):
-            new = dy.new_empty(dy.shape) if changes and needs_dz else None
+            new = weight.new_empty(dy.shape) if changes and needs_dz else None
             self.rows("epilogue", dy, self.z, new, dskip, own)
             dz = dy if new is None else new
         if not spec.prologue:
-            if "x" in grads:
+            if spec.casts and "x" in grads:
+                self.dx(dz, skip)
+            elif "x" in grads:
                 torch.addmm(grads["x"], dz, weight, beta=int(late), out=grads["x"])
             if "weight" in grads:
-                torch.mm(dz.t(), x, out=grads["weight"])
+                torch.mm(dz.t(), multiplied, out=grads["weight"])
             return
-        dt = x.new_empty(x.shape) if before else None
+        dt = weight.new_empty(x.shape) if before else None
         if dt is not None and "weight" not in grads:
             torch.mm(dz, weight, out=dt)
         elif "weight" in grads:
             self.products(dz, dt)
         if dt is not None:
-            skip = (dy, spec.residual_scale) if direct else (grads["x"], 1.0) if late else None
             early = grads.get("residual") if "add" in spec.prologue else None
             adds = adds_to_x and "add" in spec.prologue
             self.rows(
@@ -304,7 +310,7 @@ class _Backward:
     def whole(self) -> WholePlan | None:
         """How one launch makes dz and dx, if it does."""
         spec, (M, K), N = self.spec, self.inputs.x.shape, self.dy.shape[1]
-        return plan_whole(spec, self.dy.dtype, M, N, K, self.device) if "x" in self.grads else None
+        return plan_whole(spec, self.dtype, M, N, K, self.device) if "x" in self.grads else None
 
     def rows(
         self,
@@ -340,7 +346,7 @@ class _Backward:
             partial = dy.new_empty((len(outs), chosen.walkers, C), dtype=torch.float32)
             arrived = _counters(dy, 2 + chosen.tiles * (GROUP.value + 1) + 1)
         other, scale = (None, 0.0) if skip is None else skip
-        act, act_grad = activation_functions(spec.activation, dy.dtype)
+        act, act_grad = _functions(spec, self.dtype)
         strides = [*dy.stride()]
         for t in (z, other):
             strides += (0, 0) if t is None else t.stride()
@@ -349,7 +355,7 @@ class _Backward:
             "AFTER": side.after,
             "ACT": act,
             "ACT_GRAD": act_grad,
-            **(chosen.options() if whole is None else whole.tile.options(dy.itemsize)),
+            **(chosen.options() if whole is None else whole.tile.options(self.dtype.itemsize)),
         }
         sizes = (M, C, chosen.walkers, scale, *strides)
         results = (dz, dshortcut, outs, total, partial, arrived)
@@ -382,8 +388,9 @@ class _Backward:
         """dt = dz @ weight, if asked for, and dweight = dz.T @ prologue(x): one launch."""
         spec, x, weight = self.spec, self.inputs.x, self.inputs.weight
         (M, K), N = x.shape, weight.shape[0]
+        random, mixed = bool(RANDOM & set(spec.prologue)), bool(spec.dtypes)
         chosen = planner.plan_products(
-            x.dtype, M, N, K, dt is not None, bool(RANDOM & set(spec.prologue)), self.device
+            self.dtype, M, N, K, dt is not None, random, self.device, mixed
         )
         partial = arrived = None
         if chosen.splits > 1:
@@ -394,9 +401,22 @@ class _Backward:
             dz, x, weight, self.operands, self.stats if rows else None, dt, self.grads["weight"],
             partial, arrived, M, N, K, chosen.splits, chosen.rows,
             *dz.stride(), *x.stride(), *weight.stride(),
-            PROLOGUE=spec.prologue, ACT=activation_functions(spec.activation, x.dtype)[0],
+            PROLOGUE=spec.prologue, ACT=_functions(spec, self.dtype)[0],
             PRECISION=_precision(), BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R,
             **chosen.options,
+        )  # fmt: skip
+
+    def dx(self, dz: Tensor, skip: tuple[Tensor, float] | None) -> None:
+        """dx = dz @ weight + skip: one launch."""
+        weight, dx = self.inputs.weight, self.grads["x"]
+        (M, K), N = dx.shape, weight.shape[0]
+        chosen = planner.plan_products(self.dtype, M, N, K, True, False, self.device)
+        other, scale = (None, 0.0) if skip is None else skip
+        programs = ceil_div(M, chosen.BLOCK) * ceil_div(K, chosen.BLOCK)
+        products.residual_dx_kernel[(programs,)](
+            dz, weight, dx, other, M, N, K, scale, *dz.stride(), *weight.stride(),
+            *((0, 0) if other is None else other.stride()), PRECISION=_precision(),
+            BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R, **chosen.options,
         )  # fmt: skip
 
 

@@ -27,8 +27,8 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
     """None if a layer of N outputs and K inputs runs this way, and should; else the reason."""
     if dtype != torch.float32 or triton._precision() != "ieee":
         return "tensor cores multiply within the one launch"
-    if spec.dtypes:
-        return "its kernels take x, weight, residual and y of one dtype"
+    if spec.x_dtype:
+        return "the library's product takes x in its own dtype"
     if spec.prologue:
         return "stages before linear are part of the product"
     if spec.batch_stats:

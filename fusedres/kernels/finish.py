@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .forward import finish, store_rows
 from .moments import row_moments
-from .stages import rstd_of
+from .stages import row_rstd
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -26,7 +26,7 @@ def residual_finish_kernel(
     rstd = None
     if ROWS:
         mean, m2 = row_moments(z_ptr, p, m, M, N, N, 1, BEFORE, ACT, CENTRED, BLOCK_M, BLOCK_N)
-        rstd = rstd_of(m2 / N, p.eps)
+        rstd = row_rstd(m2 / N, p.eps, CENTRED)
         store_rows(stats_ptr, mean, rstd, m, M, 0)
         mean = mean[:, None]
         rstd = rstd[:, None]

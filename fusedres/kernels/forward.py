@@ -20,19 +20,13 @@ from .moments import (
     wait_for_all,
 )
 from .product import product, product_of_norm
-from .stages import load_tile, rstd_of, run_stages
+from .stages import load_tile, row_rstd, rstd_of, run_stages, store_tile
 
 
 @triton.jit
-def store_tile(ptr, t, m, n, M, N):
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(ptr + m[:, None] * N + n[None, :], t, inside)
-
-
-@triton.jit
-def as_stored(z, like_ptr):
-    """z with the rounding of its tensor: a norm and its gradient must see the same values."""
-    return z.to(like_ptr.dtype.element_ty).to(tl.float32)
+def rounded(z, weight_ptr):
+    """z in its type, weight's: a norm and its gradient must see the same values."""
+    return z.to(weight_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -77,7 +71,7 @@ def store_rows(stats_ptr, mean, rstd, m, M, tile_n):
 
 @triton.jit(do_not_specialize=["M"])
 def residual_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, p, z_ptr, y_ptr, stats_ptr,
+    x_ptr, weight_ptr, bias_ptr, p, z_ptr, y_ptr, stats_ptr, operand_ptr,
     M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
     PROLOGUE: tl.constexpr, BEFORE: tl.constexpr, EPILOGUE: tl.constexpr, OVER: tl.constexpr,
     CENTRED: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,7 +80,8 @@ def residual_forward_kernel(
     """z = PROLOGUE(x) @ weight.T + bias ; y = EPILOGUE(BEFORE(z))
 
     x (M, K) ; weight (N, K) ; z, y (M, N) contiguous ; all but x, weight and y may be None. A
-    program owns a tile of BLOCK_M rows by BLOCK_N columns.
+    program owns a tile of BLOCK_M rows by BLOCK_N columns. operand: see product.py. x, y and what p
+    holds may have other types than weight, which is z's and the product's.
 
     OVER: what a norm takes its statistics over.
     "given": nothing; p has them, or there is no norm. BEFORE is empty.
@@ -111,16 +106,17 @@ def residual_forward_kernel(
         mean, m2 = row_moments(
             x_ptr, p, m, M, K, stride_xm, stride_xk, BEFORE, ACT, CENTRED, BLOCK_M, BLOCK_K
         )
-        rstd = rstd_of(m2 / K, p.eps)
+        rstd = row_rstd(m2 / K, p.eps, CENTRED)
         store_rows(stats_ptr, mean, rstd, m, M, tile_n)
         z = product(
-            x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, mean[:, None], rstd[:, None],
+            x_ptr, weight_ptr, bias_ptr, operand_ptr, p, m, n, tile_n, M, N, K,
+            mean[:, None], rstd[:, None],
             stride_xm, stride_xk, stride_wn, stride_wk,
             PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )
     else:
         z = product(
-            x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, None, None,
+            x_ptr, weight_ptr, bias_ptr, operand_ptr, p, m, n, tile_n, M, N, K, None, None,
             stride_xm, stride_xk, stride_wn, stride_wk,
             PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )
@@ -128,14 +124,16 @@ def residual_forward_kernel(
         store_tile(z_ptr, z, m, n, M, N)
 
     if OVER == "rows":
-        t = run_stages(as_stored(z, y_ptr), p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
+        z = rounded(z, weight_ptr).to(tl.float32)
+        t = run_stages(z, p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
         mean, rest, m2 = moments(t, (n < N)[None, :], N, CENTRED, 1)
         mean += rest
-        rstd = rstd_of(m2 / N, p.eps)
+        rstd = row_rstd(m2 / N, p.eps, CENTRED)
         store_rows(stats_ptr, mean, rstd, m, M, tile_n)
         y = run_stages(t, p, m, n, M, N, mean[:, None], rstd[:, None], EPILOGUE, ACT)
     elif OVER == "columns":
-        t = run_stages(as_stored(z, y_ptr), p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
+        z = rounded(z, weight_ptr).to(tl.float32)
+        t = run_stages(z, p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
         mean, rest, m2 = moments(t, (m < M)[:, None], M, CENTRED, 0)
         mean += rest
         tl.store(stats_ptr + n, mean, n < N)
@@ -149,7 +147,7 @@ def residual_forward_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def residual_forward_wide_kernel(
-    x_ptr, weight_ptr, bias_ptr, p, z_ptr, y_ptr, stats_ptr, partial_ptr, arrived_ptr,
+    x_ptr, weight_ptr, bias_ptr, p, z_ptr, y_ptr, stats_ptr, operand_ptr, partial_ptr, arrived_ptr,
     M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
     PROLOGUE: tl.constexpr, BEFORE: tl.constexpr, EPILOGUE: tl.constexpr,
     CENTRED: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -169,19 +167,21 @@ def residual_forward_wide_kernel(
     m = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     z = product(
-        x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, None, None,
+        x_ptr, weight_ptr, bias_ptr, operand_ptr, p, m, n, tile_n, M, N, K, None, None,
         stride_xm, stride_xk, stride_wn, stride_wk,
         PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )
+    z = rounded(z, weight_ptr)
     store_tile(z_ptr, z, m, n, M, N)
-    t = run_stages(as_stored(z, y_ptr), p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
+    z = z.to(tl.float32)
+    t = run_stages(z, p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
     count = tl.minimum(BLOCK_N, N - tile_n * BLOCK_N)
     mean, rest, m2 = moments(t, (n < N)[None, :], count, CENTRED, 1)
     store_part(partial_ptr, mean, rest, m2, tile_n, tiles_n, m, M)
 
     if last_to_arrive(arrived_ptr + block, tiles_n):
         mean, m2 = load_merged(partial_ptr, m, M, tiles_n, N, BLOCK_N, BLOCK_M)
-        rstd = rstd_of(m2 / N, p.eps)
+        rstd = row_rstd(m2 / N, p.eps, CENTRED)
         store_rows(stats_ptr, mean, rstd, m, M, 0)
         for first in range(0, N, CHUNK):
             at = first + tl.arange(0, CHUNK).to(tl.int64)
@@ -192,7 +192,7 @@ def residual_forward_wide_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def residual_forward_batch_kernel(
-    x_ptr, weight_ptr, bias_ptr, p, z_ptr, y_ptr, stats_ptr, partial_ptr, arrived_ptr,
+    x_ptr, weight_ptr, bias_ptr, p, z_ptr, y_ptr, stats_ptr, operand_ptr, partial_ptr, arrived_ptr,
     M, N, K, walkers, stride_xm, stride_xk, stride_wn, stride_wk,
     PROLOGUE: tl.constexpr, BEFORE: tl.constexpr, EPILOGUE: tl.constexpr, PHASE: tl.constexpr,
     ACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -208,7 +208,8 @@ def residual_forward_batch_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     if PHASE != 2:
         for item in range(tl.program_id(0), walkers * tiles_n, tl.num_programs(0)):
-            n = (item % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            tile_n = item % tiles_n
+            n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
             mean = tl.zeros((BLOCK_N,), tl.float32)
             rest = tl.zeros((BLOCK_N,), tl.float32)
             m2 = tl.zeros((BLOCK_N,), tl.float32)
@@ -216,12 +217,13 @@ def residual_forward_batch_kernel(
             for block in range(item // tiles_n, tl.cdiv(M, BLOCK_M), walkers):
                 m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
                 z = product(
-                    x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, None, None,
+                    x_ptr, weight_ptr, bias_ptr, operand_ptr, p, m, n, tile_n, M, N, K, None, None,
                     stride_xm, stride_xk, stride_wn, stride_wk,
                     PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )
+                z = rounded(z, weight_ptr)
                 store_tile(z_ptr, z, m, n, M, N)
-                z = as_stored(z, y_ptr)
+                z = z.to(tl.float32)
                 t = run_stages(z, p, m, n, M, N, None, None, BEFORE, ACT)[len(BEFORE)]
                 count = tl.minimum(BLOCK_M, M - block * BLOCK_M) * 1.0
                 part = moments(t, (m < M)[:, None], count, True, 0)
@@ -243,7 +245,7 @@ def residual_forward_batch_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def residual_forward_prebatch_kernel(
-    x_ptr, weight_ptr, bias_ptr, p, z_ptr, y_ptr, stats_ptr, partial_ptr, arrived_ptr,
+    x_ptr, weight_ptr, bias_ptr, p, z_ptr, y_ptr, stats_ptr, operand_ptr, partial_ptr, arrived_ptr,
     M, N, K, walkers, stride_xm, stride_xk, stride_wn, stride_wk,
     PROLOGUE: tl.constexpr, BEFORE: tl.constexpr, EPILOGUE: tl.constexpr, PHASE: tl.constexpr,
     ACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -282,9 +284,10 @@ def residual_forward_prebatch_kernel(
         tiles = tl.cdiv(M, BLOCK_M).to(tl.int64) * tiles_n
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-            n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+            tile_n = tile % tiles_n
+            n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
             z = product(
-                x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, None, None,
+                x_ptr, weight_ptr, bias_ptr, operand_ptr, p, m, n, tile_n, M, N, K, None, None,
                 stride_xm, stride_xk, stride_wn, stride_wk,
                 PROLOGUE, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )

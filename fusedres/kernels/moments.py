@@ -41,7 +41,7 @@ def merge(mean, rest, m2, count, other_mean, other_rest, other_m2, other_count):
     """
     share = other_count / (count + other_count)
     delta = (other_mean - mean) + (other_rest - rest)
-    m2 += other_m2 + delta * delta * (count * share)
+    m2 += other_m2 + delta * (delta * (count * share))  # 0 where count is, however large delta
     rest = tl.where(count > 0, rest + delta * share, other_rest)
     return tl.where(count > 0, mean, other_mean), rest, m2
 

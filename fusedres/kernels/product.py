@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 
 from .moments import merge, moments
-from .stages import load_tile, load_vector, rstd_of, run_stages
+from .stages import load_tile, load_vector, row_rstd, run_stages, store_tile
 
 
 @triton.jit
 def product(
-    x_ptr, weight_ptr, bias_ptr, p, m, n, M, N, K, mean, rstd,
+    x_ptr, weight_ptr, bias_ptr, operand_ptr, p, m, n, tile_n, M, N, K, mean, rstd,
     stride_xm, stride_xk, stride_wn, stride_wk,
     PROLOGUE: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -19,11 +19,12 @@ def product(
     """z [BLOCK_M, BLOCK_N] = PROLOGUE(x) @ weight.T + bias, in fp32.
 
     x (M, K) ; weight (N, K) ; bias (N) or None ; mean, rstd [BLOCK_M, 1] for a norm in PROLOGUE,
-    or None for one over columns. With a prologue the product is z.T = weight @ PROLOGUE(x).T:
-    tensor cores may take their left operand from registers, which ptxas compiles wrongly; the right
-    one always lies in shared memory.
+    or None for one over columns. With a prologue, or x of another type than weight, the product is
+    z.T = weight @ PROLOGUE(x).T: tensor cores may take their left operand from registers, which
+    ptxas compiles wrongly; the right one always lies in shared memory. operand (M, K) or None: what
+    is multiplied, stored by the programs of column tile 0.
     """
-    if len(PROLOGUE) == 0:
+    if len(PROLOGUE) == 0 and x_ptr.dtype == weight_ptr.dtype:
         z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in range(0, K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -38,6 +39,8 @@ def product(
             t = run_stages(x, p, m, k, M, K, mean, rstd, PROLOGUE, ACT)[len(PROLOGUE)]
             weight = load_tile(weight_ptr, n, k, N, K, stride_wn, stride_wk)
             t = t.to(weight.dtype)
+            if operand_ptr is not None:
+                store_tile(operand_ptr, t, m, k, tl.where(tile_n == 0, M, 0), K)
             turned = tl.dot(weight, t.T, turned, input_precision=PRECISION)
         z = turned.T
     return z + load_vector(bias_ptr, n, N, 0.0)
@@ -79,6 +82,6 @@ def product_of_norm(
         part = moments(x.to(tl.float32), (k < K)[None, :], count, CENTRED, 1)
         mean, rest, m2 = merge(mean, rest, m2, first * 1.0, part[0], part[1], part[2], count)
     mean += rest
-    rstd = rstd_of(m2 / K, p.eps)
+    rstd = row_rstd(m2 / K, p.eps, CENTRED)
     z = rstd[:, None] * (z - mean[:, None] * sum_g[None, :])
     return z + shift[None, :] + load_vector(bias_ptr, n, N, 0.0), mean, rstd

@@ -1,13 +1,12 @@
-"""Both matrix products of backward in one launch, for layers with stages before `linear`."""
+"""Products of backward: both in one launch for layers with stages before `linear`, and dx alone."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .forward import store_tile
 from .moments import last_to_arrive
-from .stages import load_tile, run_stages
+from .stages import load_tile, run_stages, store_tile
 
 
 @triton.jit
@@ -55,10 +54,11 @@ def dweight_tile(
 
 @triton.jit
 def dt_tile(
-    dz_ptr, weight_ptr, dt_ptr, tile, M, N, K, stride_dzm, stride_dzn, stride_wn, stride_wk,
+    dz_ptr, weight_ptr, dt_ptr, skip_ptr, tile, M, N, K, skip,
+    stride_dzm, stride_dzn, stride_wn, stride_wk, stride_skip_m, stride_skip_n,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """One tile of dt = dz @ weight."""
+    """One tile of dt = dz @ weight + skip * (the tensor of skip_ptr)."""
     tiles_k = tl.cdiv(K, BLOCK)
     m = (tile // tiles_k).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     k = (tile % tiles_k).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -68,6 +68,9 @@ def dt_tile(
         dz = load_tile(dz_ptr, m, n, M, N, stride_dzm, stride_dzn)
         weight = load_tile(weight_ptr, n, k, N, K, stride_wn, stride_wk)
         dt = tl.dot(dz, weight, dt, input_precision=PRECISION)
+    if skip_ptr is not None:
+        other = load_tile(skip_ptr, m, k, M, K, stride_skip_m, stride_skip_n)
+        dt += skip * other.to(tl.float32)
     store_tile(dt_ptr, dt, m, k, M, K)
 
 
@@ -95,6 +98,23 @@ def residual_products_kernel(
         )
     elif dt_ptr is not None:
         dt_tile(
-            dz_ptr, weight_ptr, dt_ptr, program - tiles * splits, M, N, K,
-            stride_dzm, stride_dzn, stride_wn, stride_wk, PRECISION, BLOCK, BLOCK_R,
+            dz_ptr, weight_ptr, dt_ptr, None, program - tiles * splits, M, N, K, 0.0,
+            stride_dzm, stride_dzn, stride_wn, stride_wk, 0, 0, PRECISION, BLOCK, BLOCK_R,
         )
+
+
+@triton.jit(do_not_specialize=["M"])
+def residual_dx_kernel(
+    dz_ptr, weight_ptr, dx_ptr, skip_ptr, M, N, K, skip,
+    stride_dzm, stride_dzn, stride_wn, stride_wk, stride_skip_m, stride_skip_n,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    """dx = dz @ weight + skip * (the tensor of skip_ptr), where dx has another type than weight
+
+    dz (M, N) ; weight (N, K) ; dx (M, K) contiguous. skip_ptr may be dx_ptr, or None.
+    """
+    dt_tile(
+        dz_ptr, weight_ptr, dx_ptr, skip_ptr, tl.program_id(0), M, N, K, skip,
+        stride_dzm, stride_dzn, stride_wn, stride_wk, stride_skip_m, stride_skip_n,
+        PRECISION, BLOCK, BLOCK_R,
+    )

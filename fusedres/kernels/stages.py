@@ -44,6 +44,12 @@ def load_tile(ptr, row, column, rows, columns, stride_row, stride_column):
 
 
 @triton.jit
+def store_tile(ptr, t, m, n, M, N):
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(ptr + m[:, None] * N + n[None, :], t, inside)
+
+
+@triton.jit
 def load_vector(ptr, n, N, missing):
     """One fp32 value for each column n, as a row, 0 past N. Without a vector: `missing`."""
     if ptr is None:
@@ -55,6 +61,15 @@ def load_vector(ptr, n, N, missing):
 @triton.jit
 def rstd_of(variance, eps):
     return 1.0 / tl.sqrt_rn(variance + eps)
+
+
+@triton.jit
+def row_rstd(variance, eps, CENTRED: tl.constexpr):
+    """As torch has it: layer norm is NaN where its variance overflows, RMSNorm 0."""
+    rstd = rstd_of(variance, eps)
+    if CENTRED:
+        rstd += variance - variance
+    return rstd
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 
 from .. import backends, checks, ops
 from ..backends import native, plan
+from ..dtypes import typed
 from ..operands import Operands
 from ..spec import Spec
 
@@ -97,16 +98,27 @@ class Context:
     device: torch.device
     composite: bool
     grad: bool
+    residual_dtype: torch.dtype | None = None  # None: x's
 
     @property
-    def casts(self) -> bool:
-        """Whether autocast is on, and casts."""
+    def autocast(self) -> torch.dtype | None:
+        """Its dtype where it is on."""
         on = self.device.type != "meta" and torch.is_autocast_enabled(self.device.type)
-        return on and self.x_dtype != torch.float64
+        return torch.get_autocast_dtype(self.device.type) if on else None
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.get_autocast_dtype(self.device.type) if self.casts else self.x_dtype
+        """A product's."""
+        double = self.weight_dtype == torch.float64
+        return self.weight_dtype if double or self.autocast is None else self.autocast
+
+    def typed(self, spec: Spec, residual: bool = False) -> tuple[Spec, torch.dtype, torch.dtype]:
+        """The recipe with dtypes in it, the product's and y's."""
+        third = self.residual_dtype if residual else None
+        given = self.x_dtype, self.weight_dtype, third, self.autocast, self.device.type
+        recipe, dtype = typed(spec.text, *given)
+        spec = Spec.parse(recipe)
+        return spec, dtype, getattr(torch, spec.y_dtype) if spec.y_dtype else dtype
 
     def call(
         self,
@@ -122,14 +134,18 @@ class Context:
         pad: bool = False,
         eager: bool = False,
     ) -> Call:
-        dtype, M = self.dtype, math.prod(self.rows)
-        weight_dtype = dtype if self.casts else self.weight_dtype
-        _check(spec, (*self.rows, K), dtype, weight_dtype, N, residual, pad)
+        M = math.prod(self.rows)
+        _check(spec, (*self.rows, K), self.x_dtype, self.weight_dtype, N, residual, pad)
+        spec, dtype, _ = self.typed(spec, residual is not None)
         names = checks.BACKENDS[1:] + ("vendor",) * (self.device.type == "cuda")
         reasons = {b: _why_not(b, spec, dtype, self.device, N, K) for b in names}
-        chosen = "reference" if self.composite else self._choose(backend, spec, N, K, reasons)
+        chosen = "reference"
+        if not self.composite:
+            chosen = self._choose(backend, spec, dtype, N, K, reasons)
         chosen = "eager" if eager else chosen
         size, exact = dtype.itemsize, 8 if dtype == torch.float64 else 4
+        reads_x = not spec.casts or (residual is None and spec.saves_residual)
+        third = self.residual_dtype or self.x_dtype
         kernel, tiles = _kernel(chosen, spec, dtype, M, N, K, self.device)
         saved: dict[str, int] | None = None
         forward = backward = None
@@ -138,9 +154,10 @@ class Context:
             forward = 1 + (chosen == "vendor" and bool(spec.epilogue))
             backward = _backward_launches(chosen, spec, bias, own, *sizes, self.device)
             saved = {
-                "x": M * K * size,
+                "x": M * K * self.x_dtype.itemsize if reads_x else 0,
+                "cast of x": M * K * size if spec.casts else 0,
                 "casts of parameters": (K + bias) * N * size if self.weight_dtype != dtype else 0,
-                "residual": M * (residual or 0) * size if spec.adds else 0,
+                "residual": M * (residual or 0) * third.itemsize if spec.saves_residual else 0,
                 "z": M * N * size if spec.saves_z else 0,
                 "batch statistics": 2 * spec.width("norm", K, N) * exact if spec.batch_stats else 0,
                 "row statistics": _row_statistics(chosen, spec, M),
@@ -153,16 +170,22 @@ class Context:
         return Call(name, str(spec), text, chosen, others, kernel, tiles, forward, backward, saved)
 
     def _choose(
-        self, backend: str, spec: Spec, N: int, K: int, reasons: dict[str, str | None]
+        self,
+        backend: str,
+        spec: Spec,
+        dtype: torch.dtype,
+        N: int,
+        K: int,
+        reasons: dict[str, str | None],
     ) -> str:
         M = math.prod(self.rows)
-        small = backends.is_small(self.device, self.dtype, M, N, K)
+        small = backends.is_small(self.device, dtype, M, N, K)
         if _ABSENT in reasons.values():  # what a machine that has the device would run
             if backend == "auto":
                 backend = backends.environment_backend()
             names = backends.candidates(self.device, small) if backend == "auto" else (backend,)
             return next((b for b in names if reasons[b] in (None, _ABSENT)), "reference")
-        return backends.choose(backend, spec.text, self.dtype, self.device, N, K, small)
+        return backends.choose(backend, spec.text, dtype, self.device, N, K, small)
 
 
 def _why_not(

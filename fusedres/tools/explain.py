@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -81,15 +81,17 @@ def explain(
         bound.apply_defaults()
         a = bound.arguments
         tensors = [t for t in a.values() if isinstance(t, Tensor)]
-        context = _context(x, a["weight"], tensors, device)
+        context = _context(x, a["weight"], tensors, device, a["residual"])
         calls, notes = _of_function(context, **a)
         title = "fused_residual"
     elif isinstance(call, FusedResidualMLP):
-        context = _context(x, next(call.fc1.linear.parameters()), [x, *call.parameters()], device)
+        tensors = [x, *call.parameters()]
+        context = _context(x, next(call.fc1.linear.parameters()), tensors, device, residual)
         calls, notes = _of_mlp(context, call, x.shape[-1], _features(residual))
         title = "FusedResidualMLP"
     elif isinstance(call, Residual):
-        context = _context(x, next(call.linear.parameters()), [x, *call.parameters()], device)
+        tensors = [x, *call.parameters()]
+        context = _context(x, next(call.linear.parameters()), tensors, device, residual)
         calls, notes = _of_layer(context, call, x.shape[-1], _features(residual))
         title = type(call).__name__
     else:
@@ -97,12 +99,16 @@ def explain(
             f"fusedres.explain: expected a FusedResidual, FusedResidualMLP or Residual layer or "
             f"functools.partial(fused_residual, weight=...), got {type(call).__name__}"
         )
-    title = f"{title} on x {tuple(x.shape)}, {context.dtype}, {context.device}"
+    title = f"{title} on x {tuple(x.shape)}, {x.dtype}, {context.device}"
     return Explanation(title, tuple(calls), (*notes, *_notes(context, x)))
 
 
 def _context(
-    x: Tensor, weight: Tensor, tensors: list[Tensor], device: torch.device | str | None
+    x: Tensor,
+    weight: Tensor,
+    tensors: list[Tensor],
+    device: torch.device | str | None,
+    residual: Tensor | None,
 ) -> Context:
     if x.dim() == 0:
         checks.check_x(x, weight.shape[-1])
@@ -114,6 +120,7 @@ def _context(
         device=where,
         composite=composite_only(x, weight),
         grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+        residual_dtype=None if residual is None else residual.dtype,
     )
 
 
@@ -129,8 +136,8 @@ def _notes(context: Context, x: Tensor) -> list[str]:
         notes.append("torch.func transforms, forward AD and double backward run torch operations")
     if context.device.type == "cuda" and not torch.cuda.is_available():
         notes.append("no GPU is here: this is what a machine with one would run")
-    if context.casts and context.x_dtype != context.dtype:
-        notes.append(f"autocast casts x, the weight and the bias to {context.dtype} first")
+    if context.dtype != context.weight_dtype:
+        notes.append(f"autocast casts the weight and the bias to {context.dtype} first")
     if x.dim() > 2 and not x.is_contiguous():
         notes.append("x may be copied first: its leading dimensions are flattened to rows")
     return notes
@@ -162,6 +169,7 @@ def _of_layer(
         else:
             kind = type(shortcut).__name__
             notes.append(f"the shortcut, a {kind}, runs on its own before the layer's call")
+        context = replace(context, residual_dtype=context.dtype)
         text = f"shortcut({text})"
     pad = layer.shortcut_kind == "pad"
     calls.append(
@@ -201,6 +209,8 @@ def _of_mlp(
     context: Context, mlp: FusedResidualMLP, K: int, residual: int | None
 ) -> tuple[list[Call], list[str]]:
     calls, notes = _of_layer(context, mlp.fc1, K, None, "fc1")
+    hidden = context.typed(_spec_now(mlp.fc1))[2]
+    third = context.residual_dtype or context.x_dtype
     shortcut: Any = mlp.shortcut
     if mlp.adds and shortcut is None:
         residual = K if residual is None else residual
@@ -211,6 +221,8 @@ def _of_mlp(
             has_bias, backend = shortcut.bias is not None, mlp.fc2.backend
             calls.insert(0, _linear_shortcut(context, shortcut.weight, has_bias, source, backend))
         notes.append(f"the shortcut, a {type(shortcut).__name__}, is a call of its own")
+        third = context.dtype
+    context = replace(context, x_dtype=hidden, residual_dtype=third)
     more, more_notes = _of_layer(context, mlp.fc2, mlp.hidden_features, residual, "fc2")
     return calls + more, [*notes, *more_notes, "two matmuls are two calls, fc1 and fc2"]
 
@@ -245,7 +257,7 @@ def _of_function(
             _linear_shortcut(context, a["shortcut_weight"], has_bias, source, a["backend"])
         )
         notes.append("the linear shortcut is a call of its own, before the layer's")
-        text = f"shortcut({text})"
+        context, text = replace(context, residual_dtype=context.dtype), f"shortcut({text})"
     calls.append(
         context.call(
             "layer",

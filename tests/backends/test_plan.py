@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -251,6 +252,18 @@ def test_masks_get_tiles_of_their_own():
     assert of_family("columns", dropout=0.1).tile == of_family("columns").tile
 
 
+def test_several_dtypes_get_tiles_of_their_own():
+    spec = spec_of("note", "layer")
+    mixed = replace(spec, x_dtype="float32", y_dtype="float32")
+    one, several = (planner.plan(s, BF16, 65536, 128, 512) for s in (spec, mixed))
+    assert one.tile[:2] == (128, 128) and several.tile[:2] == (64, 128)
+    assert several.shared == 3 * 64 * (64 * 4 + 128 * 2)
+    assert planner.key_of(mixed, 2, 9, 9, 9) == "rows mixed 16 16x16x16"
+    # The algebraic form multiplies x as it comes.
+    mixed = replace(spec_of("prenorm", "layer"), x_dtype="float32")
+    assert planner.plan(mixed, BF16, 64, 64, 64).family == "prologue"
+
+
 def test_hopper_has_tiles_of_its_own():
     hopper, other = (of_family("wide", 65536, 4096, device=d).tile for d in DEVICES[:2])
     assert hopper[:2] == (128, 256) and other[:2] == (128, 128)
@@ -358,7 +371,8 @@ def test_generic_has_every_family():
     tiles = json.loads((planner.CONFIGS / "generic.json").read_text())["tiles"]
     for family in (*FAMILIES, "products", "whole"):
         assert tiles[family].keys() == ({"16"} if family == "algebraic" else {"16", "32"})
-    assert {name.removesuffix(" random") for name in tiles} == {*FAMILIES, "products", "whole"}
+    assert {name.split(" ")[0] for name in tiles} == {*FAMILIES, "products", "whole"}
+    assert {kind for name in tiles for kind in name.split(" ")[1:]} == {"random", "mixed"}
     assert {*FAMILIES} == {*planner.FAMILIES}
 
 

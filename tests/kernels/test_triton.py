@@ -323,7 +323,6 @@ def test_the_library_s_product_and_one_pass(order, norm, monkeypatch):
     settings = {"order": order, "norm": norm, "training": norm != "batch", "gate": gate}
     case = make(M, K, N, activation="gelu", eps=1e-2, drop_path=0.2, **settings)
     assert vendor.why_not(case.spec, F32, torch.device(DEVICE), N, K) is None
-    vendor.register()
     monkeypatch.setitem(ops.FORWARD, "triton", ops.FORWARD["vendor"])
     assert_close(ours(case), eager(case), exact(case), terms=10 * (M + K + N))
     with torch.no_grad():
@@ -406,7 +405,7 @@ def test_empty(M, K, N, norm, order):
         rows, columns = sizes.get(name, (N if name == "bias" else C, None))
         cut[name] = t[:rows] if columns is None else t[:rows, :columns]
     case = case.with_tensors(dy=case.dy[:M, :N], **cut)
-    (y, _, _), grads = call(case)
+    (y, *_), grads = call(case)
     assert y.shape == (M, N)
     for name, grad in zip(case.asked, grads, strict=True):
         assert grad.shape == case.tensors[name].shape and grad.isfinite().all()
@@ -538,7 +537,7 @@ def test_nan_and_inf_stay_in_their_row(poison, activation, family, monkeypatch):
     settings = {"activation": activation, "residual": 30}
     case = make_family(family, monkeypatch, 20, 24, 30, **settings)
     case.x[3, 5] = poison
-    (y, _, _), (dx, *_) = call(case)
+    (y, *_), (dx, *_) = call(case)
     others = torch.arange(20, device=DEVICE) != 3
     assert y[others].isfinite().all() and dx[others].isfinite().all()
     if poison != poison:
@@ -566,11 +565,10 @@ def test_what_is_saved():
         return tuple(tuple(t.shape) for t in outputs[1:])
 
     assert saved() == ((5, 8), (10,))
-    assert saved(save=False) == ((0,), (0,))
-    assert saved(order="linear-add") == ((0,), (0,))
-    assert saved(order="norm-linear-add") == ((0,), (10,))
+    assert saved(save=False) == saved(order="linear-add") == ()
+    assert saved(order="norm-linear-add") == ((10,),)
     assert saved(norm="batch") == ((5, 8), (2, 8))
-    assert saved(norm="batch", save=False) == ((0,), (2, 8))
+    assert saved(norm="batch", save=False) == ((2, 8),)
 
 
 def test_products_of_fp32_are_tf32_only_where_torch_says_so():

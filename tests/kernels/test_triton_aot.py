@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,6 +38,7 @@ pytestmark = [
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, by architecture
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+PLAN_WHOLE = planner.plan_whole  # which `whole` replaces
 EVERYTHING = {"gate": "channel", "dropout": 0.1, "drop_path": 0.1}
 
 # family -> order without and with everything on, norm
@@ -121,9 +123,12 @@ def operands(spec, dtype, M, N, K):
     running = (vector, vector) if spec.norm == "batch" and not spec.batch_stats else (None, None)
     gates = {None: None, "scalar": 1, "channel": spec.width("gate", K, N)}
     gate = gates[spec.gate] and empty(gates[spec.gate], dtype=F32)
-    residual = empty(M, width) if spec.adds and width != K else None
+    residual = None
+    if spec.adds and (width != K or spec.residual_dtype):
+        residual = empty(M, width, dtype=getattr(torch, spec.residual_dtype or str(dtype)[6:]))
     seed = empty(1, dtype=torch.int64) if spec.random else None
-    return (empty(M, K), empty(N, K), empty(N), *norm, gate, residual, *running, seed)
+    x = empty(M, K, dtype=getattr(torch, spec.x_dtype or str(dtype)[6:]))
+    return (x, empty(N, K), empty(N), *norm, gate, residual, *running, seed)
 
 
 def forward(dtype, precision, family, tile, random, activation):
@@ -151,11 +156,11 @@ def backward(sm, dtype, norm, random, width):
     spec, M = make_spec(**settings), 4096
     tensors = operands(spec, dtype, M, width, width)
     dy = torch.empty(M, width, dtype=dtype, device="meta")
-    z = dy if spec.saves_z else dy.new_empty(0)
     shape = (2, width) if norm == "batch" else (2 * M,)
     stats = torch.empty(shape, dtype=F32, device="meta")
     needs = sum(1 << i for i, t in enumerate(tensors[:7]) if t is not None)
-    backend.residual_backward(dy, *tensors, z, stats, 1, str(spec), needs)
+    saved = [dy, stats] if spec.saves_z else [stats]
+    backend.residual_backward(dy, saved, *tensors, 1, str(spec), needs)
 
 
 def whole(sm, dtype, tile, random, activation, order):
@@ -168,7 +173,32 @@ def whole(sm, dtype, tile, random, activation, order):
     dy = torch.empty(M, N, dtype=dtype, device="meta")
     stats = torch.empty(2 * M, dtype=F32, device="meta")
     needs = sum(1 << i for i, t in enumerate(tensors[:7]) if t is not None)
-    backend.residual_backward(dy, *tensors, dy, stats, 1, str(spec), needs)
+    saved = [dy, stats] if spec.norm else [dy]
+    backend.residual_backward(dy, saved, *tensors, 1, str(spec), needs)
+
+
+def mixed(sm, family, tile, x_dtype, random):
+    """Launches a family's forward, by this tile, and its backward, weight in bf16 and the residual
+    and y in fp32; x in `x_dtype`, None: in bf16.
+    """
+    device = planner.Device("any", 132, SHARED_LIMIT[sm], f"sm_{sm}")
+    planner.device_of, planner.plan_whole = lambda _: device, PLAN_WHOLE
+    planner.choose_tile = lambda *_: tile
+    planner.plan.cache_clear()
+    plain, everything, norm = RECIPES[family]
+    settings = {"order": everything, **EVERYTHING} if random else {"order": plain}
+    spec = make_spec(norm=norm, activation="silu", training=True, **settings)
+    spec = replace(spec, x_dtype=x_dtype, residual_dtype="float32", y_dtype="float32")
+    M = tile.BLOCK_M if family == "columns" else 65536
+    N = {"rows": tile.BLOCK_N, "wide": 1024}.get(family, 512)
+    tensors = operands(spec, BF16, M, N, 512)
+    y, *saved = backend.residual_forward(*tensors, 1, str(spec), True)
+    needs = sum(1 << i for i, t in enumerate(tensors[:7]) if t is not None)
+    backend.residual_backward(y, saved, *tensors, 1, str(spec), needs)
+
+
+def mixed_job(job):
+    return job, compiled(job[0], mixed, *job)
 
 
 def whole_job(job):
@@ -197,6 +227,8 @@ def shipped(sm):
     found = []
     for name, by_bits in planner.config("any", f"sm_{sm}")["tiles"].items():
         family, _, random = name.partition(" ")
+        if "mixed" in random:
+            continue
         for bits, rows in by_bits.items():
             for row in rows:
                 found.append((family, bool(random), int(bits) // 8, planner.Tile(*row)))
@@ -291,6 +323,38 @@ def test_backward_of_whole_rows(sm, pool):
         if what:
             told.append(f"{job} {what}: {found}")
     assert len(jobs) >= 10 and not told, "\n".join(told)
+
+
+@pytest.mark.parametrize("sm", SHARED_LIMIT)
+def test_several_dtypes(sm, pool):
+    """Of each family the largest tiles; with what backward launches, the dz and dx of whole rows
+    and products that convert among it.
+    """
+    device, told, jobs = planner.Device("any", 132, SHARED_LIMIT[sm], f"sm_{sm}"), [], []
+    for family in RECIPES:
+        for x_dtype, random in (("float32", False), (None, False), ("float32", True)):
+            if x_dtype and family == "algebraic":
+                continue  # it is "prologue" then
+            tiles = planner.tiles_of(family, random, 2, device, True)
+            jobs += [(sm, family, tile, x_dtype, random) for tile in tiles[: 1 + (not random)]]
+    for job, found in pool.map(mixed_job, jobs, chunksize=2):
+        _, family, tile, x_dtype, _ = job
+        first, *back = found
+        assert "forward" in first["kernel"] and 1 <= len(back) <= 3, job
+        turned = x_dtype or family in ("prologue", "prebatch")
+        tensor_cores = (tile.BLOCK_N if turned else tile.BLOCK_M) >= 64
+        for kernel in found:
+            products = kernel is first or "product" in kernel["kernel"] or "dx" in kernel["kernel"]
+            large = family != "columns"  # else of few rows
+            what = wrong(sm, kernel, tensor_cores if kernel is first else products and large)
+            if products and not kernel["async_copies"]:
+                what += ", loads without a pipeline"
+            if kernel is first and kernel["shared"] > tile.shared(2, bool(x_dtype)) + 4096:
+                what += ", takes more shared memory than the planner says"
+            if what:
+                told.append(f"{job} {what}: {kernel}")
+    assert not told, "\n".join(told)
+    assert len(jobs) >= 35
 
 
 def activation_job(name):

@@ -14,6 +14,7 @@ PARTS = (
     ("test_triton.py", LAYOUTS),
     ("test_triton.py", f"not ({LAYOUTS})"),
     ("test_triton_grid.py", ""),
+    ("test_triton_mixed.py", ""),
 )
 
 

@@ -24,12 +24,14 @@ from fusedres.tools.calls import formula
 
 
 def saved_bytes(layer, *args):
-    """Bytes that autograd keeps for backward, parameters and buffers apart; each saving counts."""
+    """Bytes that autograd keeps for backward, parameters and buffers apart; each saving counts.
+    What stands in for a tensor that nobody looks at has no memory.
+    """
     known = {t.data_ptr() for t in itertools.chain(layer.parameters(), layer.buffers())}
     sizes = []
 
     def pack(t):
-        if t.data_ptr() not in known:
+        if t.data_ptr() not in known and any(t.stride()):
             sizes.append(t.numel() * t.itemsize)
         return t
 
