@@ -8,109 +8,88 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import plain_linear, run
-from .layers import activation_name, norm_features, norm_settings
+from .layers import activation_name, customised, norm_features, norm_settings, parameter
 from .operands import Operands
 from .reference import Residual
-
-_TORCH_FORWARDS = {
-    None: None,
-    "layer": nn.LayerNorm.forward,
-    "rms": nn.RMSNorm.forward,
-    "batch": nn.BatchNorm1d.forward,
-}
+from .spec import Spec
 
 
-def parameter(module: Any, name: str) -> Any:
-    """module.name; past nn.Module's own look-up where it is a plain parameter (a parametrized one
-    is not).
+def project(shortcut: nn.Module, source: Tensor, backend: str) -> Tensor:
+    """The shortcut of source, in one fused call where it is torch's linear and nothing more."""
+    if customised(shortcut, "linear") is not None:
+        return shortcut(source)
+    weight, bias = parameter(shortcut, "weight"), parameter(shortcut, "bias")
+    return plain_linear(source, weight, bias, backend)
+
+
+def _batch_norm_step(spec: Spec, norm: Any) -> tuple[Any, ...]:
+    """Recipe, running mean and variance, momentum and count for this batch as nn.BatchNorm1d has
+    them; the count only where it goes up.
     """
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name, None)
+    training, momentum, tracked = norm.training, norm.momentum, None
+    mean, var = norm.running_mean, norm.running_var
+    spec = spec.with_batch_stats(training or (mean is None and var is None))
+    if training:
+        if norm.track_running_stats:
+            tracked = norm.num_batches_tracked
+        else:
+            mean = var = None
+    return spec, mean, var, momentum, tracked
 
 
 class FusedResidual(Residual):
     """`Residual` in one fused call: same arguments (see there), parameters, state_dict and results.
 
-    A drop-in replacement: checkpoints move both ways. Where a submodule was replaced by one that
-    computes something else (SyncBatchNorm, a LoRA layer) or has hooks, the layer runs stage by
-    stage through that submodule.
+    A drop-in replacement: checkpoints move both ways. Where calling a submodule does more than
+    torch's own layer, or else (SyncBatchNorm, a LoRA layer, hooks), this one runs stage by stage
+    through its submodules; not so where only parameters were replaced or are computed.
 
-    `fusedres.explain(layer, x)` tells which backend and kernel a call uses.
+    `fusedres.explain(layer, x)` tells which backend and kernel a call uses, and why not fused.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y (..., N) from x (..., K); `residual` (..., R) is what goes into the shortcut, default
         x.
         """
-        modules = self._modules  # nn.Module's attribute look-up costs half a microsecond a name
-        linear: Any = modules["linear"]
-        norm: Any = modules["norm"]
+        own = self.__dict__  # nn.Module's attribute look-up costs half a microsecond a name
+        modules = own["_modules"]
+        linear, norm = modules["linear"], modules["norm"]
         if self.not_fused() is not None:
             return self.eager(x, residual)
+        spec = self._recipe(getattr(x, "dtype", None))
         if modules["shortcut"] is not None:
             checks.check_x(x, self.in_features)
             residual = self._shortcut(x, residual)
-        spec, momentum, mean, var = self._specs[self.training], 0.0, None, None
-        norm_weight = norm_bias = None
-        if norm is not None:
-            norm_weight, norm_bias = parameter(norm, "weight"), parameter(norm, "bias")
+        norm_weight = norm_bias = mean = var = momentum = tracked = None
+        if spec.norm is not None:
+            norm_weight = parameter(norm, "weight")
+            if spec.norm != "rms":
+                norm_bias = parameter(norm, "bias")
             if spec.norm == "batch":
-                spec, mean, var, momentum = self._batch_norm_step(norm)
+                spec, mean, var, momentum, tracked = _batch_norm_step(spec, norm)
         weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
-        gate = self._parameters["gate"]
+        gate = parameter(self, "gate")
         o = Operands(x, weight, bias, norm_weight, norm_bias, gate, residual, mean, var)
-        return run(spec, o, momentum, self.shortcut_kind == "pad", self.backend, True)
+        pad = own["shortcut_kind"] == "pad"
+        return run(spec, o, momentum, pad, own["backend"], True, tracked)
 
     def not_fused(self) -> str | None:
         """Why this layer runs through its submodules one by one; None if it does not."""
         modules = self._modules
-        linear: Any = modules["linear"]
+        reason = customised(modules["linear"], "linear")
+        if reason is not None:
+            return f"self.linear: {reason}"
         norm: Any = modules["norm"]
-        if type(linear).forward is not nn.Linear.forward:
-            return f"self.linear is a {type(linear).__name__}, not a torch.nn.Linear"
-        if (
-            linear._forward_hooks
-            or linear._forward_pre_hooks
-            or linear._backward_hooks
-            or linear._backward_pre_hooks
-        ):
-            return "self.linear has hooks"
-        if norm is None:
-            return None
-        if type(norm).forward is not _TORCH_FORWARDS[self._specs[True].norm]:
-            return (
-                f"self.norm is a {type(norm).__name__}, not torch's {self._specs[True].norm} norm"
-            )
-        if (
-            norm._forward_hooks
-            or norm._forward_pre_hooks
-            or norm._backward_hooks
-            or norm._backward_pre_hooks
-        ):
-            return "self.norm has hooks"
+        if norm is not None:
+            reason = customised(norm, "norm")
+            if reason is not None:
+                return f"self.norm: {reason}"
+            if isinstance(norm, nn.SyncBatchNorm):
+                return "self.norm: it is a SyncBatchNorm, which sums over processes"
         return None
 
-    def _batch_norm_step(self, norm: Any) -> tuple[Any, Tensor | None, Tensor | None, float]:
-        """Recipe, running statistics and weight of this batch, as nn.BatchNorm1d.forward chooses
-        them.
-        """
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        training = norm.training
-        if training and norm.track_running_stats and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:
-                momentum = 1.0 / float(norm.num_batches_tracked)
-        mean, var = norm.running_mean, norm.running_var
-        spec = self._specs[self.training].with_batch_stats(
-            training or (mean is None and var is None)
-        )
-        keep = not training or norm.track_running_stats
-        return spec, mean if keep else None, var if keep else None, momentum
-
     def _project(self, shortcut: nn.Module, source: Tensor) -> Tensor:
-        if type(shortcut).forward is nn.Linear.forward:
-            return plain_linear(source, shortcut.weight, shortcut.bias, self.backend)  # type: ignore[arg-type]
-        return shortcut(source)
+        return project(shortcut, source, self.backend)
 
     @classmethod
     def from_layers(

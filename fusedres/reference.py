@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from . import checks
+from .layers import activation_name, norm_recipe, parameter
 from .operands import Operands
 from .spec import SHORTCUTS, Spec, make_spec, one_of
+from .tracing import by_value
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -165,8 +167,27 @@ def rows_per_sample(x: Tensor) -> int:
     return max(rows, 1)
 
 
+def spec_of(*settings: Any) -> Spec:
+    """make_spec; dynamo traces it, since it cannot hold an object that it did not see being
+    made.
+    """
+    return (
+        make_spec.__wrapped__(*by_value(settings))
+        if is_dynamo_compiling()
+        else make_spec(*settings)
+    )
+
+
+# What a layer takes its recipe from besides `norm` and `gate`.
+SETTINGS = ("order", "activation", "dropout", "drop_path", "residual_scale")
+
+
 class Residual(nn.Module):
     """A residual layer in eager PyTorch, stage by stage: the reference implementation.
+
+    All of it counts at the next call: children and parameters that were replaced or set to None,
+    their settings (``layer.norm.eps``), and ``order``, ``activation``, ``dropout``, ``drop_path``,
+    ``residual_scale``, ``backend``, which are attributes.
 
     Args:
         in_features: K, the size of x's last dimension.
@@ -226,10 +247,12 @@ class Residual(nn.Module):
         K, N = in_features, in_features if out_features is None else out_features
         checks.check_feature_counts(type(self).__name__, in_features=K, out_features=N)
         checks.check_backend_name(backend)
-        self.in_features, self.out_features, self.order, self.backend = K, N, order, backend
+        self._features, self.backend = (K, N), backend
+        self._asked: Any = None
         settings = (order, norm, activation, gate, eps, dropout, drop_path, residual_scale)
-        self._specs = {training: make_spec(*settings, training) for training in (False, True)}
-        spec = self._specs[True]
+        spec = make_spec(*settings, training=True)
+        self.order, self.activation, self.residual_scale = order, activation, residual_scale
+        self.dropout, self.drop_path = dropout, drop_path
         where: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.linear = nn.Linear(K, N, bias=bias, **where)
@@ -252,9 +275,6 @@ class Residual(nn.Module):
 
     def _init_shortcut(self, shortcut: str | nn.Module | None, where: dict[str, Any]) -> None:
         spec = self.spec
-        self._sum_features = (
-            spec.width("add", self.in_features, self.out_features) if spec.adds else 0
-        )
         self._default_shortcut = shortcut is None
         self.register_module("shortcut", None)
         if isinstance(shortcut, nn.Module):
@@ -276,10 +296,53 @@ class Residual(nn.Module):
         if shortcut == "linear":
             self.shortcut = nn.Linear(self.in_features, self._sum_features, **where)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in SETTINGS:
+            super().__setattr__(name, value)
+            return
+        # not by nn.Module, which would take an nn.GELU() for a child
+        value = activation_name(value) if name == "activation" else value
+        asked = self.__dict__.get("_asked")
+        if asked is not None:  # as by the constructor, nonsense is refused
+            now: Any = {key: getattr(self, key) for key in SETTINGS} | {name: value}
+            make_spec(**now, training=True)
+        self.__dict__[name], self.__dict__["_asked"] = value, None
+
+    @property
+    def in_features(self) -> int:
+        """K of ``self.linear`` as it is now; of the construction if it does not tell."""
+        return getattr(self.linear, "in_features", 0) or self._features[0]
+
+    @property
+    def out_features(self) -> int:
+        """N of ``self.linear`` as it is now; of the construction if it does not tell."""
+        return getattr(self.linear, "out_features", 0) or self._features[1]
+
+    @property
+    def _sum_features(self) -> int:
+        spec = self.spec
+        return spec.width("add", self.in_features, self.out_features) if spec.adds else 0
+
     @property
     def spec(self) -> Spec:
-        """The recipe as the layer would run now (see train() and eval())."""
-        return self._specs[self.training]
+        """The recipe as the layer would run now: settings and children as they are, see train()."""
+        first = next(self.linear.parameters(), None)
+        return self._recipe(None if first is None else first.dtype)
+
+    def _recipe(self, dtype: torch.dtype | None) -> Spec:
+        """The recipe of a call now, for x of `dtype`; made anew only where something changed."""
+        own = self.__dict__
+        gate = parameter(self, "gate")
+        kind = None if gate is None else "scalar" if gate.numel() == 1 else "channel"
+        asked = (*norm_recipe(own["_modules"]["norm"], dtype), kind)
+        if asked == own["_asked"]:
+            return own["_specs"][own["training"]]
+        norm, eps, _ = asked
+        settings = (self.order, norm, self.activation, kind, eps, self.dropout, self.drop_path)
+        specs = {t: spec_of(*settings, self.residual_scale, t) for t in (False, True)}
+        if not is_dynamo_compiling():  # a graph does without: it is made once
+            self._specs, self._asked = specs, asked
+        return specs[self.training]
 
     def _shortcut(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """The shortcut's value, (..., R); None where that is x itself."""
@@ -295,8 +358,8 @@ class Residual(nn.Module):
                 residual  # an explicit residual of out_features skips the default linear shortcut
             )
         source = x if residual is None else residual
-        if self.shortcut_kind == "linear":
-            checks.check_shortcut_input(source, self.in_features)
+        if isinstance(shortcut, nn.Linear):
+            checks.check_shortcut_input(source, shortcut.in_features)
         return self._project(shortcut, source)
 
     def _project(self, shortcut: nn.Module, source: Tensor) -> Tensor:
@@ -305,15 +368,15 @@ class Residual(nn.Module):
     def eager(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer by its own submodules, one torch op after another."""
         checks.check_x(x, self.in_features)
-        spec = self._specs[self.training]
+        spec = self.spec
         r = self._shortcut(x, residual)
         checks.check_residual(spec, x, r, self._sum_features, self.shortcut_kind == "pad")
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, x.shape[-1])
         r = r if r is None else r.reshape(-1, r.shape[-1])
         seed = draw_seed(x.device) if spec.random else None
         norm: Any = self.norm
         y = run_stages(spec, rows, self.linear, norm, self.gate, r, seed, rows_per_sample(x))
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y (..., N) from x (..., K); `residual` (..., R) is what goes into the shortcut, default
@@ -323,7 +386,7 @@ class Residual(nn.Module):
 
     def extra_repr(self) -> str:
         words = [f"{self.in_features}, {self.out_features}", f"order={self.order!r}"]
-        spec = self._specs[True]
+        spec = self.spec
         for name in ("norm", "activation", "gate"):
             words.append(f"{name}={getattr(spec, name)!r}")
         for name, off in (
@@ -332,10 +395,11 @@ class Residual(nn.Module):
             ("drop_path", 0.0),
             ("residual_scale", 1.0),
         ):
-            if getattr(spec, name) != off:
-                words.append(f"{name}={getattr(spec, name):g}")
+            value = getattr(spec if name == "eps" else self, name)
+            if value != off:
+                words.append(f"{name}={value:g}")
         words += [
-            f"bias={self.linear.bias is not None}",
+            f"bias={getattr(self.linear, 'bias', None) is not None}",
             f"shortcut={self.shortcut_kind!r}",
             f"backend={self.backend!r}",
         ]

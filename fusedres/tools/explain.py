@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..functional import composite_only, fused_residual
+from ..layers import customised
 from ..mlp import FusedResidualMLP
 from ..modules import FusedResidual
 from ..reference import Residual
@@ -85,11 +86,11 @@ def explain(
         calls, notes = _of_function(context, **a)
         title = "fused_residual"
     elif isinstance(call, FusedResidualMLP):
-        context = _context(x, next(call.fc1.linear.parameters()), [x, *call.parameters()], device)
+        context = _context(x, _weight(call.fc1), [x, *call.parameters()], device)
         calls, notes = _of_mlp(context, call, x.shape[-1], _features(residual))
         title = "FusedResidualMLP"
     elif isinstance(call, Residual):
-        context = _context(x, next(call.linear.parameters()), [x, *call.parameters()], device)
+        context = _context(x, _weight(call), [x, *call.parameters()], device)
         calls, notes = _of_layer(context, call, x.shape[-1], _features(residual))
         title = type(call).__name__
     else:
@@ -115,6 +116,12 @@ def _context(
         composite=composite_only(x, weight),
         grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
     )
+
+
+def _weight(layer: Any) -> Tensor:
+    """One of the linear's parameters; to ask a parametrized one for its weight may change it."""
+    first = next(layer.linear.parameters(), None)
+    return layer.linear.weight if first is None else first
 
 
 def _features(t: Tensor | None) -> int | None:
@@ -151,17 +158,13 @@ def _of_layer(
     if shortcut is not None and layer.spec.adds and not skipped:
         source = K if residual is None else residual
         residual = layer._sum_features
-        if type(shortcut).forward is nn.Linear.forward:
-            has_bias = shortcut.bias is not None
-            calls.append(
-                _linear_shortcut(
-                    context, shortcut.weight, has_bias, source, layer.backend, eager is not None
-                )
-            )
+        called = customised(shortcut, "linear")
+        if called is None:
+            plain = not isinstance(layer, FusedResidual)
+            calls.append(_linear_shortcut(context, shortcut, source, layer.backend, plain))
             notes.append("the linear shortcut is a call of its own, before the layer's")
         else:
-            kind = type(shortcut).__name__
-            notes.append(f"the shortcut, a {kind}, runs on its own before the layer's call")
+            notes.append(f"the shortcut runs on its own before the layer's call: {called}")
         text = f"shortcut({text})"
     pad = layer.shortcut_kind == "pad"
     calls.append(
@@ -190,9 +193,9 @@ def _spec_now(layer: Residual) -> Spec:
 
 
 def _linear_shortcut(
-    context: Context, weight: Any, bias: bool, source: int, backend: str, eager: bool = False
+    context: Context, shortcut: Any, source: int, backend: str, eager: bool = False
 ) -> Call:
-    N, K = weight.shape
+    K, N, bias = shortcut.in_features, shortcut.out_features, shortcut.bias is not None
     checks.check_shortcut_input(torch.empty(*context.rows, source, device="meta"), K)
     return context.call("shortcut", _LINEAR, K, N, backend, bias=bias, eager=eager)
 
@@ -207,10 +210,10 @@ def _of_mlp(
     elif mlp.adds and not (mlp._default_shortcut and residual == mlp.out_features):
         source = K if residual is None else residual
         residual = mlp.out_features
-        if type(shortcut).forward is nn.Linear.forward:
-            has_bias, backend = shortcut.bias is not None, mlp.fc2.backend
-            calls.insert(0, _linear_shortcut(context, shortcut.weight, has_bias, source, backend))
-        notes.append(f"the shortcut, a {type(shortcut).__name__}, is a call of its own")
+        called = customised(shortcut, "linear")
+        if called is None:
+            calls.insert(0, _linear_shortcut(context, shortcut, source, mlp.fc2.backend))
+        notes.append(f"the shortcut is a call of its own{f': {called}' if called else ''}")
     more, more_notes = _of_layer(context, mlp.fc2, mlp.hidden_features, residual, "fc2")
     return calls + more, [*notes, *more_notes, "two matmuls are two calls, fc1 and fc2"]
 
@@ -240,10 +243,9 @@ def _of_function(
     checks.check_x(a["x"], K)
     if a["shortcut_weight"] is not None:
         source = K if features is None else features
-        has_bias, features = a["shortcut_bias"] is not None, a["shortcut_weight"].shape[0]
-        calls.append(
-            _linear_shortcut(context, a["shortcut_weight"], has_bias, source, a["backend"])
-        )
+        features, width = a["shortcut_weight"].shape
+        linear = nn.Linear(width, features, a["shortcut_bias"] is not None, device="meta")
+        calls.append(_linear_shortcut(context, linear, source, a["backend"]))
         notes.append("the linear shortcut is a call of its own, before the layer's")
         text = f"shortcut({text})"
     calls.append(
