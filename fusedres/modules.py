@@ -53,20 +53,24 @@ class FusedResidual(Residual):
         """
         own = self.__dict__  # nn.Module's attribute look-up costs half a microsecond a name
         modules = own["_modules"]
-        linear, norm = modules["linear"], modules["norm"]
+        linear, norm = modules["linear"], modules.get("norm")
         if self.not_fused() is not None:
             return self.eager(x, residual)
         spec = self._recipe(getattr(x, "dtype", None))
-        if modules["shortcut"] is not None:
-            checks.check_x(x, self.in_features)
-            residual = self._shortcut(x, residual)
         norm_weight = norm_bias = mean = var = momentum = tracked = None
         if spec.norm is not None:
             norm_weight = parameter(norm, "weight")
-            if spec.norm != "rms":
-                norm_bias = parameter(norm, "bias")
             if spec.norm == "batch":
                 spec, mean, var, momentum, tracked = _batch_norm_step(spec, norm)
+            elif norm_weight is None and norm.normalized_shape != (
+                spec.width("norm", self.in_features, self.out_features),
+            ):
+                return self.eager(x, residual)  # torch's own error
+            if spec.norm != "rms":
+                norm_bias = parameter(norm, "bias")
+        if modules.get("shortcut") is not None:
+            checks.check_x(x, self.in_features)
+            residual = self._shortcut(x, residual)
         weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
         gate = parameter(self, "gate")
         o = Operands(x, weight, bias, norm_weight, norm_bias, gate, residual, mean, var)
@@ -79,13 +83,16 @@ class FusedResidual(Residual):
         reason = customised(modules["linear"], "linear")
         if reason is not None:
             return f"self.linear: {reason}"
-        norm: Any = modules["norm"]
+        norm: Any = modules.get("norm")
         if norm is not None:
             reason = customised(norm, "norm")
             if reason is not None:
                 return f"self.norm: {reason}"
             if isinstance(norm, nn.SyncBatchNorm):
                 return "self.norm: it is a SyncBatchNorm, which sums over processes"
+        gate = self._parameters.get("gate")
+        if gate is not None and gate.dim() != 1:
+            return f"self.gate has {gate.dim()} dimensions"
         return None
 
     def _project(self, shortcut: nn.Module, source: Tensor) -> Tensor:

@@ -334,7 +334,7 @@ class Residual(nn.Module):
         own = self.__dict__
         gate = parameter(self, "gate")
         kind = None if gate is None else "scalar" if gate.numel() == 1 else "channel"
-        asked = (*norm_recipe(own["_modules"]["norm"], dtype), kind)
+        asked = (*norm_recipe(own["_modules"].get("norm"), dtype), kind)
         if asked == own["_asked"]:
             return own["_specs"][own["training"]]
         norm, eps, _ = asked

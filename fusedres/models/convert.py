@@ -94,10 +94,8 @@ class Stack:
         training = self.layer.training
         if any(type(m) is nn.Dropout and m.training != training for m in modules):
             return False
-        if (
-            isinstance(self.layer.norm, nn.BatchNorm1d) and x.dim() != 2
-        ):  # dimension 1 is normed then
-            return False
+        if isinstance(self.layer.norm, nn.BatchNorm1d) and x.dim() != 2:
+            return False  # torch's norms dimension 1 then
         return _settings(modules) == self.settings
 
 
@@ -173,7 +171,7 @@ def _convert_sequential(path: str, module: nn.Sequential) -> Iterator[Change]:
     stacks, alone = _find_stacks(children)
     for i, stack in stacks.items():
         kinds = "-".join(type(m).__name__ for m in stack.modules)
-        order = "-".join(stack.layer.spec.stages)
+        order = stack.layer.order
         yield Change(_join(path, names[i]), True, f"{kinds} in one fused call, order '{order}'")
     for i, reason in alone.items():
         yield Change(_join(path, names[i]), False, f"{type(children[i]).__name__}: {reason}")
@@ -187,7 +185,7 @@ def _convert_residual(name: str, module: Residual) -> Change:
     if type(module) is not Residual:
         reason = "a subclass of Residual"
     elif "forward" in module.__dict__:
-        reason = customised(module)
+        reason = "its forward was replaced"
     for child_name, child in module.named_children():
         if stage_of(child) and customised(child):
             reason = f"{child_name}: {customised(child)}"

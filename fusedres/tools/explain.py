@@ -174,7 +174,7 @@ def _of_layer(
             K,
             layer.out_features,
             layer.backend,
-            bias=layer.linear.bias is not None,
+            bias=getattr(layer.linear, "bias", None) is not None,
             residual=residual,
             shortcut=f"pad({text})" if pad else text,
             pad=pad,
