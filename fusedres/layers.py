@@ -15,7 +15,6 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from .checks import DTYPES
 from .spec import ACTIVATIONS, one_of
 
 _NORMS = {
@@ -56,9 +55,10 @@ _STAGES: dict[Any, str] = {
 }
 
 
-# What calling one comes to, as torch had it when this was imported.
-_CALL = nn.Module.__call__
-_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _STAGES}
+# Each one's stage and forward, as torch had it when this was imported; and what calls a module.
+_KNOWN: dict[Any, tuple[str, Any]] = {kind: (_STAGES[kind], kind.forward) for kind in _STAGES}
+_KNOWN[nn.SyncBatchNorm] = "norm over processes", nn.SyncBatchNorm.forward
+_Module, _CALL = nn.Module, nn.Module.__call__
 
 
 def stage_of(module: nn.Module) -> str | None:
@@ -71,25 +71,28 @@ def torch_kind(module: Any) -> Any:
     parametrized one does) without another way to be called. None: it is a layer of another kind.
     """
     own = type(module)
-    kind = next((kind for kind in own.__mro__ if kind in _STAGES), None)
-    same = kind and own.forward is _FORWARDS[kind] and own.__call__ is _CALL
+    kind: Any = next((kind for kind in own.__mro__ if kind in _KNOWN), None)
+    same = kind and own.forward is kind.forward and own.__call__ is _Module.__call__
     return kind if same else None
 
 
 def customised(module: Any, stage: str | None = None) -> str | None:
     """Why the module (as `stage`) must be called; None where that would do nothing but what torch's
-    own forward does with its parameters and settings: whoever reads these may do it instead.
+    own forward does with its parameters and settings: whoever reads these may do it instead, unless
+    `watched`.
 
-    Hooks, global ones too, see no call that is not made; pruning, weight_norm and lazy layers work
-    by them. Offloading and casting tools replace `forward`, or store in a dtype nobody computes in.
+    Pruning, weight_norm and lazy layers work by hooks, tools that offload or cast parameters by a
+    forward of the instance's own.
     """
-    own: dict[str, Any] = module.__dict__
-    kind: Any = type(module)
-    if kind.forward is not _FORWARDS.get(kind) or kind.__call__ is not _CALL:
+    own, kind = module.__dict__, type(module)
+    if kind not in _KNOWN:
         kind = torch_kind(module)
-    if kind is None or (stage is not None and _STAGES[kind] != stage):
-        return f"it is a {type(module).__name__}, not torch's own"
-    if "forward" in own or own.get("_compiled_call_impl") is not None:
+        if kind is None:
+            return f"it is a {type(module).__name__}, not torch's own"
+    known, forward = _KNOWN[kind]
+    if stage is not None and known != stage:
+        return f"it is a {kind.__name__}, not torch's {stage}"
+    if kind.forward is not forward or "forward" in own:
         return "its forward was replaced"
     if (
         own["_forward_hooks"]
@@ -98,17 +101,19 @@ def customised(module: Any, stage: str | None = None) -> str | None:
         or own["_backward_pre_hooks"]
     ):
         return "it has hooks"
+    return None
+
+
+def watched() -> str | None:
+    """Why every module must be called: a call that is not made would be missed."""
     if (
         _global_forward_hooks
         or _global_forward_pre_hooks
         or _global_backward_hooks
         or _global_backward_pre_hooks
     ):
-        return "every module has hooks, by torch's register_module_*_hook"
-    weight = own["_parameters"].get("weight")
-    if weight is not None and weight.dtype not in DTYPES:
-        return f"its weight is stored as {weight.dtype}"
-    return None
+        return "all modules have hooks"
+    return "torch.nn.Module.__call__ was replaced" if _Module.__call__ is not _CALL else None
 
 
 def parameter(module: Any, name: str) -> Any:
@@ -117,6 +122,20 @@ def parameter(module: Any, name: str) -> Any:
     """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name, None)
+
+
+def weight_and_bias(module: Any) -> tuple[Any, Any]:
+    """`parameter` of both, for less."""
+    own = module._parameters
+    weight = own["weight"] if "weight" in own else module.weight
+    return weight, own["bias"] if "bias" in own else module.bias
+
+
+def first_parameter(module: nn.Module) -> Any:
+    """Tells dtype and device. None where there is none; to ask a parametrized module for its weight
+    may change it.
+    """
+    return next(module.parameters(), None)
 
 
 def activation_name(activation: str | nn.Module | None) -> str | None:
@@ -149,20 +168,16 @@ def norm_features(norm: Any) -> int | None:
     return norm.num_features if hasattr(norm, "num_features") else norm.normalized_shape[0]
 
 
-def norm_recipe(norm: Any, dtype: torch.dtype | None) -> tuple[str | None, float]:
-    """What a recipe calls a norm module over values of `dtype`, and its eps.
+def norm_kind(norm: Any) -> str | None:
+    """What a recipe calls a norm module; "layer" for a foreign one, which is only ever called."""
+    return None if norm is None else _NORMS.get(torch_kind(norm), "layer")
 
-    A foreign norm, which is only ever called, counts as "layer".
-    """
-    if norm is None:
-        return None, 1e-5
-    kind = _NORMS.get(type(norm)) or _NORMS.get(torch_kind(norm))
-    if kind is None:
-        return "layer", 1e-5
-    eps = norm.eps
-    if eps is None:  # nn.RMSNorm's default: that of the dtype it sums in
-        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    return kind, eps
+
+def norm_eps(norm: Any, dtype: torch.dtype | None) -> Any:
+    """The eps of a norm over `dtype`; nn.RMSNorm's default is that of what it sums in."""
+    eps = getattr(norm, "eps", None)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.finfo(exact).eps if eps is None else eps
 
 
 def norm_settings(norm: nn.Module | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -183,4 +198,4 @@ def norm_settings(norm: nn.Module | None, dtype: torch.dtype) -> dict[str, Any]:
             f"fusedres: a fused {kind.__name__} runs over the last dimension only, "
             f"got normalized_shape {tuple(module.normalized_shape)}"
         )
-    return {"norm": _NORMS[kind], "eps": norm_recipe(module, dtype)[1]}
+    return {"norm": _NORMS[kind], "eps": norm_eps(module, dtype)}

@@ -8,18 +8,26 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import plain_linear, run
-from .layers import activation_name, customised, norm_features, norm_settings, parameter
+from .layers import (
+    activation_name,
+    customised,
+    first_parameter,
+    norm_features,
+    norm_settings,
+    parameter,
+    watched,
+    weight_and_bias,
+)
 from .operands import Operands
-from .reference import Residual
+from .reference import Residual, asked_of
 from .spec import Spec
 
 
 def project(shortcut: nn.Module, source: Tensor, backend: str) -> Tensor:
     """The shortcut of source, in one fused call where it is torch's linear and nothing more."""
-    if customised(shortcut, "linear") is not None:
+    if customised(shortcut, "linear") or watched():
         return shortcut(source)
-    weight, bias = parameter(shortcut, "weight"), parameter(shortcut, "bias")
-    return plain_linear(source, weight, bias, backend)
+    return plain_linear(source, *weight_and_bias(shortcut), backend)
 
 
 def _batch_norm_step(spec: Spec, norm: Any) -> tuple[Any, ...]:
@@ -37,6 +45,19 @@ def _batch_norm_step(spec: Spec, norm: Any) -> tuple[Any, ...]:
     return spec, mean, var, momentum, tracked
 
 
+def _not_fused(linear: Any, norm: Any, gate: Tensor | None) -> str | None:
+    reason = customised(linear, "linear")
+    if reason is not None:
+        return f"self.linear: {reason}"
+    if norm is not None:
+        reason = customised(norm, "norm")
+        if reason is not None:
+            return f"self.norm: {reason}"
+    if gate is not None and gate.dim() != 1:
+        return f"self.gate has {gate.dim()} dimensions"
+    return watched()
+
+
 class FusedResidual(Residual):
     """`Residual` in one fused call: same arguments (see there), parameters, state_dict and results.
 
@@ -52,48 +73,46 @@ class FusedResidual(Residual):
         x.
         """
         own = self.__dict__  # nn.Module's attribute look-up costs half a microsecond a name
-        modules = own["_modules"]
-        linear, norm = modules["linear"], modules.get("norm")
-        if self.not_fused() is not None:
+        modules, parameters = own["_modules"], own["_parameters"]
+        linear = modules["linear"] if "linear" in modules else self.linear
+        norm: Any = modules["norm"] if "norm" in modules else self.norm
+        shortcut = modules["shortcut"] if "shortcut" in modules else self.shortcut
+        gate = parameters["gate"] if "gate" in parameters else self.gate
+        if _not_fused(linear, norm, gate) is not None:
             return self.eager(x, residual)
-        spec = self._recipe(getattr(x, "dtype", None))
+        asked = asked_of(norm, gate, x)
+        spec = own["_specs"][own["training"]] if asked == own["_asked"] else self._recipe(asked)
         norm_weight = norm_bias = mean = var = momentum = tracked = None
-        if spec.norm is not None:
+        if spec.norm == "rms":
             norm_weight = parameter(norm, "weight")
+        elif spec.norm is not None:
+            norm_weight, norm_bias = weight_and_bias(norm)
             if spec.norm == "batch":
                 spec, mean, var, momentum, tracked = _batch_norm_step(spec, norm)
-            elif norm_weight is None and norm.normalized_shape != (
-                spec.width("norm", self.in_features, self.out_features),
-            ):
-                return self.eager(x, residual)  # torch's own error
-            if spec.norm != "rms":
-                norm_bias = parameter(norm, "bias")
-        if modules.get("shortcut") is not None:
+        if norm_weight is None and spec.norm in ("layer", "rms"):  # whose shape would be checked
+            width = spec.width("norm", self.in_features, self.out_features)
+            if norm.normalized_shape != (width,):
+                return self.eager(x, residual)
+        r = residual
+        if shortcut is not None:
             checks.check_x(x, self.in_features)
-            residual = self._shortcut(x, residual)
-        weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
-        gate = parameter(self, "gate")
-        o = Operands(x, weight, bias, norm_weight, norm_bias, gate, residual, mean, var)
+            r = self._shortcut(x, residual)
+        weight, bias = weight_and_bias(linear)
+        o = Operands(x, weight, bias, norm_weight, norm_bias, gate, r, mean, var)
         pad = own["shortcut_kind"] == "pad"
-        return run(spec, o, momentum, pad, own["backend"], True, tracked)
+        try:  # costs nothing, unlike a question
+            return run(spec, o, momentum, pad, own["backend"], True, tracked)
+        except TypeError:
+            if weight.dtype in checks.DTYPES:
+                raise
+            return self.eager(x, residual)
 
     def not_fused(self) -> str | None:
         """Why this layer runs through its submodules one by one; None if it does not."""
-        modules = self._modules
-        reason = customised(modules["linear"], "linear")
-        if reason is not None:
-            return f"self.linear: {reason}"
-        norm: Any = modules.get("norm")
-        if norm is not None:
-            reason = customised(norm, "norm")
-            if reason is not None:
-                return f"self.norm: {reason}"
-            if isinstance(norm, nn.SyncBatchNorm):
-                return "self.norm: it is a SyncBatchNorm, which sums over processes"
-        gate = self._parameters.get("gate")
-        if gate is not None and gate.dim() != 1:
-            return f"self.gate has {gate.dim()} dimensions"
-        return None
+        weight = first_parameter(self.linear)
+        if weight is not None and weight.dtype not in checks.DTYPES:
+            return f"self.linear: its weight is stored as {weight.dtype}"
+        return _not_fused(self.linear, self.norm, self.gate)
 
     def _project(self, shortcut: nn.Module, source: Tensor) -> Tensor:
         return project(shortcut, source, self.backend)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from . import checks
-from .layers import activation_name, norm_recipe, parameter
+from .layers import activation_name, first_parameter, norm_eps, norm_kind
 from .operands import Operands
 from .spec import SHORTCUTS, Spec, make_spec, one_of
 from .tracing import by_value
@@ -182,6 +182,14 @@ def spec_of(*settings: Any) -> Spec:
 SETTINGS = ("order", "activation", "dropout", "drop_path", "residual_scale")
 
 
+def asked_of(norm: Any, gate: Tensor | None, x: Tensor | None) -> tuple[Any, ...]:
+    """What else of a layer may change its recipe for x from call to call."""
+    eps = None if norm is None else getattr(norm, "eps", None)
+    if eps is None and norm is not None:
+        eps = norm_eps(norm, getattr(x, "dtype", None))
+    return type(norm), eps, 0 if gate is None else gate.numel()
+
+
 class Residual(nn.Module):
     """A residual layer in eager PyTorch, stage by stage: the reference implementation.
 
@@ -248,7 +256,8 @@ class Residual(nn.Module):
         checks.check_feature_counts(type(self).__name__, in_features=K, out_features=N)
         checks.check_backend_name(backend)
         self._features, self.backend = (K, N), backend
-        self._asked: Any = None
+        self._specs: dict[bool, Spec] = {}
+        self._asked: Any = None  # what _specs were made from
         settings = (order, norm, activation, gate, eps, dropout, drop_path, residual_scale)
         spec = make_spec(*settings, training=True)
         self.order, self.activation, self.residual_scale = order, activation, residual_scale
@@ -326,21 +335,19 @@ class Residual(nn.Module):
     @property
     def spec(self) -> Spec:
         """The recipe as the layer would run now: settings and children as they are, see train()."""
-        first = next(self.linear.parameters(), None)
-        return self._recipe(None if first is None else first.dtype)
+        return self._recipe(asked_of(self.norm, self.gate, first_parameter(self.linear)))
 
-    def _recipe(self, dtype: torch.dtype | None) -> Spec:
-        """The recipe of a call now, for x of `dtype`; made anew only where something changed."""
-        own = self.__dict__
-        gate = parameter(self, "gate")
-        kind = None if gate is None else "scalar" if gate.numel() == 1 else "channel"
-        asked = (*norm_recipe(own["_modules"].get("norm"), dtype), kind)
-        if asked == own["_asked"]:
-            return own["_specs"][own["training"]]
-        norm, eps, _ = asked
+    def _recipe(self, asked: tuple[Any, ...]) -> Spec:
+        """The recipe of a call now, made anew only where something changed."""
+        if asked == self._asked:
+            return self._specs[self.training]
+        _, eps, size = asked
+        norm = norm_kind(self.norm)
+        kind = None if size == 0 else "scalar" if size == 1 else "channel"
+        eps = eps if isinstance(eps, (int, float)) else 1e-5  # of a foreign norm
         settings = (self.order, norm, self.activation, kind, eps, self.dropout, self.drop_path)
         specs = {t: spec_of(*settings, self.residual_scale, t) for t in (False, True)}
-        if not is_dynamo_compiling():  # a graph does without: it is made once
+        if not is_dynamo_compiling():  # a graph is made once
             self._specs, self._asked = specs, asked
         return specs[self.training]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import activation_name, customised, norm_features, norm_settings, stage_of
+from ..layers import activation_name, customised, norm_features, norm_settings, stage_of, watched
 from ..modules import FusedResidual
 from ..reference import Residual
 
@@ -89,7 +89,7 @@ class Stack:
 
     def runs(self, modules: tuple[nn.Module, ...], x: Any) -> bool:
         """Whether the fused call is still what these modules do, one after another, with x."""
-        if modules != self.modules or any(customised(m) is not None for m in modules):
+        if modules != self.modules or watched() or any(map(customised, modules)):
             return False
         training = self.layer.training
         if any(type(m) is nn.Dropout and m.training != training for m in modules):

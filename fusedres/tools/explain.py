@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..functional import composite_only, fused_residual
-from ..layers import customised
+from ..layers import customised, first_parameter, watched
 from ..mlp import FusedResidualMLP
 from ..modules import FusedResidual
 from ..reference import Residual
@@ -119,8 +119,7 @@ def _context(
 
 
 def _weight(layer: Any) -> Tensor:
-    """One of the linear's parameters; to ask a parametrized one for its weight may change it."""
-    first = next(layer.linear.parameters(), None)
+    first = first_parameter(layer.linear)
     return layer.linear.weight if first is None else first
 
 
@@ -158,7 +157,7 @@ def _of_layer(
     if shortcut is not None and layer.spec.adds and not skipped:
         source = K if residual is None else residual
         residual = layer._sum_features
-        called = customised(shortcut, "linear")
+        called = customised(shortcut, "linear") or watched()
         if called is None:
             plain = not isinstance(layer, FusedResidual)
             calls.append(_linear_shortcut(context, shortcut, source, layer.backend, plain))
@@ -210,7 +209,7 @@ def _of_mlp(
     elif mlp.adds and not (mlp._default_shortcut and residual == mlp.out_features):
         source = K if residual is None else residual
         residual = mlp.out_features
-        called = customised(shortcut, "linear")
+        called = customised(shortcut, "linear") or watched()
         if called is None:
             calls.insert(0, _linear_shortcut(context, shortcut, source, mlp.fc2.backend))
         notes.append(f"the shortcut is a call of its own{f': {called}' if called else ''}")
