@@ -4,13 +4,15 @@ alike: both must go on as one layer. And when a fused call may go past a submodu
 
 import copy
 import functools
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from fusedres import FusedResidual, Residual, explain
+from fusedres import FusedResidual, FusedResidualMLP, Residual, convert, explain
 
 K = 8
 
@@ -214,7 +216,7 @@ def assert_same(plain, fused, *inputs, steps=2):
         for _ in range(steps):
             leaves = [t.clone().requires_grad_() for t in inputs]
             y = layer(*leaves)
-            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
             layer.zero_grad()
             y.backward(dy)
         grads = {name: p.grad for name, p in layer.named_parameters()}
@@ -250,3 +252,191 @@ def test_both_layers_live_on_as_one(name):
     assert_same(plain, fused, x)
     assert (fused.not_fused() is None) == (fused_after is FUSED), fused.not_fused()
     assert (explain(fused, x).calls[-1].backend == "eager") == (fused_after is STAGES)
+
+
+@contextmanager
+def global_hook():
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, y: 2 * y if isinstance(module, (nn.Linear, nn.LayerNorm)) else None
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def patched(kind):
+    forward = kind.forward
+    kind.forward = lambda self, x: 2 * forward(self, x)
+    try:
+        yield
+    finally:
+        kind.forward = forward
+
+
+def converted():
+    net = nn.Sequential(nn.Linear(K, K), nn.LayerNorm(K), nn.LeakyReLU(), nn.Dropout(0.0))
+    twin = copy.deepcopy(net)
+    assert convert(twin).fused
+    return net, twin
+
+
+@pytest.mark.parametrize(
+    "watched",
+    [global_hook, lambda: patched(nn.Linear), lambda: patched(nn.LayerNorm)],
+    ids=["global hook", "Linear.forward", "LayerNorm.forward"],
+)
+def test_what_is_done_to_every_module(watched):
+    """Also to the shortcut of a block, to its layers and to members of a converted Sequential."""
+    x = torch.randn(16, K)
+    pairs = [pair({}), pair(WIDE), converted()]
+    with watched():
+        for plain, fused in pairs:
+            assert_same(plain, fused, x)
+        assert pairs[0][1].not_fused() is not None
+    for plain, fused in pairs:
+        assert_same(plain, fused, x)
+    assert pairs[0][1].not_fused() is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("0", lambda m: nn.Linear(K, K, bias=False)),
+        put("1.eps", 0.5),
+        put("1", lambda _: nn.RMSNorm(K)),
+        put("2.negative_slope", 0.5),
+        put("2", lambda _: nn.PReLU()),
+        put("3.p", 1.0),
+        tensor_for_parameter("0.weight", "1.bias"),
+        hook("2", "forward_pre"),
+        own_forward("1"),
+        lambda m: parametrizations.weight_norm(m[0]),
+        lambda m: prune.l1_unstructured(m[0], "weight", 0.5),
+    ],
+)
+def test_members_of_a_converted_sequential(change):
+    for inference in (False, True):
+        plain, fused = converted()
+        if inference:
+            plain.eval(), fused.eval()
+        x = torch.randn(16, K)
+        assert_same(plain, fused, x)
+        for net in (plain, fused):
+            torch.manual_seed(4)
+            change(net)
+        assert_same(plain, fused, x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hook("shortcut", "forward"),
+        put("shortcut", LoRA),
+        tensor_for_parameter("shortcut.weight", "fc2.gate", "fc1.linear.bias"),
+        own_forward("fc1.norm"),
+        hook("fc1", "forward"),
+        put("fc1.norm.eps", 0.5),
+        put("fc1.activation", "tanh"),
+        put("fc2.gate", None),
+        lambda m: prune.l1_unstructured(m.shortcut, "weight", 0.5),
+    ],
+)
+def test_blocks_of_two_matmuls(change):
+    """Against the same block, whose layers are no fused ones."""
+    fused = FusedResidualMLP(K, 16, 12, gate="channel", gate_init=0.5)
+    plain = copy.deepcopy(fused)
+    for layer in (plain.fc1, plain.fc2):
+        layer.__class__ = Residual
+    for block in (plain, fused):
+        torch.manual_seed(4)
+        change(block)
+    assert_same(plain, fused, torch.randn(16, K))
+    shortcut = plain.shortcut
+    plain.shortcut = nn.Sequential(shortcut)  # a module of no kind that is known here: called
+    torch.testing.assert_close(plain(torch.ones(3, K)), fused(torch.ones(3, K)))
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_float8_and_complex_weights_run_as_torch_runs_them():
+    plain, fused = pair({"norm": None, "activation": "tanh"})
+    x = torch.randn(4, K, dtype=torch.complex64)
+    assert_same(plain.to(torch.complex64), fused.to(torch.complex64), x)
+    assert "complex64" in fused.not_fused()
+    for layer in pair({}):
+        layer.linear.to(torch.float8_e4m3fn)
+        with pytest.raises(RuntimeError, match="Float8"):
+            layer(torch.randn(4, K))
+
+
+def test_replicas_and_functional_call():
+    """Parameters of a replica are attributes. (What makes replicas needs several GPUs.)"""
+    plain, fused = pair({**BATCH, **GATE, **WIDE})
+    x = torch.randn(16, K)
+    replica = fused._replicate_for_data_parallel()
+    for path, module in fused.named_children():
+        child = module._replicate_for_data_parallel()
+        setattr(replica, path, child)
+        for name, p in module.named_parameters():
+            setattr(child, name, p * 1.0)
+    replica.gate = fused.gate * 1.0
+    assert not replica._parameters and replica.not_fused() is None
+    torch.testing.assert_close(replica(x), plain(x))
+    changed = {name: 2 * p for name, p in plain.named_parameters()}
+    results = [torch.func.functional_call(m, changed, (x,)) for m in (plain, fused)]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("order", ["norm-linear-act-add", "linear-act-add-norm"])
+@pytest.mark.parametrize("early", [True, False])
+def test_statistics_and_their_count_change_together(backend, momentum, order, early):
+    """Checkpoints repeat a call and may stop it halfway: as many updates as counts."""
+    layer = FusedResidual(K, norm="batch", momentum=momentum, order=order, backend=backend).double()
+    x = torch.randn(32, K, dtype=torch.float64).requires_grad_()
+    with set_checkpoint_early_stop(early):
+        for _ in range(3):
+            checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+    count = layer.norm.num_batches_tracked.item()
+    twin = copy.deepcopy(layer)
+    twin.norm.reset_running_stats()
+    for _ in range(count):
+        twin(x)
+    assert count in ((3,) if early and order.endswith("add") else (3, 6))
+    for name, buffer in layer.named_buffers():
+        torch.testing.assert_close(buffer, twin.get_buffer(name), msg=name)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cuda"])
+def test_a_refused_call_leaves_no_trace(backend):
+    layer = FusedResidual(K, norm="batch", backend=backend)
+    before = copy.deepcopy(layer.state_dict())
+    bad = [torch.randn(1, K), torch.randn(4, K + 1), torch.randn(4, K).half()]
+    for x in bad + [torch.randn(4, K)] * (backend == "cuda"):
+        with pytest.raises((ValueError, TypeError, NotImplementedError)):
+            layer(x)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_settings_are_checked_when_they_are_set():
+    layer = FusedResidual(K)
+    for name, value in {"activation": "no", "order": "act", "dropout": 2.0}.items():
+        was = getattr(layer, name)
+        with pytest.raises(ValueError, match="fusedres"):
+            setattr(layer, name, value)
+        assert getattr(layer, name) == was
+
+
+def test_one_graph_after_a_surgery_and_for_a_cumulative_average():
+    torch._dynamo.reset()
+    layer = FusedResidual(K, norm="batch")
+    layer.norm.eps, layer.norm.momentum, layer.activation = 0.5, None, "tanh"
+    twin, x = copy.deepcopy(layer), torch.randn(16, K)
+    fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        torch.testing.assert_close(fast(x), twin(x))
+    for name, buffer in layer.named_buffers():
+        torch.testing.assert_close(buffer, twin.get_buffer(name), msg=name)
