@@ -311,11 +311,10 @@ class Residual(nn.Module):
             return
         # not by nn.Module, which would take an nn.GELU() for a child
         value = activation_name(value) if name == "activation" else value
-        asked = self.__dict__.get("_asked")
-        if asked is not None:  # as by the constructor, nonsense is refused
-            now: Any = {key: getattr(self, key) for key in SETTINGS} | {name: value}
-            make_spec(**now, training=True)
-        self.__dict__[name], self.__dict__["_asked"] = value, None
+        own: dict[str, Any] = self.__dict__
+        settings = {key: own[key] for key in SETTINGS if key in own} | {name: value}
+        make_spec(**settings, training=True)  # refuses nonsense, as in the constructor
+        own[name], own["_asked"] = value, None
 
     @property
     def in_features(self) -> int:

@@ -421,6 +421,22 @@ def test_a_refused_call_leaves_no_trace(backend):
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("kind", [Residual, FusedResidual])
+def test_settings_are_those_of_a_layer_built_with_them(kind):
+    settings = {"order": "preact", "activation": "gelu_tanh", "residual_scale": 0.5, "dropout": 0.5}
+    layer, x = kind(K), torch.randn(16, K)
+    expected = kind(K, **settings)
+    expected.load_state_dict(layer.state_dict())
+    layer(x)
+    for name, value in settings.items():
+        setattr(layer, name, nn.GELU("tanh") if name == "activation" else value)
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(y, expected(x)) and layer.spec == expected.spec
+    assert repr(layer) == repr(expected)
+
+
 def test_settings_are_checked_when_they_are_set():
     layer = FusedResidual(K)
     for name, value in {"activation": "no", "order": "act", "dropout": 2.0}.items():
