@@ -110,13 +110,14 @@ def run(
         if unchecked:
             checks.check_call(spec, given, pad)
         without = torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
-        call = o
-        if spec.batch_stats and o.running_mean is not None and o.running_var is not None:
-            mean, var = torch.zeros_like(o.running_mean), torch.zeros_like(o.running_var)
-            call = o._replace(running_mean=mean, running_var=var)
+        call, step = o, momentum or 0.0
+        # uncounted under a transform: by batch norm itself, the one op that may write to a capture
+        at_once = inner and tracked is None
+        if spec.batch_stats and o.running_mean is not None and not at_once:
+            mean, var = torch.zeros_like(o.running_mean), torch.zeros_like(o.running_var)  # type: ignore[arg-type]
+            call, step, batch = o._replace(running_mean=mean, running_var=var), 1.0, (mean, var)
         with without:  # its casts are done
-            y = composite(spec, call, 1.0)
-        batch = call.running_mean, call.running_var
+            y = composite(spec, call, step)
     else:
         call = o._replace(running_mean=None, running_var=None) if spec.batch_stats else o
         try:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from fusedres import FusedResidual, FusedResidualMLP, Residual, convert, explain
+from fusedres import FusedResidual, FusedResidualMLP, Residual, convert, explain, fused_residual
 
 K = 8
 
@@ -407,6 +407,17 @@ def test_statistics_and_their_count_change_together(backend, momentum, order, ea
     assert count in ((3,) if early and order.endswith("add") else (3, 6))
     for name, buffer in layer.named_buffers():
         torch.testing.assert_close(buffer, twin.get_buffer(name), msg=name)
+
+
+def test_statistics_that_a_transform_captures_are_updated():
+    x, mean, var = torch.randn(16, K), torch.zeros(K), torch.ones(K)
+
+    def loss(weight):
+        running = {"running_mean": mean, "running_var": var}
+        return fused_residual(x, weight, norm="batch", training=True, **running).square().sum()
+
+    torch.func.grad(loss)(torch.eye(K))
+    torch.testing.assert_close(mean, 0.1 * x.mean(0))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "cuda"])
