@@ -17,9 +17,9 @@ from . import backends, checks, graphs, ops
 from .autograd import FusedResidualFunction, apply_plainly
 from .dtypes import typed
 from .operands import DIFFERENTIABLE, Operands
-from .reference import composite, draw_seed, rows_per_sample
+from .reference import composite, draw_seed, rows_per_sample, spec_of
 from .spec import Spec, make_spec, one_of
-from .tracing import by_value, transforms_active
+from .tracing import transforms_active
 
 _forward_ad = torch.autograd.forward_ad
 _PLAIN = (Tensor, nn.Parameter)
@@ -49,13 +49,22 @@ def _require_grad(o: tuple[Any, ...]) -> bool:
 
 
 def run(
-    spec: Spec, o: Operands, momentum: float, pad: bool, backend: str, own_parameters: bool
+    spec: Spec,
+    o: Operands,
+    momentum: float | None,
+    pad: bool,
+    backend: str,
+    own_parameters: bool,
+    tracked: Tensor | None = None,
 ) -> Tensor:
     """One layer: y (..., N) from `o`, whose x is (..., K) and residual (..., R).
 
     `own_parameters`: all but x and residual are a module's, which made them fit; should they no
     longer, a fused op says that something is wrong and check_call what. Plain torch ops might
     broadcast instead, so what they get is always checked.
+
+    `momentum`, `tracked`: for update_running_statistics, called when y is there: the call may fail,
+    or torch.utils.checkpoint stop it halfway.
     """
     x, weight, residual = o.x, o.weight, o.residual
     inner = composite_only(x, weight) or (not is_dynamo_compiling() and graphs.wants_plain_ops())
@@ -81,13 +90,20 @@ def run(
     M = o.x.shape[0]
 
     name = "reference"
+    batch: tuple[Tensor | None, Tensor | None] = None, None
     if not inner:
         small = x.is_cuda and backends.is_small(x.device, dtype, M, N, K)
         name = backends.choose(backend, recipe, dtype, x.device, N, K, small)
     if name == "reference":
         if unchecked:
             checks.check_call(spec, given, pad)
-        y = composite(spec, o, momentum)
+        call, step = o, momentum or 0.0
+        # uncounted under a transform: by batch norm itself, the one op that may write to a capture
+        at_once = inner and tracked is None
+        if spec.batch_stats and o.running_mean is not None and not at_once:
+            mean, var = torch.zeros_like(o.running_mean), torch.zeros_like(o.running_var)  # type: ignore[arg-type]
+            call, step, batch = o._replace(running_mean=mean, running_var=var), 1.0, (mean, var)
+        y = composite(spec, call, step)
     else:
         call = o._replace(running_mean=None, running_var=None) if spec.batch_stats else o
         if autocast:  # as autocast casts a product's: once a call, in torch ops with gradients
@@ -109,8 +125,11 @@ def run(
             checks.check_call(spec, given, pad)
             checks.check_memory(error)
             raise
-        if spec.batch_stats and o.running_mean is not None and o.running_var is not None:
-            update_running_statistics(o.running_mean, o.running_var, stats, M, momentum)
+        if stats is not None and o.running_mean is not None:
+            mean, var = stats.unbind()
+            batch = mean, var * (M / (M - 1))
+    if spec.batch_stats:
+        update_running_statistics(o, batch, M, momentum, tracked)
     return y if flat else y.view(*x.shape[:-1], N)
 
 
@@ -120,16 +139,26 @@ def _cast(t: Any, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def update_running_statistics(
-    running_mean: Tensor, running_var: Tensor, stats: Tensor, rows: int, momentum: float
+    o: Operands,
+    batch: tuple[Tensor | None, Tensor | None],
+    rows: int,
+    momentum: float | None,
+    tracked: Tensor | None,
 ) -> None:
-    """running = (1 - momentum) * running + momentum * batch, as in torch: unbiased variance."""
-    if rows > 1:
-        mean, var = stats.unbind()
-        for running, batch in ((running_mean, mean), (running_var, var * (rows / (rows - 1)))):
-            if running.dtype == batch.dtype:
-                running.lerp_(batch, momentum)
+    """running = (1 - momentum) * running + momentum * batch, as torch does, with batch's mean and
+    unbiased variance; `tracked` counts the batches, momentum=None averages over all of them.
+    """
+    for running, new in zip((o.running_mean, o.running_var), batch, strict=True):
+        if running is not None and new is not None and rows > 1:
+            weight: Any = momentum
+            if weight is None:
+                weight = 0.0 if tracked is None else (tracked + 1).to(new.dtype).reciprocal()
+            if running.dtype == new.dtype:  # not lerp, which makes NaN of infinity
+                running.mul_(1 - weight).add_(new * weight)
             else:  # rounded once, at the end
-                running.copy_(running.to(batch.dtype).lerp(batch, momentum))
+                running.copy_(running.to(new.dtype) * (1 - weight) + new * weight)
+    if tracked is not None:
+        tracked.add_(1)
 
 
 def fused_residual(
@@ -191,11 +220,11 @@ def fused_residual(
     checks.check_tensor("x", x)
     checks.check_tensor("gate", gate, optional=True)
     gate_kind = None if gate is None else "scalar" if gate.numel() == 1 else "channel"
-    spec = _spec_of(
+    spec = spec_of(
         order, norm, activation, gate_kind, eps, dropout, drop_path, residual_scale, training
     )
     if spec.norm == "batch" and not training and running_mean is None:
-        spec = _spec_of(order, norm, activation, gate_kind, eps, 0.0, 0.0, residual_scale, True)
+        spec = spec_of(order, norm, activation, gate_kind, eps, 0.0, 0.0, residual_scale, True)
     if shortcut is not None:
         one_of("shortcut", shortcut, ("identity", "pad", "linear"))
     if (shortcut == "linear") and shortcut_weight is None:
@@ -208,18 +237,9 @@ def fused_residual(
     return run(spec, o, momentum, shortcut == "pad", backend, False)
 
 
-def _spec_of(*settings: Any) -> Spec:
-    """make_spec, which dynamo traces: it cannot hold an object that it did not see being made."""
-    return (
-        make_spec.__wrapped__(*by_value(settings))
-        if is_dynamo_compiling()
-        else make_spec(*settings)
-    )
-
-
 _PLAIN_LINEAR = make_spec("linear", None, None)
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """x @ weight.T + bias by the same backends: the linear shortcut."""
-    return run(_PLAIN_LINEAR, Operands(x, weight, bias), 0.0, False, backend, False)
+    return run(_PLAIN_LINEAR, Operands(x, weight, bias), None, False, backend, False)

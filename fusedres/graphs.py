@@ -85,5 +85,6 @@ def register_flops() -> None:
     found = (getattr(getattr(mode, "counter", None), "flop_registry", None) for mode in modes)
     for registry in (counter.flop_registry, *(r for r in found if r is not None)):
         for table, flops in ((ops.FORWARD, _forward_flops), (ops.BACKWARD, _backward_flops)):
+            op: Any
             for op in table.values():
                 registry.setdefault(op.overloadpacket, counter.shape_wrapper(flops))

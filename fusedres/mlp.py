@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .functional import plain_linear
-from .modules import FusedResidual
+from .modules import FusedResidual, project
 from .spec import STAGES, one_of
 
 MLP_ORDERS = {
@@ -188,10 +187,9 @@ class FusedResidualMLP(nn.Module):
             if residual is None and self.features != self.out_features:
                 checks.residual_required(self.features, self.out_features)
             return source
-        if type(shortcut).forward is not nn.Linear.forward:
-            return shortcut(source)
-        checks.check_shortcut_input(source, shortcut.in_features)
-        return plain_linear(source, shortcut.weight, shortcut.bias, self.fc2.backend)
+        if isinstance(shortcut, nn.Linear):
+            checks.check_shortcut_input(source, shortcut.in_features)
+        return project(shortcut, source, self.fc2.backend)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(f"FusedResidualMLP: {checks.SCRIPT}")

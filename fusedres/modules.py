@@ -8,104 +8,114 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import plain_linear, run
-from .layers import activation_name, norm_features, norm_settings
+from .layers import (
+    activation_name,
+    customised,
+    first_parameter,
+    norm_features,
+    norm_settings,
+    parameter,
+    watched,
+    weight_and_bias,
+)
 from .operands import Operands
-from .reference import Residual
-
-_TORCH_FORWARDS = {
-    None: None,
-    "layer": nn.LayerNorm.forward,
-    "rms": nn.RMSNorm.forward,
-    "batch": nn.BatchNorm1d.forward,
-}
+from .reference import Residual, asked_of
+from .spec import Spec
 
 
-def parameter(module: Any, name: str) -> Any:
-    """module.name; past nn.Module's own look-up unless it is parametrized or no parameter."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name, None)
+def project(shortcut: nn.Module, source: Tensor, backend: str) -> Tensor:
+    """The shortcut of source, in one fused call where it is torch's linear and nothing more."""
+    if customised(shortcut, "linear") or watched():
+        return shortcut(source)
+    return plain_linear(source, *weight_and_bias(shortcut), backend)
+
+
+def _batch_norm_step(spec: Spec, norm: Any) -> tuple[Any, ...]:
+    """Recipe, running mean and variance, momentum and count for this batch as nn.BatchNorm1d has
+    them; the count only where it goes up.
+    """
+    training, momentum, tracked = norm.training, norm.momentum, None
+    mean, var = norm.running_mean, norm.running_var
+    spec = spec.with_batch_stats(training or (mean is None and var is None))
+    if training:
+        if norm.track_running_stats:
+            tracked = norm.num_batches_tracked
+        else:
+            mean = var = None
+    return spec, mean, var, momentum, tracked
+
+
+def _not_fused(linear: Any, norm: Any, gate: Tensor | None) -> str | None:
+    reason = customised(linear, "linear")
+    if reason is not None:
+        return f"self.linear: {reason}"
+    if norm is not None:
+        reason = customised(norm, "norm")
+        if reason is not None:
+            return f"self.norm: {reason}"
+    if gate is not None and gate.dim() != 1:
+        return f"self.gate has {gate.dim()} dimensions"
+    return watched()
 
 
 class FusedResidual(Residual):
-    """`Residual` in one fused call. Arguments, shapes, dtypes, errors and sources: see there.
+    """`Residual` in one fused call: same arguments (see there), parameters, state_dict and results.
 
-    A drop-in replacement: same parameters, state_dict and results. Where a submodule was replaced
-    by one that computes something else (SyncBatchNorm, a LoRA layer) or has hooks, the layer runs
-    stage by stage through that submodule.
+    A drop-in replacement: checkpoints move both ways. Where calling a submodule does more than
+    torch's own layer, or else (SyncBatchNorm, a LoRA layer, hooks), this one runs stage by stage
+    through its submodules; not so where only parameters were replaced or are computed.
 
-    `fusedres.explain(layer, x)` tells which backend and kernel a call uses. A call raises
-    NotImplementedError, with the reason, where a named backend cannot run it.
+    `fusedres.explain(layer, x)` tells which backend and kernel a call uses, and why not fused.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y (..., N) from x (..., K); `residual` (..., R) goes into the shortcut, default x."""
-        modules = self._modules  # nn.Module's attribute look-up costs half a microsecond a name
-        linear: Any = modules["linear"]
-        norm: Any = modules["norm"]
-        if self.not_fused() is not None:
+        """y (..., N) from x (..., K); `residual` (..., R) is what goes into the shortcut, default
+        x.
+        """
+        own = self.__dict__  # nn.Module's attribute look-up costs half a microsecond a name
+        modules, parameters = own["_modules"], own["_parameters"]
+        linear = modules["linear"] if "linear" in modules else self.linear
+        norm: Any = modules["norm"] if "norm" in modules else self.norm
+        shortcut = modules["shortcut"] if "shortcut" in modules else self.shortcut
+        gate = parameters["gate"] if "gate" in parameters else self.gate
+        if _not_fused(linear, norm, gate) is not None:
             return self.eager(x, residual)
-        if modules["shortcut"] is not None:
-            checks.check_x(x, self.in_features)
-            residual = self._shortcut(x, residual)
-        spec, momentum, mean, var = self._specs[self.training], 0.0, None, None
-        norm_weight = norm_bias = None
-        if norm is not None:
-            norm_weight, norm_bias = parameter(norm, "weight"), parameter(norm, "bias")
+        asked = asked_of(norm, gate, x)
+        spec = own["_specs"][own["training"]] if asked == own["_asked"] else self._recipe(asked)
+        norm_weight = norm_bias = mean = var = momentum = tracked = None
+        if spec.norm == "rms":
+            norm_weight = parameter(norm, "weight")
+        elif spec.norm is not None:
+            norm_weight, norm_bias = weight_and_bias(norm)
             if spec.norm == "batch":
-                spec, mean, var, momentum = self._batch_norm_step(norm)
-        weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
-        gate = self._parameters["gate"]
-        o = Operands(x, weight, bias, norm_weight, norm_bias, gate, residual, mean, var)
-        return run(spec, o, momentum, self.shortcut_kind == "pad", self.backend, True)
+                spec, mean, var, momentum, tracked = _batch_norm_step(spec, norm)
+        if norm_weight is None and spec.norm in ("layer", "rms"):  # whose shape would be checked
+            width = spec.width("norm", self.in_features, self.out_features)
+            if norm.normalized_shape != (width,):
+                return self.eager(x, residual)
+        r = residual
+        if shortcut is not None:
+            checks.check_x(x, self.in_features)
+            r = self._shortcut(x, residual)
+        weight, bias = weight_and_bias(linear)
+        o = Operands(x, weight, bias, norm_weight, norm_bias, gate, r, mean, var)
+        pad = own["shortcut_kind"] == "pad"
+        try:  # costs nothing, unlike a question
+            return run(spec, o, momentum, pad, own["backend"], True, tracked)
+        except TypeError:
+            if weight.dtype in checks.DTYPES:
+                raise
+            return self.eager(x, residual)
 
     def not_fused(self) -> str | None:
         """Why this layer runs through its submodules one by one; None if it does not."""
-        modules = self._modules
-        linear: Any = modules["linear"]
-        norm: Any = modules["norm"]
-        if type(linear).forward is not nn.Linear.forward:
-            return f"self.linear is a {type(linear).__name__}, not a torch.nn.Linear"
-        if (
-            linear._forward_hooks
-            or linear._forward_pre_hooks
-            or linear._backward_hooks
-            or linear._backward_pre_hooks
-        ):
-            return "self.linear has hooks"
-        if norm is None:
-            return None
-        if type(norm).forward is not _TORCH_FORWARDS[self._specs[True].norm]:
-            return (
-                f"self.norm is a {type(norm).__name__}, not torch's {self._specs[True].norm} norm"
-            )
-        if (
-            norm._forward_hooks
-            or norm._forward_pre_hooks
-            or norm._backward_hooks
-            or norm._backward_pre_hooks
-        ):
-            return "self.norm has hooks"
-        return None
-
-    def _batch_norm_step(self, norm: Any) -> tuple[Any, Tensor | None, Tensor | None, float]:
-        """Recipe, running statistics, momentum for this batch, as nn.BatchNorm1d chooses them."""
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        training = norm.training
-        if training and norm.track_running_stats and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:
-                momentum = 1.0 / float(norm.num_batches_tracked)
-        mean, var = norm.running_mean, norm.running_var
-        spec = self._specs[self.training].with_batch_stats(
-            training or (mean is None and var is None)
-        )
-        keep = not training or norm.track_running_stats
-        return spec, mean if keep else None, var if keep else None, momentum
+        weight = first_parameter(self.linear)
+        if weight is not None and weight.dtype not in checks.DTYPES:
+            return f"self.linear: its weight is stored as {weight.dtype}"
+        return _not_fused(self.linear, self.norm, self.gate)
 
     def _project(self, shortcut: nn.Module, source: Tensor) -> Tensor:
-        if type(shortcut).forward is nn.Linear.forward:
-            return plain_linear(source, shortcut.weight, shortcut.bias, self.backend)  # type: ignore[arg-type]
-        return shortcut(source)
+        return project(shortcut, source, self.backend)
 
     @classmethod
     def from_layers(
@@ -115,23 +125,24 @@ class FusedResidual(Residual):
         activation: str | nn.Module | None = None,
         **settings: Any,
     ) -> FusedResidual:
-        """A layer that shares the given ones' parameters: they become its submodules.
+        """A layer that shares the parameters of the given ones (the same modules become its
+        submodules).
 
         Args:
             linear: the nn.Linear.
             norm: an nn.LayerNorm, nn.RMSNorm or nn.BatchNorm1d; eps and momentum are taken from it.
             activation: a name, a torch.nn module such as nn.GELU(), or None.
             settings: the other arguments of FusedResidual (order, gate, dropout, shortcut, ...).
-
-        Raises TypeError or ValueError for a module that has no fused form or does not fit.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
-                f"FusedResidual.from_layers: linear must be an nn.Linear, "
-                f"got {type(linear).__name__}"
+                f"FusedResidual.from_layers: linear must be an nn.Linear, got "
+                f"{type(linear).__name__}"
             )
         settings = {**norm_settings(norm, linear.weight.dtype), **settings}
-        own = settings.get("gate") or settings.get("shortcut", "linear") == "linear"  # parameters
+        own = (
+            settings.get("gate") or settings.get("shortcut", "linear") == "linear"
+        )  # parameters of its own
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -146,8 +157,8 @@ class FusedResidual(Residual):
             if expected != came:
                 order = "-".join(layer.spec.stages)
                 raise ValueError(
-                    f"FusedResidual.from_layers: norm has {came} features, "
-                    f"order '{order}' needs {expected}"
+                    f"FusedResidual.from_layers: norm has {came} features, order '{order}' needs "
+                    f"{expected}"
                 )
         layer.linear = linear
         layer.register_module("norm", norm)

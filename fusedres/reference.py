@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from . import checks
+from .layers import activation_name, first_parameter, norm_eps, norm_kind
 from .operands import Operands
 from .spec import SHORTCUTS, Spec, make_spec, one_of
+from .tracing import by_value
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -170,8 +172,35 @@ def rows_per_sample(x: Tensor) -> int:
     return max(rows, 1)
 
 
+def spec_of(*settings: Any) -> Spec:
+    """make_spec; dynamo traces it, since it cannot hold an object that it did not see being
+    made.
+    """
+    return (
+        make_spec.__wrapped__(*by_value(settings))
+        if is_dynamo_compiling()
+        else make_spec(*settings)
+    )
+
+
+# What a layer takes its recipe from besides `norm` and `gate`.
+SETTINGS = ("order", "activation", "dropout", "drop_path", "residual_scale")
+
+
+def asked_of(norm: Any, gate: Tensor | None, x: Tensor | None) -> tuple[Any, ...]:
+    """What else of a layer may change its recipe for x from call to call."""
+    eps = None if norm is None else getattr(norm, "eps", None)
+    if eps is None and norm is not None:
+        eps = norm_eps(norm, getattr(x, "dtype", None))
+    return type(norm), eps, 0 if gate is None else gate.numel()
+
+
 class Residual(nn.Module):
     """y = act(norm(x @ weight.T + bias)) + x, or another order, stage by stage: the reference.
+
+    All of it counts at the next call: children and parameters that were replaced or set to None,
+    their settings (``layer.norm.eps``), and ``order``, ``activation``, ``dropout``, ``drop_path``,
+    ``residual_scale``, ``backend``, which are attributes.
 
     Args:
         in_features: K, the size of x's last dimension.
@@ -229,10 +258,13 @@ class Residual(nn.Module):
         K, N = in_features, in_features if out_features is None else out_features
         checks.check_feature_counts(type(self).__name__, in_features=K, out_features=N)
         checks.check_backend_name(backend)
-        self.in_features, self.out_features, self.order, self.backend = K, N, order, backend
+        self._features, self.backend = (K, N), backend
+        self._specs: dict[bool, Spec] = {}
+        self._asked: Any = None  # what _specs were made from
         settings = (order, norm, activation, gate, eps, dropout, drop_path, residual_scale)
-        self._specs = {training: make_spec(*settings, training) for training in (False, True)}
-        spec = self._specs[True]
+        spec = make_spec(*settings, training=True)
+        self.order, self.activation, self.residual_scale = order, activation, residual_scale
+        self.dropout, self.drop_path = dropout, drop_path
         where: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.linear = nn.Linear(K, N, bias=bias, **where)
@@ -255,9 +287,6 @@ class Residual(nn.Module):
 
     def _init_shortcut(self, shortcut: str | nn.Module | None, where: dict[str, Any]) -> None:
         spec = self.spec
-        self._sum_features = (
-            spec.width("add", self.in_features, self.out_features) if spec.adds else 0
-        )
         self._default_shortcut = shortcut is None
         self.register_module("shortcut", None)
         if isinstance(shortcut, nn.Module):
@@ -278,10 +307,50 @@ class Residual(nn.Module):
         if shortcut == "linear":
             self.shortcut = nn.Linear(self.in_features, self._sum_features, **where)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in SETTINGS:
+            super().__setattr__(name, value)
+            return
+        # not by nn.Module, which would take an nn.GELU() for a child
+        value = activation_name(value) if name == "activation" else value
+        own: dict[str, Any] = self.__dict__
+        settings = {key: own[key] for key in SETTINGS if key in own} | {name: value}
+        make_spec(**settings, training=True)  # refuses nonsense, as in the constructor
+        own[name], own["_asked"] = value, None
+
+    @property
+    def in_features(self) -> int:
+        """K of ``self.linear`` as it is now; of the construction if it does not tell."""
+        return getattr(self.linear, "in_features", 0) or self._features[0]
+
+    @property
+    def out_features(self) -> int:
+        """N of ``self.linear`` as it is now; of the construction if it does not tell."""
+        return getattr(self.linear, "out_features", 0) or self._features[1]
+
+    @property
+    def _sum_features(self) -> int:
+        spec = self.spec
+        return spec.width("add", self.in_features, self.out_features) if spec.adds else 0
+
     @property
     def spec(self) -> Spec:
-        """The recipe as the layer would run now (see train() and eval())."""
-        return self._specs[self.training]
+        """The recipe as the layer would run now: settings and children as they are, see train()."""
+        return self._recipe(asked_of(self.norm, self.gate, first_parameter(self.linear)))
+
+    def _recipe(self, asked: tuple[Any, ...]) -> Spec:
+        """The recipe of a call now, made anew only where something changed."""
+        if asked == self._asked:
+            return self._specs[self.training]
+        _, eps, size = asked
+        norm = norm_kind(self.norm)
+        kind = None if size == 0 else "scalar" if size == 1 else "channel"
+        eps = eps if isinstance(eps, (int, float)) else 1e-5  # of a foreign norm
+        settings = (self.order, norm, self.activation, kind, eps, self.dropout, self.drop_path)
+        specs = {t: spec_of(*settings, self.residual_scale, t) for t in (False, True)}
+        if not is_dynamo_compiling():  # a graph is made once
+            self._specs, self._asked = specs, asked
+        return specs[self.training]
 
     def _shortcut(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """The shortcut's value, (..., R); None where that is x itself."""
@@ -295,8 +364,8 @@ class Residual(nn.Module):
         ):
             return residual  # one of the sum's width skips the default linear shortcut
         source = x if residual is None else residual
-        if self.shortcut_kind == "linear":
-            checks.check_shortcut_input(source, self.in_features)
+        if isinstance(shortcut, nn.Linear):
+            checks.check_shortcut_input(source, shortcut.in_features)
         return self._project(shortcut, source)
 
     def _project(self, shortcut: nn.Module, source: Tensor) -> Tensor:
@@ -305,15 +374,15 @@ class Residual(nn.Module):
     def eager(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer by its own submodules, one torch op after another."""
         checks.check_x(x, self.in_features)
-        spec = self._specs[self.training]
+        spec = self.spec
         r = self._shortcut(x, residual)
         checks.check_residual(spec, x, r, self._sum_features, self.shortcut_kind == "pad")
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, x.shape[-1])
         r = r if r is None else r.reshape(-1, r.shape[-1])
         seed = draw_seed(x.device) if spec.random else None
         norm: Any = self.norm
         y = run_stages(spec, rows, self.linear, norm, self.gate, r, seed, rows_per_sample(x))
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y (..., N) from x (..., K); `residual` (..., R) goes into the shortcut, default x."""
@@ -324,7 +393,7 @@ class Residual(nn.Module):
 
     def extra_repr(self) -> str:
         words = [f"{self.in_features}, {self.out_features}", f"order={self.order!r}"]
-        spec = self._specs[True]
+        spec = self.spec
         for name in ("norm", "activation", "gate"):
             words.append(f"{name}={getattr(spec, name)!r}")
         for name, off in (
@@ -333,10 +402,11 @@ class Residual(nn.Module):
             ("drop_path", 0.0),
             ("residual_scale", 1.0),
         ):
-            if getattr(spec, name) != off:
-                words.append(f"{name}={getattr(spec, name):g}")
+            value = getattr(spec if name == "eps" else self, name)
+            if value != off:
+                words.append(f"{name}={value:g}")
         words += [
-            f"bias={self.linear.bias is not None}",
+            f"bias={getattr(self.linear, 'bias', None) is not None}",
             f"shortcut={self.shortcut_kind!r}",
             f"backend={self.backend!r}",
         ]

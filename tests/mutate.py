@@ -265,7 +265,7 @@ TABLE = {
     ("triton", "the skip is added twice", "beta=int(late)", "beta=2 * int(late)"),
 ],
 "fusedres/functional.py": [
-    ("batch", "running variance is biased", "var * (rows / (rows - 1))", "var"),
+    ("batch", "running variance is biased", "var * (M / (M - 1))", "var"),
     ("train", "every call draws the same masks", "seed=draw_seed(x.device)",
      "seed=torch.ones(1, dtype=torch.int64)"),
 ],

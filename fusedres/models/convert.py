@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import activation_name, customised, norm_features, norm_settings, stage_of
+from ..layers import activation_name, customised, norm_features, norm_settings, stage_of, watched
 from ..modules import FusedResidual
 from ..reference import Residual
 
@@ -56,6 +56,7 @@ class Stack:
     """Neighbours in an nn.Sequential that one fused layer without `add` can stand for."""
 
     modules: tuple[nn.Module, ...]
+    settings: tuple[Any, ...]  # of those that `layer` does not ask for theirs
     layer: FusedResidual  # over the same modules, and no module's child: it adds no state-dict keys
 
     @staticmethod
@@ -82,22 +83,30 @@ class Stack:
         )
         if norm_features(layer.norm) != norm_features(norm):
             raise ValueError(f"{type(norm).__name__} has {norm_features(norm)} features")
-        layer.linear, layer.norm = linear, norm  # type: ignore[assignment]
+        layer.linear, layer.norm = linear, norm
         layer.training = (dropout or linear).training
-        return Stack(modules, layer)
+        return Stack(modules, _settings(modules), layer)
 
     def runs(self, modules: tuple[nn.Module, ...], x: Any) -> bool:
         """Whether the fused call is still what these modules do, one after another, with x."""
-        if modules != self.modules or any(customised(m) is not None for m in modules):
+        if modules != self.modules or watched() or any(map(customised, modules)):
             return False
-        training, spec = self.layer.training, self.layer._specs[True]
-        for m in modules:
-            if type(m) is nn.Dropout and (m.p, m.training) != (spec.dropout, training):
-                return False
-        if spec.norm == "batch" and x.dim() != 2:  # torch's norms dimension 1 then
+        training = self.layer.training
+        if any(type(m) is nn.Dropout and m.training != training for m in modules):
             return False
-        norm: Any = self.layer.norm
-        return norm is None or norm.eps == spec.eps
+        if isinstance(self.layer.norm, nn.BatchNorm1d) and x.dim() != 2:
+            return False  # torch's norms dimension 1 then
+        return _settings(modules) == self.settings
+
+
+def _settings(modules: tuple[nn.Module, ...]) -> tuple[Any, ...]:
+    """What activations and dropouts were told: torch lists the names for TorchScript."""
+    return tuple(
+        getattr(m, name)
+        for m in modules
+        if stage_of(m) in ("act", "dropout")
+        for name in getattr(m, "__constants__", ())
+    )
 
 
 class FusedSequential(nn.Sequential):
@@ -162,7 +171,7 @@ def _convert_sequential(path: str, module: nn.Sequential) -> Iterator[Change]:
     stacks, alone = _find_stacks(children)
     for i, stack in stacks.items():
         kinds = "-".join(type(m).__name__ for m in stack.modules)
-        order = "-".join(stack.layer._specs[True].stages)
+        order = stack.layer.order
         yield Change(_join(path, names[i]), True, f"{kinds} in one fused call, order '{order}'")
     for i, reason in alone.items():
         yield Change(_join(path, names[i]), False, f"{type(children[i]).__name__}: {reason}")
@@ -176,14 +185,14 @@ def _convert_residual(name: str, module: Residual) -> Change:
     if type(module) is not Residual:
         reason = "a subclass of Residual"
     elif "forward" in module.__dict__:
-        reason = customised(module)
+        reason = "its forward was replaced"
     for child_name, child in module.named_children():
-        if customised(child):
+        if stage_of(child) and customised(child):
             reason = f"{child_name}: {customised(child)}"
     if reason is not None:
         return Change(name, False, f"{type(module).__name__}: {reason}")
     _become(module, FusedResidual)
-    module._converted = True  # type: ignore[assignment]
+    module._converted = True
     return Change(name, True, f"Residual is now FusedResidual, order {module.order!r}")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..functional import composite_only, fused_residual
+from ..layers import customised, first_parameter, watched
 from ..mlp import FusedResidualMLP
 from ..modules import FusedResidual
 from ..reference import Residual
@@ -86,12 +87,12 @@ def explain(
         title = "fused_residual"
     elif isinstance(call, FusedResidualMLP):
         tensors = [x, *call.parameters()]
-        context = _context(x, next(call.fc1.linear.parameters()), tensors, device, residual)
+        context = _context(x, _weight(call.fc1), tensors, device, residual)
         calls, notes = _of_mlp(context, call, x.shape[-1], _features(residual))
         title = "FusedResidualMLP"
     elif isinstance(call, Residual):
         tensors = [x, *call.parameters()]
-        context = _context(x, next(call.linear.parameters()), tensors, device, residual)
+        context = _context(x, _weight(call), tensors, device, residual)
         calls, notes = _of_layer(context, call, x.shape[-1], _features(residual))
         title = type(call).__name__
     else:
@@ -122,6 +123,11 @@ def _context(
         grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         residual_dtype=None if residual is None else residual.dtype,
     )
+
+
+def _weight(layer: Any) -> Tensor:
+    first = first_parameter(layer.linear)
+    return layer.linear.weight if first is None else first
 
 
 def _features(t: Tensor | None) -> int | None:
@@ -158,17 +164,13 @@ def _of_layer(
     if shortcut is not None and layer.spec.adds and not skipped:
         source = K if residual is None else residual
         residual = layer._sum_features
-        if type(shortcut).forward is nn.Linear.forward:
-            has_bias = shortcut.bias is not None
-            calls.append(
-                _linear_shortcut(
-                    context, shortcut.weight, has_bias, source, layer.backend, eager is not None
-                )
-            )
+        called = customised(shortcut, "linear") or watched()
+        if called is None:
+            plain = not isinstance(layer, FusedResidual)
+            calls.append(_linear_shortcut(context, shortcut, source, layer.backend, plain))
             notes.append("the linear shortcut is a call of its own, before the layer's")
         else:
-            kind = type(shortcut).__name__
-            notes.append(f"the shortcut, a {kind}, runs on its own before the layer's call")
+            notes.append(f"the shortcut runs on its own before the layer's call: {called}")
         context = replace(context, residual_dtype=context.dtype)
         text = f"shortcut({text})"
     pad = layer.shortcut_kind == "pad"
@@ -179,7 +181,7 @@ def _of_layer(
             K,
             layer.out_features,
             layer.backend,
-            bias=layer.linear.bias is not None,
+            bias=getattr(layer.linear, "bias", None) is not None,
             residual=residual,
             shortcut=f"pad({text})" if pad else text,
             pad=pad,
@@ -198,9 +200,9 @@ def _spec_now(layer: Residual) -> Spec:
 
 
 def _linear_shortcut(
-    context: Context, weight: Any, bias: bool, source: int, backend: str, eager: bool = False
+    context: Context, shortcut: Any, source: int, backend: str, eager: bool = False
 ) -> Call:
-    N, K = weight.shape
+    K, N, bias = shortcut.in_features, shortcut.out_features, shortcut.bias is not None
     checks.check_shortcut_input(torch.empty(*context.rows, source, device="meta"), K)
     return context.call("shortcut", _LINEAR, K, N, backend, bias=bias, eager=eager)
 
@@ -217,10 +219,10 @@ def _of_mlp(
     elif mlp.adds and not (mlp._default_shortcut and residual == mlp.out_features):
         source = K if residual is None else residual
         residual = mlp.out_features
-        if type(shortcut).forward is nn.Linear.forward:
-            has_bias, backend = shortcut.bias is not None, mlp.fc2.backend
-            calls.insert(0, _linear_shortcut(context, shortcut.weight, has_bias, source, backend))
-        notes.append(f"the shortcut, a {type(shortcut).__name__}, is a call of its own")
+        called = customised(shortcut, "linear") or watched()
+        if called is None:
+            calls.insert(0, _linear_shortcut(context, shortcut, source, mlp.fc2.backend))
+        notes.append(f"the shortcut is a call of its own{f': {called}' if called else ''}")
         third = context.dtype
     context = replace(context, x_dtype=hidden, residual_dtype=third)
     more, more_notes = _of_layer(context, mlp.fc2, mlp.hidden_features, residual, "fc2")
@@ -252,10 +254,9 @@ def _of_function(
     checks.check_x(a["x"], K)
     if a["shortcut_weight"] is not None:
         source = K if features is None else features
-        has_bias, features = a["shortcut_bias"] is not None, a["shortcut_weight"].shape[0]
-        calls.append(
-            _linear_shortcut(context, a["shortcut_weight"], has_bias, source, a["backend"])
-        )
+        features, width = a["shortcut_weight"].shape
+        linear = nn.Linear(width, features, a["shortcut_bias"] is not None, device="meta")
+        calls.append(_linear_shortcut(context, linear, source, a["backend"]))
         notes.append("the linear shortcut is a call of its own, before the layer's")
         context, text = replace(context, residual_dtype=context.dtype), f"shortcut({text})"
     calls.append(
