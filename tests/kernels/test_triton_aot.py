@@ -155,7 +155,7 @@ def backward(sm, dtype, norm, random, width):
     shape = (2, width) if norm == "batch" else (2 * M,)
     stats = torch.empty(shape, dtype=F32, device="meta")
     needs = sum(1 << i for i, t in enumerate(tensors[:7]) if t is not None)
-    backend.residual_backward(dy, *tensors, z, stats, 1, str(spec), needs)
+    backend.residual_backward(dy, z, stats, *tensors, 1, str(spec), needs)
 
 
 def whole(sm, dtype, tile, random, activation, order):
@@ -168,7 +168,7 @@ def whole(sm, dtype, tile, random, activation, order):
     dy = torch.empty(M, N, dtype=dtype, device="meta")
     stats = torch.empty(2 * M, dtype=F32, device="meta")
     needs = sum(1 << i for i, t in enumerate(tensors[:7]) if t is not None)
-    backend.residual_backward(dy, *tensors, dy, stats, 1, str(spec), needs)
+    backend.residual_backward(dy, dy, stats, *tensors, 1, str(spec), needs)
 
 
 def whole_job(job):

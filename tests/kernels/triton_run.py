@@ -159,7 +159,7 @@ def call(case, needs=None):
     outputs = backend.residual_forward(*operands, *running, seed, 1, str(spec), True)
     _, z, stats = outputs
     return outputs, backend.residual_backward(
-        case.dy, *operands, *running, seed, z, stats, 1, str(spec), needs
+        case.dy, z, stats, *operands, *running, seed, 1, str(spec), needs
     )
 
 
