@@ -52,9 +52,7 @@ inline std::string backward_schema(const std::string& op) {
 
 // ---- checks: whoever calls the op directly gets an error, not a crash
 
-inline bool together(const Tensor& t, const Tensor& x) {
-  return t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index();
-}
+inline bool together(const Tensor& t, const Tensor& x) { return t.device() == x.device(); }
 
 inline void check_vector(const char* name, const Optional& t, int64_t size, const Tensor& x) {
   if (!t) return;
@@ -82,6 +80,8 @@ inline void check(const Call& c, bool cuda) {
   check_matrix("weight", c.weight, c.N(), c.K(), c.x);
   dtype_of(c.x);
   check_vector("bias", c.bias, c.N(), c.x);
+  STD_TORCH_CHECK(!c.bias || c.bias->scalar_type() == c.weight.scalar_type(),
+                  "fusedres: bias and weight have different dtypes");
   check_vector("norm_weight", c.norm_weight, c.width(Stage::norm), c.x);
   check_vector("norm_bias", c.norm_bias, c.width(Stage::norm), c.x);
   check_vector("running_mean", c.running_mean, c.width(Stage::norm), c.x);

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_fits
 from ..operands import Operands
 from ..spec import Spec
 from . import plan, triton
@@ -38,6 +39,7 @@ def residual_forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton backend's `residual_forward` in two launches, with the same arguments."""
     *operands, recipe, save = call
     spec, o = Spec.parse(recipe), Operands(*operands)
+    check_fits(spec, o)
     y, z, stats = o.empty_outputs(spec, save, True)
     if not y.numel():
         return y, z, stats
