@@ -66,9 +66,7 @@ inline std::string backward_schema(const std::string& op) {
 
 // ---- checks: whoever calls the op directly gets an error, not a crash
 
-inline bool together(const Tensor& t, const Tensor& x) {
-  return t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index();
-}
+inline bool together(const Tensor& t, const Tensor& x) { return t.device() == x.device(); }
 
 inline void check_vector(const char* name, const Optional& t, int64_t size, const Tensor& x) {
   if (!t) return;

@@ -8,6 +8,7 @@
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
 #include <algorithm>
+#include <new>
 #include <tuple>
 
 #include "side.h"
@@ -53,7 +54,17 @@ std::vector<Tensor> forward(const Call& c, bool save) {
   return out;
 }
 
-void residual_forward(StableIValue* stack, uint64_t, uint64_t) {
+// An op, whose scratch may find no memory either.
+template <void (*op)(StableIValue*)>
+void told(StableIValue* stack, uint64_t, uint64_t) {
+  try {
+    op(stack);
+  } catch (const std::bad_alloc& error) {
+    STD_TORCH_CHECK(false, kNoMemory, error.what());
+  }
+}
+
+void residual_forward(StableIValue* stack) {
   const Call c(stack, false);
   const bool save = to<bool>(stack[Call::kMore]);
   stack[0] = from(c.product_dtype() == ScalarType::Double ? forward<double>(c, save)
@@ -240,7 +251,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
   return out;
 }
 
-void residual_backward(StableIValue* stack, uint64_t, uint64_t) {
+void residual_backward(StableIValue* stack) {
   const Tensor dy = adjacent_columns(to<Tensor>(stack[0]));
   const std::vector<Tensor> kept = to<std::vector<Tensor>>(stack[1]);
   StableIValue* operands = stack + Call::kBefore;
@@ -269,6 +280,6 @@ STABLE_TORCH_LIBRARY(fusedres, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres, CPU, m) {
-  m.impl("residual_forward", &fusedres::residual_forward);
-  m.impl("residual_backward", &fusedres::residual_backward);
+  m.impl("residual_forward", &fusedres::told<fusedres::residual_forward>);
+  m.impl("residual_backward", &fusedres::told<fusedres::residual_backward>);
 }

@@ -1,5 +1,6 @@
 // Reads what fusedres/spec.py writes: "linear-norm-act-add norm=layer activation=gelu eps=1e-06".
 #include <algorithm>
+#include <locale>
 #include <map>
 #include <mutex>
 #include <sstream>
@@ -50,6 +51,16 @@ const std::map<std::string, DType> kDTypes = {{"float32", DType::float32},
                                               {"float16", DType::float16},
                                               {"float64", DType::float64}};
 
+// With a decimal point, whatever the process's locale says of it: std::stod would ask.
+double number(const std::string& text) {
+  std::istringstream in(text);
+  in.imbue(std::locale::classic());
+  double value = 0;
+  if (!(in >> value) || in.peek() != std::istringstream::traits_type::eof())
+    throw std::invalid_argument("'" + text + "' is no number");
+  return value;
+}
+
 Recipe parse(const std::string& text) {
   Recipe r;
   std::istringstream words(text);
@@ -82,13 +93,13 @@ Recipe parse(const std::string& text) {
     else if (name == "x_dtype" || name == "residual_dtype")
       lookup(kDTypes, "dtype", value);  // the tensors say it, too
     else if (name == "eps")
-      r.eps = std::stod(value);
+      r.eps = number(value);
     else if (name == "dropout")
-      r.dropout = std::stod(value);
+      r.dropout = number(value);
     else if (name == "drop_path")
-      r.drop_path = std::stod(value);
+      r.drop_path = number(value);
     else if (name == "residual_scale")
-      r.residual_scale = std::stod(value);
+      r.residual_scale = number(value);
     else
       throw std::invalid_argument("unknown setting '" + word + "' in recipe '" + text + "'");
   }

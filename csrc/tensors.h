@@ -78,6 +78,9 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
+// Of memory that a CPU lacks torch speaks in these words, by which programs know it.
+constexpr const char* kNoMemory = "fusedres: DefaultCPUAllocator: can't allocate memory: ";
+
 // On the CPU, or on CUDA device `device`.
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, int device = -1) {
   int64_t strides[2] = {1, 1};
@@ -85,9 +88,15 @@ inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, int 
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const int32_t kind = device < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
-                                                  strides, type, kind, std::max(device, 0),
-                                                  &handle));
+  const AOTITorchError error =
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides, type,
+                               kind, std::max(device, 0), &handle);
+  int64_t elements = 1;
+  for (const int64_t size : shape) elements *= size;
+  // Of the reason the stable ABI keeps nothing; on a CPU there is one.
+  STD_TORCH_CHECK(!error || device >= 0, kNoMemory, "you tried to allocate ", elements,
+                  " elements");
+  TORCH_ERROR_CODE_CHECK(error);
   return Tensor(handle);
 }
 
@@ -129,9 +138,10 @@ inline Tensor multiply(const Tensor& a, const Tensor& b, const Optional& bias = 
       cpu::prefer_onednn(M, N, K)) {
     const Tensor weight = transposed(b);
     AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, z;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
-        a.get(), weight.get(), bias ? &bias_handle : nullptr, "none", nullptr, 0, nullptr, &z));
-    return Tensor(z);
+    if (!aoti_torch_cpu__linear_pointwise(a.get(), weight.get(), bias ? &bias_handle : nullptr,
+                                          "none", nullptr, 0, nullptr, &z))
+      return Tensor(z);
+    // Else most likely there is no memory for z, which `empty` below says.
   }
   if (bias && aoti_torch_cpu_addmm_out) {
     Tensor out = empty({M, N}, a);

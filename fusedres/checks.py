@@ -19,6 +19,10 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+_TENSORS = (*Operands._fields[:-1], "dy", "z", "stats")
+_SEED = _TENSORS.index("seed")
+
+
 def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
@@ -132,6 +136,43 @@ def check_call(spec: Spec, o: Operands, pad: bool) -> None:
     check_residual(spec, x, residual, spec.width("add", K, N), pad)
     if residual is not None:
         _check_beside_x("residual", residual, x)
+
+
+def check_devices(o: Operands, *saved: Tensor) -> None:
+    """Of every fake: all tensors are where x is. `saved`: a backward's dy, z and stats."""
+    for name, t in zip(_TENSORS, (*o[:-1], *saved), strict=False):
+        if t is not None and t.device != o.x.device:
+            raise RuntimeError(f"fusedres: {name} is on {t.device}, x is on {o.x.device}")
+
+
+def check_fits(spec: Spec, o: Operands, *saved: Tensor | None) -> None:
+    """What the C++ ops ask of their operands (csrc/call.h), asked by those in Python, in few words:
+    `check_call` says more when `run` sees the RuntimeError. `saved`: a backward's dy and z.
+    """
+    x, weight, residual = o.x, o.weight, o.residual
+    if x.dim() != 2 or weight.dim() != 2:
+        raise RuntimeError(f"fusedres: x {_shape(x)}, weight {_shape(weight)}: expected matrices")
+    (M, K), N, device = x.shape, weight.shape[0], x.device
+    norm, add = (spec.width("norm", K, N),), spec.width("add", K, N)
+    gate = (1 if spec.gate == "scalar" else spec.width("gate", K, N),)
+    R = K if residual is None else residual.shape[-1]
+    z = (M, N) if spec.saves_z else (0,)
+    sizes = ((M, K), (N, K), (N,), norm, norm, gate, (M, R), norm, norm, (1,), (M, N), z)
+    for i, (t, size) in enumerate(zip((*o[:-1], *saved), sizes, strict=False)):
+        if t is not None and (t.device != device or t.shape != size):
+            came = f"shape {_shape(t)} on {t.device}"
+            raise RuntimeError(f"fusedres: {_TENSORS[i]} has {came}, expected {size} on {device}")
+        if t is not None and t.is_floating_point() == (i == _SEED):
+            raise RuntimeError(f"fusedres: {_TENSORS[i]} has dtype {t.dtype}")
+    if (spec.gate and o.gate is None) or (spec.random and o.seed is None):
+        raise RuntimeError(f"fusedres: gate or seed is None, needed by '{spec}'")
+    running = spec.norm == "batch" and not spec.batch_stats
+    if running and (o.running_mean is None or o.running_var is None):
+        raise RuntimeError(f"fusedres: running_mean or running_var is None, needed by '{spec}'")
+    if spec.adds and add < R:
+        raise RuntimeError(f"fusedres: the shortcut has {R} features, the sum {add}")
+    if o.bias is not None and o.bias.dtype != weight.dtype:
+        raise RuntimeError(f"fusedres: bias has dtype {o.bias.dtype}, weight {weight.dtype}")
 
 
 def check_operands(spec: Spec, x: Any, weight: Tensor, residual: Any, pad: bool) -> None:

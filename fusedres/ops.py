@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .backends import native
+from .checks import check_devices
 from .operands import DIFFERENTIABLE, Operands
 from .spec import Spec
 
@@ -37,12 +38,16 @@ def forward_fake(*call: Any, saves_rows: bool = False) -> list[Tensor]:
     `saves_rows`: whether the backend saves the statistics of norms over rows.
     """
     *operands, recipe, save = call
-    return Operands(*operands).empty_outputs(Spec.parse(recipe), save, saves_rows).list()
+    o = Operands(*operands)
+    check_devices(o)  # one meta tensor is enough for this to run instead of the op
+    return o.empty_outputs(Spec.parse(recipe), save, saves_rows).list()
 
 
-def backward_fake(_dy: Tensor, _saved: list[Tensor], *call: Any) -> list[Tensor]:
+def backward_fake(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tensor]:
     """The gradients that `needs` asks for by bit i for operand i, contiguous, shaped like it."""
-    needs, inputs = call[-1], call[: len(DIFFERENTIABLE)]
+    *operands, _recipe, needs = call
+    check_devices(Operands(*operands), dy, *saved)
+    inputs = operands[: len(DIFFERENTIABLE)]
     return [t.new_empty(t.shape) for i, t in enumerate(inputs) if needs >> i & 1 and t is not None]
 
 

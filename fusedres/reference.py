@@ -22,7 +22,7 @@ from torch.compiler import is_dynamo_compiling
 from . import checks
 from .layers import activation_name, first_parameter, norm_eps, norm_kind
 from .operands import Operands
-from .spec import SHORTCUTS, Spec, make_spec, one_of
+from .spec import ACTIVATIONS, SHORTCUTS, Spec, make_spec, one_of
 from .tracing import by_value
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,6 +101,8 @@ def run_stages(
             t = norm(t)
         elif stage == "act":
             assert spec.activation is not None
+            if spec.activation not in ACTIVATION_FUNCTIONS:  # unpickled, and not registered here
+                one_of("activation", spec.activation, ACTIVATIONS)
             t = ACTIVATION_FUNCTIONS[spec.activation](t)
         elif stage == "gate":
             assert gate is not None

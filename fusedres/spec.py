@@ -58,10 +58,13 @@ def one_of(what: str, value: object, known: tuple[str, ...] | dict[str, str]) ->
     """`value` if it is one of `known`, or an activation that a user registered; else a ValueError
     that lists them.
     """
-    own = REGISTERED if what == "activation" else {}
+    own, hint = {}, ""
+    if what == "activation":
+        own, hint = REGISTERED, f"; for one of your own, call register_activation({value!r}, ...)"
     if isinstance(value, str) and (value in known or value in own):
         return value
-    raise ValueError(f"fusedres: unknown {what} {value!r}; known: {', '.join((*known, *own))}")
+    listed = ", ".join((*known, *own))
+    raise ValueError(f"fusedres: unknown {what} {value!r}; known: {listed}{hint}")
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ class Spec:
         """The inverse of ``str(spec)``."""
         stages, *words = text.split(" ")
         settings = dict(word.split("=", 1) for word in words)
+        if "activation" in settings:  # another process may have registered it, not this one
+            one_of("activation", settings["activation"], ACTIVATIONS)
         return Spec(
             tuple(stages.split("-")), **{k: _READ.get(k, float)(v) for k, v in settings.items()}
         )

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from ..spec import Spec
 
@@ -51,6 +52,7 @@ FAMILIES = {  # family -> (kernel, what it takes statistics over)
     "prebatch": ("residual_forward_prebatch_kernel", ""),
 }
 COOPERATIVE = ("batch", "prebatch")
+COLLECTIVES = 32  # multiprocessors that NCCL's programs may hold
 
 
 class Device(NamedTuple):
@@ -60,6 +62,15 @@ class Device(NamedTuple):
     processors: int  # streaming multiprocessors
     shared: int  # bytes of shared memory that a block may have
     architecture: str = "sm_90"
+    shared_with_collectives: bool = False
+
+    @property
+    def resident(self) -> int:
+        """How many programs may wait for each other, one a multiprocessor. They start only when all
+        can: beside NCCL they would wait for a collective, which may in turn wait for them.
+        """
+        spared = min(COLLECTIVES, self.processors // 2) if self.shared_with_collectives else 0
+        return self.processors - spared
 
 
 UNKNOWN = Device("any", 132, 227 << 10)  # an H100 or H200
@@ -126,15 +137,19 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
-@cache
 def device_of(device: torch.device) -> Device:
     """What there is to know of `device`; for one that is not here, UNKNOWN."""
+    return _device_of(device, dist.is_available() and dist.is_initialized())
+
+
+@cache
+def _device_of(device: torch.device, distributed: bool) -> Device:
     if device.type != "cuda" or not torch.cuda.is_available():
         return UNKNOWN
     found: Any = torch.cuda.get_device_properties(device)
     architecture = f"sm_{found.major}{found.minor}"
     shared = found.shared_memory_per_block_optin
-    return Device(found.name, found.multi_processor_count, shared, architecture)
+    return Device(found.name, found.multi_processor_count, shared, architecture, distributed)
 
 
 def config_file(name: str) -> Path:
@@ -256,9 +271,9 @@ def plan(
     programs, walkers = tile.grid(M, N), 1
     if family in COOPERATIVE:
         columns = ceil_div(N, tile.BLOCK_N) if family == "batch" else ceil_div(K, tile.BLOCK_K)
-        walkers = min(max(1, device.processors // max(1, columns)), ceil_div(M, tile.BLOCK_M))
+        walkers = min(max(1, device.resident // max(1, columns)), ceil_div(M, tile.BLOCK_M))
         most = walkers * columns if family == "batch" else max(walkers * columns, programs)
-        programs = min(device.processors, most)
+        programs = min(device.resident, most)
     shared = tile.shared(size, bool(spec.dtypes))
     return Plan(family, kernel, over, tile, programs, walkers, shared, programs / device.processors)
 
@@ -287,13 +302,13 @@ def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) ->
         width = 512
     elif over == "columns":
         width = min(width, 64)
-        while ceil_div(C, width) > device.processors:
+        while ceil_div(C, width) > device.resident:
             width *= 2
     elif over is None:
         width = min(width, BACKWARD_WIDTH)
     height = max(1, BACKWARD_TILE // width)
     tiles, blocks = ceil_div(C, width), ceil_div(M, height)
-    programs = device.processors if over == "columns" else BACKWARD_PROGRAMS
+    programs = device.resident if over == "columns" else BACKWARD_PROGRAMS
     walkers = max(1, min(blocks, programs // (1 if wide else tiles), MOST_WALKERS))
     return BackwardPlan(height, width, BACKWARD_WARPS, tiles, walkers, wide)
 

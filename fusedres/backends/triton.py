@@ -5,13 +5,20 @@ Importing this module imports Triton; without Triton it still imports, and `why_
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 import threading
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import activations
+from ..checks import check_fits
 from ..operands import DIFFERENTIABLE, Operands, Outputs
 from ..spec import ACTIVATIONS, Spec
 from . import plan as planner
@@ -49,6 +56,19 @@ def interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
+@cache
+def without_compiler() -> str | None:
+    """Why Triton cannot build its launchers in C, as its runtime/build.py would; else None."""
+    if triton.knobs.build.impl is not None:
+        return None
+    own = os.environ.get("CC")
+    if not any(map(shutil.which, ("gcc", "clang") if own is None else (own,))):
+        return f"Triton finds no C compiler ({'gcc or clang on PATH' if own is None else own})"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    return None if header.exists() else f"Triton needs Python's headers: there is no {header}"
+
+
 def _why_not_on(device: torch.device) -> str | None:
     if interpreting():
         return None if device.type in ("cpu", "cuda") else f"device is {device}"
@@ -58,7 +78,7 @@ def _why_not_on(device: torch.device) -> str | None:
     if capability < (8, 0):
         told = ".".join(map(str, capability))
         return f"{device} has compute capability {told}, the kernels need 8.0"
-    return None
+    return without_compiler()
 
 
 def _functions(spec: Spec, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -118,6 +138,7 @@ def residual_forward(*call: Any) -> list[Tensor]:
     """
     *operands, recipe, save = call
     spec, o = Spec.parse(recipe), Operands(*operands)
+    check_fits(spec, o)
     (M, K), N = o.x.shape, o.weight.shape[0]
     out = o.empty_outputs(spec, save, True)
     if out.y.numel():
@@ -179,13 +200,14 @@ def residual_backward(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tenso
     """
     *operands, recipe, needs = call
     spec, o = Spec.parse(recipe), Operands(*operands)
+    has_stats = spec.norm is not None and (spec.norm != "batch" or spec.batch_stats)
+    kept = Outputs.of_list(spec, (dy, *saved), has_stats)
+    check_fits(spec, o, dy, kept.z)
     wanted = (i for i in range(len(DIFFERENTIABLE)) if needs >> i & 1)
     grads = {DIFFERENTIABLE[i]: operands[i].new_empty(operands[i].shape) for i in wanted}
     if not dy.numel() or (not o.x.numel() and spec.prologue):
         return [grad.zero_() for grad in grads.values()]
     with torch.cuda.device_of(dy):
-        has_stats = spec.norm is not None and (spec.norm != "batch" or spec.batch_stats)
-        kept = Outputs.of_list(spec, (dy, *saved), has_stats)
         _Backward(spec, o, dy, kept, grads).run()
     return list(grads.values())
 
@@ -435,7 +457,7 @@ def _launch_cooperative(kernel: Any, programs: int, *args: Any, **constants: Any
 SLOT = 1 << 16  # counters for one stream
 SLOTS = 16
 _arenas: dict[torch.device, Tensor] = {}
-_slots: dict[tuple[torch.device, int], int] = {}
+_slots: dict[tuple[torch.device, int], Tensor] = {}
 _lock = threading.Lock()
 
 
@@ -443,34 +465,44 @@ def prepare(device: torch.device) -> None:
     """Allocates the arrival counters of a device, of which each stream gets a slot.
 
     Called when the backend is chosen, outside of any CUDA graph's memory pool: what is made within
-    one dies with it.
+    one dies with it. For real even where a tracer is at work, which sees nothing of it.
     """
-    if device not in _arenas and not (
-        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    ):
-        arena = torch.zeros(SLOTS * SLOT, dtype=torch.int32, device=device)
-        if type(arena) is Tensor:  # a tracer makes fakes, and launches nothing
-            _arenas[device] = arena
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
+    with _lock:
+        if device not in _arenas:
+            with torch.inference_mode(False), _disable_current_modes():
+                _arenas[device] = torch.empty(SLOTS * SLOT, dtype=torch.int32, device=device)
 
 
 def _counters(t: Tensor, count: int) -> Tensor:
-    """At least `count` arrival counters. A launch leaves them at 0: they are cleared once.
+    """At least `count` arrival counters, all 0, as a launch leaves them.
 
-    Each stream has its own. A CUDA graph being captured gets fresh ones, cleared within the graph,
-    and so does whoever needs more than there are.
+    Each stream has its own, which it clears itself when it asks first: another stream's clearing
+    it would not wait for. A CUDA graph being captured gets fresh ones, cleared within the graph,
+    and so does whoever needs more than there are. Streams go by their handles, since Python
+    cannot reach cudaStreamGetId: a stream that got the handle of a destroyed one gets its
+    counters too, in use only if launches of the old one are still pending.
     """
     capturing = t.is_cuda and torch.cuda.is_current_stream_capturing()
     if count <= SLOT and not capturing:
-        prepare(t.device)
         stream = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
         slot = _slots.get((t.device, stream))
         if slot is None:
-            with _lock:
-                taken = sum(device == t.device for device, _ in _slots)
-                slot = _slots.setdefault((t.device, stream), taken)
-        if slot < SLOTS:
-            return _arenas[t.device][slot * SLOT :]
+            prepare(t.device)
+            slot = _new_slot(t.device, stream)
+        if slot.numel():
+            return slot
     return torch.zeros(count, dtype=torch.int32, device=t.device)
+
+
+def _new_slot(device: torch.device, stream: int) -> Tensor:
+    """Cleared counters for the current stream, empty if all slots are taken."""
+    with _lock:
+        if (device, stream) not in _slots:
+            taken = sum(device == other for other, _ in _slots)
+            _slots[device, stream] = _arenas[device][taken * SLOT :][:SLOT].zero_()
+        return _slots[device, stream]
 
 
 def _precision() -> str:

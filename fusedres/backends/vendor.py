@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_fits
 from ..operands import Operands
 from ..spec import Spec
 from . import plan, triton
@@ -40,6 +41,7 @@ def residual_forward(*call: Any) -> list[Tensor]:
     """The Triton backend's `residual_forward` in two launches, with the same arguments."""
     *operands, recipe, save = call
     spec, o = Spec.parse(recipe), Operands(*operands)
+    check_fits(spec, o)
     out = o.empty_outputs(spec, save, True)
     if not out.y.numel():
         return out.list()

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ DEVICES = (
     Device("any", 108, 163 << 10, "sm_80"),
     Device("any", 84, 99 << 10, "sm_89"),
     Device("any", 148, 227 << 10, "sm_100"),
+    Device("any", 132, 227 << 10, "sm_90", True),
 )
 FAMILIES = {  # order, norm, dtype and M, N that lead there
     "tile": ("note", None, F16, 4096, 512),
@@ -144,16 +146,17 @@ def must_hold(chosen, M, N, K, dtype, device):
     assert chosen.shared == tile.shared(dtype.itemsize) <= device.shared
     assert chosen.waves == chosen.programs / device.processors
     assert tile.num_stages >= 1 and tile.num_warps in (4, 8, 16)
+    most = device.resident
     if not chosen.cooperative:
         assert chosen.programs == blocks * columns and chosen.walkers == 1
         return
     met = columns if chosen.family == "batch" else math.ceil(K / tile.BLOCK_K)
     assert 1 <= chosen.walkers <= max(1, blocks)
-    assert chosen.programs <= device.processors
+    assert chosen.programs <= most
     # Nobody is left without work, so all that wait for each other have some.
     work = chosen.walkers * met if chosen.family == "batch" else blocks * columns
     assert chosen.programs <= max(work, chosen.walkers * met)
-    assert chosen.walkers == 1 or chosen.walkers * met <= device.processors
+    assert chosen.walkers == 1 or chosen.walkers * met <= most
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.architecture)
@@ -283,10 +286,11 @@ def test_a_tile_asked_for_is_taken():
 # Backward
 
 
+@pytest.mark.parametrize("collectives", (False, True))
 @pytest.mark.parametrize("processors", (8, 84, 132))
 @pytest.mark.parametrize("over", (None, "rows", "columns"))
-def test_backward(over, processors):
-    device = Device("any", processors, 227 << 10)
+def test_backward(over, processors, collectives):
+    device = Device("any", processors, 227 << 10, "sm_90", collectives)
     for M, C in itertools.product((0, *ROWS, MANY), (*range(1, 301), 2048, 2049, *WIDE)):
         chosen = planner.plan_backward(M, C, over, device)
         blocks, programs = math.ceil(M / chosen.BLOCK_M), chosen.walkers * chosen.tiles
@@ -299,8 +303,8 @@ def test_backward(over, processors):
         assert chosen.wide == (over == "rows" and C > planner.BACKWARD_ROW)
         assert chosen.wide or over != "rows" or chosen.tiles == 1
         if over == "columns":
-            assert programs <= processors  # they wait for each other
-            assert M < 10**6 or C < 10**4 or 2 * programs > processors
+            assert programs <= device.resident  # they wait for each other
+            assert M < 10**6 or C < 10**4 or 2 * programs > device.resident
         else:
             launched = chosen.walkers if chosen.wide else programs
             assert launched <= max(planner.BACKWARD_PROGRAMS, chosen.tiles * (not chosen.wide))
@@ -474,7 +478,33 @@ def test_a_tuned_row_is_for_its_key_only(configs):
 
 def test_no_gpu_is_a_device_that_nobody_knows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    planner.device_of.cache_clear()
+    planner._device_of.cache_clear()
     for device in ("cpu", "cuda", "meta"):
         assert planner.device_of(torch.device(device)) == planner.UNKNOWN
-    planner.device_of.cache_clear()
+    planner._device_of.cache_clear()
+
+
+def test_programs_that_wait_for_each_other_leave_room_for_collectives(monkeypatch):
+    """Where torch.distributed is at work; else they take every multiprocessor."""
+    assert [Device("any", n, 0).resident for n in (1, 8, 132)] == [1, 8, 132]
+    assert [Device("any", n, 0, "", True).resident for n in (1, 8, 84, 132)] == [1, 4, 52, 100]
+    found = SimpleNamespace(name="any", major=9, minor=0, multi_processor_count=132)
+    found.shared_memory_per_block_optin = 227 << 10
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    planner._device_of.cache_clear()
+    programs = {}
+    for at_work in (False, True, False):
+        monkeypatch.setattr(planner.dist, "is_initialized", lambda at_work=at_work: at_work)
+        device = planner.device_of(torch.device("cuda"))
+        for family in FAMILIES:
+            chosen = of_family(family, 10**5, device=device) if family != "columns" else None
+            programs.setdefault((family, at_work), chosen and chosen.programs)
+            assert programs[family, at_work] == (chosen and chosen.programs)
+    planner._device_of.cache_clear()
+    for family in FAMILIES:
+        alone, beside = programs[family, False], programs[family, True]
+        if family in planner.COOPERATIVE:
+            assert alone > 100 >= beside
+        else:
+            assert alone == beside

@@ -5,16 +5,17 @@ runs this file that way. The interpreter computes bf16 wrongly, so bf16 is left 
 """
 
 import random
+import re
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from fusedres import ops
+from fusedres import FusedResidual, ops
+from fusedres.backends import native, vendor
 from fusedres.backends import plan as planner
 from fusedres.backends import triton as backend
-from fusedres.backends import vendor
 from fusedres.kernels import by_tanh, epilogue
 from fusedres.reference import ACTIVATION_FUNCTIONS
 from fusedres.spec import ACTIVATIONS, ORDERS
@@ -29,6 +30,7 @@ from triton_run import (
     FAMILIES,
     INTERPRET,
     MARKS,
+    NAMES,
     _clean,  # noqa: F401
     bitwise,
     call,
@@ -431,6 +433,15 @@ def test_a_scalar_gate(family, monkeypatch):
     assert_close(ours(case, asked), eager(case, asked), exact(case, asked), terms=150 * 40)
 
 
+def same(a, b):
+    """Bit by bit where sums have one order. Compiled, it follows how a layout is loaded."""
+    if INTERPRET:
+        return bitwise(a, b)
+    assert a.keys() == b.keys()
+    for name, t in a.items():
+        torch.testing.assert_close(t, b[name])
+
+
 def strided(t):
     """Tensors that equal `t`, by kind of layout."""
     rows, columns = t.shape
@@ -452,7 +463,7 @@ def test_layouts_do_not_change_a_bit(family, name, layout, monkeypatch):
     if name in ("x", "weight"):  # dx and dweight are the library's products, it may sum otherwise
         for product in ("dx", "dweight"):
             del a[product], b[product]
-    bitwise(a, b)
+    same(a, b)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -462,7 +473,60 @@ def test_expanded_inputs(family, monkeypatch):
     vectors = tuple(name for name in ("bias", "norm_weight") if name in case.tensors)
     spread = case.with_tensors(dy=dy, x=x)
     dense = case.with_tensors(dy=dy.contiguous(), x=x.contiguous())
-    bitwise(ours(spread, vectors), ours(dense, vectors))
+    same(ours(spread, vectors), ours(dense, vectors))
+
+
+# Operands that do not fit: the promised errors, and no kernel reads out of bounds.
+
+MISFITS = {  # what is wrong: (its tensor's new shape, dtype or device, the error, what it says)
+    "bias too short": ("linear.bias", lambda t: t[:3], ValueError, "bias has shape (3,)"),
+    "norm weight too short": ("norm.weight", lambda t: t[:3], ValueError, "expected (32,)"),
+    "norm bias elsewhere": ("norm.bias", lambda t: t.to("meta"), ValueError, "is on meta"),
+    "weight elsewhere": ("linear.weight", lambda t: t.to("meta"), ValueError, "is on meta"),
+    "gate too long": ("gate", lambda t: t.repeat(2), ValueError, "gate has shape (64,)"),
+    "bias of another dtype": ("linear.bias", lambda t: t.half(), TypeError, "torch.float16"),
+}
+
+
+@pytest.mark.parametrize("order", ["note", "preact"])
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_a_module_s_misfits_are_told_by_every_backend(name, order):
+    if name == "cpu" and (native.missing or DEVICE != "cpu"):
+        pytest.skip("needs the C++ extension, and CPU tensors")
+    for what, (parameter, change, error, words) in MISFITS.items():
+        layer = FusedResidual(32, order=order, gate="channel", backend=name, device=DEVICE)
+        owner, _, leaf = parameter.rpartition(".")
+        owner = layer.get_submodule(owner)
+        setattr(owner, leaf, torch.nn.Parameter(change(getattr(owner, leaf).detach())))
+        with torch.no_grad(), pytest.raises(error, match=re.escape(words)):
+            layer(torch.randn(4, 32, device=DEVICE))
+            pytest.fail(what)
+    layer = FusedResidual(32, order=order, backend=name, device=DEVICE)
+    with pytest.raises(TypeError, match=r"torch\.float16.*autocast"):
+        layer(torch.randn(4, 32, device=DEVICE).half())
+
+
+@pytest.mark.parametrize("op", ["triton", "vendor"])
+def test_an_op_refuses_what_does_not_fit(op):
+    forward, backward = ops.FORWARD[op], ops.BACKWARD[op]
+    case = make(6, 8, gate="channel", residual=8, dropout=0.5)
+    operands = [case.tensors.get(name) for name in NAMES]
+    seed = torch.tensor([1], device=DEVICE)
+    rest = (None, None, seed, 1, str(case.spec))
+    y, z, stats = forward(*operands, *rest, True)
+    for i, t in enumerate(operands):
+        for wrong in (t.new_empty(9, *t.shape[1:]), t.int(), t.to("meta")):
+            call = [*operands[:i], wrong, *operands[i + 1 :], *rest]
+            with pytest.raises(RuntimeError, match="fusedres: "):
+                forward(*call, True)
+            with pytest.raises(RuntimeError, match="fusedres: "):
+                backward(y, z, stats, *call, 1)
+    for wrong in ((y[:3], z), (y, z[:, :3])):
+        with pytest.raises(RuntimeError, match=r"fusedres: (dy|z) has shape"):
+            backward(*wrong, stats, *operands, *rest, 1)
+    for missing in ((None, None, None, 1, str(case.spec)), (*rest[:4], f"{case.spec} norm=batch")):
+        with pytest.raises(RuntimeError, match="is None, needed by"):
+            forward(*operands, *missing, True)
 
 
 # Promises.

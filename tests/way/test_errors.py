@@ -1,11 +1,17 @@
 """NUMERICS 10: every misuse is an error that says op, argument, what came, what was expected."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 import fusedres
 from fusedres import FusedResidual, Residual, fused_residual
+from fusedres.backends import native as extension
 
 OP, LAYER = "fused_residual", "FusedResidual"
 x, w, b = torch.randn(4, 6), torch.randn(6, 6), torch.randn(6)
@@ -324,6 +330,38 @@ def test_an_unknown_environment_value_is_an_error(name, value, known, monkeypatc
     )
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("missing", ["linear.bias", "norm.weight", "norm.bias", "gate"])
+def test_a_parameter_left_on_meta_is_an_error(missing, backend):
+    """As load_state_dict(assign=True, strict=False) leaves it: no fake runs for real."""
+    if backend == "cpu" and extension.missing:
+        pytest.skip(extension.missing)
+    settings = {"gate": "channel", "backend": backend}
+    state = FusedResidual(6, **settings).state_dict()
+    del state[missing]
+    with torch.device("meta"):
+        module = FusedResidual(6, **settings)
+    module.load_state_dict(state, assign=True, strict=False)
+    name = missing.replace("linear.", "").replace(".", "_")
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, pytest.raises(ValueError, match=f"{name} is on meta, x is on cpu"):
+            module(x)
+
+
+def test_an_activation_that_this_process_has_not_registered(monkeypatch):
+    """As a layer comes unpickled: its class checks nothing."""
+    fusedres.register_activation("elsewhere", torch.tanh)
+    layers = [cls(6, activation="elsewhere") for cls in (Residual, FusedResidual)]
+    layers.append(FusedResidual(6, activation="elsewhere", backend="reference"))
+    monkeypatch.delitem(fusedres.spec.REGISTERED, "elsewhere")
+    monkeypatch.delitem(fusedres.reference.ACTIVATION_FUNCTIONS, "elsewhere")
+    for module in layers:
+        with pytest.raises(ValueError, match=r"'elsewhere'.*call register_activation\('elsewhere'"):
+            module(x)
+    with pytest.raises(ValueError, match="call register_activation"):
+        fusedres.spec.Spec.parse("linear-act activation=elsewhere")
+
+
 def test_public_names():
     assert set(fusedres.__all__) >= {
         "FusedResidual",
@@ -350,3 +388,86 @@ def test_a_full_gpu_is_torchs_own_error(monkeypatch):
     monkeypatch.setitem(fusedres.ops.FORWARD, "cpu", full)
     with pytest.raises(torch.OutOfMemoryError, match="36 elements"):
         layer(x)
+
+
+OUT_OF_MEMORY = """
+import resource
+import torch
+from fusedres import FusedResidual
+
+def told(function, megabytes):
+    "The error where there are only so many megabytes more."
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), -1))
+    try:
+        function()
+    except RuntimeError as error:
+        print(str(error).replace(chr(10), " "))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+
+def layer(K, N, **settings):
+    return FusedResidual(K, N, shortcut="pad", activation="gelu", backend="cpu", **settings)
+
+torch.set_num_threads(1)
+layer(16, 16)(torch.ones(2, 16)).backward(torch.ones(2, 16))  # what that imports needs memory too
+told(lambda: torch.empty(1 << 30), 32)  # torch's own
+for dtype in (torch.float32, torch.float16):
+    wide, x = layer(16, 8192).to(dtype), torch.randn(2048, 16, dtype=dtype)
+    y = wide(x)  # 64 or 32 MiB, as z
+    dy = torch.ones_like(y)
+    told(lambda: wide(x), 24)
+    told(lambda: y.backward(dy), 24)
+batch, x = layer(1, 1 << 22, norm="batch"), torch.randn(2, 1)
+with torch.no_grad():
+    told(lambda: batch(x), 100)  # y and z, but not the sums over columns
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory")
+def test_no_memory_on_a_cpu_is_told_in_torchs_words(native):
+    command = [sys.executable, "-c", OUT_OF_MEMORY]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = done.stdout.splitlines()
+    assert len(told) == 6
+    for error in told:
+        assert "DefaultCPUAllocator: can't allocate memory" in error
+
+
+DECIMAL_COMMA = """
+import locale
+import torch
+from fusedres import FusedResidual, Residual
+locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
+assert locale.localeconv()["decimal_point"] == ","
+plain = Residual(6, eps=0.25, dropout=0.5, drop_path=0.25, residual_scale=0.5)
+fused = FusedResidual(6, eps=0.25, dropout=0.5, drop_path=0.25, residual_scale=0.5, backend="cpu")
+fused.load_state_dict(plain.state_dict())
+x, values = torch.randn(64, 6), []
+for layer in (plain, fused):
+    torch.manual_seed(0)
+    values.append(layer(x))
+torch.testing.assert_close(*values)
+"""
+
+
+def test_a_decimal_comma_changes_nothing(native, tmp_path):
+    """Programs with a user interface call setlocale."""
+    define = shutil.which("localedef")
+    if define is None:
+        pytest.skip("needs localedef, to have a German locale for sure")
+    made = [define, "-i", "de_DE", "-f", "UTF-8", str(tmp_path / "de_DE.UTF-8")]
+    if subprocess.run(made, capture_output=True).returncode:
+        pytest.skip("localedef has no sources of a German locale")
+    environment = os.environ | {"LOCPATH": str(tmp_path)}
+    command = [sys.executable, "-c", DECIMAL_COMMA]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("number", ["", "0,5", "1e", "half", "0.5x"])
+def test_a_recipe_s_number_must_be_one(number, native):
+    with pytest.raises(ValueError, match="is no number"):
+        extension.extension.knows(f"linear-add residual_scale={number}")

@@ -4,6 +4,8 @@ What does not look inside the layer must leave the fused ops in place.
 """
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -207,6 +209,26 @@ def test_export(strict, training):
     if training:
         buffers, expected = dict(module.named_buffers()), dict(plain.named_buffers())
         assert_same([buffers[name] for name in expected], list(expected.values()))
+
+
+LOAD = """
+import sys, torch, fusedres
+program = torch.export.load(sys.argv[1])
+x, y = torch.load(sys.argv[2])
+assert torch.equal(program.module()(x), y)
+"""
+
+
+def test_an_exported_program_loads_in_another_process(tmp_path):
+    layer, x = FusedResidual(6, activation="gelu"), torch.randn(4, 6)
+    program = torch.export.export(layer, (x,), strict=False)
+    assert "fusedres.residual_forward" in str(program.graph)
+    files = [str(tmp_path / name) for name in ("layer.pt2", "values.pt")]
+    torch.export.save(program, files[0])
+    torch.save((x, layer(x).detach()), files[1])
+    command = [sys.executable, "-W", "ignore", "-c", LOAD, *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_export_fixes_the_widths():

@@ -1,0 +1,156 @@
+"""What the Triton backend does before a launch: threads, streams' counters, tools it needs, export.
+
+Kernels run by the interpreter in processes of their own, so that nothing here needs a GPU.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fusedres.backends import triton as backend
+from fusedres.backends import why_not
+from fusedres.spec import make_spec
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+FIRST_USE_BY_THREADS = """
+import threading
+import torch
+from fusedres import FusedResidual, backends
+from fusedres.spec import make_spec
+
+ready, chosen = threading.Barrier(4), []
+spec, x = make_spec(), torch.randn(3, 16)
+
+def first_use():
+    ready.wait()
+    chosen.append(backends.choose("triton", spec.text, torch.float32, x.device, 16, 16))
+
+threads = [threading.Thread(target=first_use) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert chosen == ["triton"] * 4
+assert len(backends.triton._arenas) == 1
+assert FusedResidual(16, backend="triton")(x).shape == (3, 16)
+"""
+
+SAVE = """
+import sys, torch
+from fusedres import FusedResidual
+torch.manual_seed(0)
+layer, x = FusedResidual(16, activation="gelu", backend="triton"), torch.randn(5, 16)
+program = torch.export.export(layer, (x,), strict=False)
+names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+assert "fusedres.triton_residual_forward.default" in names
+assert not [name for name in names if "zeros" in name or "empty" in name], names
+arenas = list(sys.modules["fusedres.backends.triton"]._arenas.values())
+assert [type(arena) for arena in arenas] == [torch.Tensor]  # made for real, and not in the graph
+torch.export.save(program, sys.argv[1])
+torch.save((x, layer(x).detach()), sys.argv[2])
+"""
+
+LOAD = """
+import sys, torch, fusedres
+program = torch.export.load(sys.argv[1])
+x, y = torch.load(sys.argv[2])
+assert torch.equal(program.module()(x), y)
+"""
+
+
+def in_the_interpreter(script, *arguments):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_four_threads_use_the_backend_first():
+    in_the_interpreter(FIRST_USE_BY_THREADS)
+
+
+def test_an_exported_program_loads_in_another_process(tmp_path):
+    files = tmp_path / "layer.pt2", tmp_path / "values.pt"
+    in_the_interpreter(SAVE, *files)
+    in_the_interpreter(LOAD, *files)
+
+
+# Arrival counters
+
+
+@pytest.fixture
+def nothing_prepared(monkeypatch):
+    monkeypatch.setattr(backend, "_arenas", {})
+    monkeypatch.setattr(backend, "_slots", {})
+
+
+def test_a_stream_clears_its_own_counters_and_only_once(nothing_prepared):
+    backend.prepare(CPU)
+    backend._arenas[CPU].fill_(7)
+    first, second = backend._new_slot(CPU, 1), backend._new_slot(CPU, 2)
+    assert first.data_ptr() != second.data_ptr()
+    assert len(first) == len(second) == backend.SLOT
+    assert not first.any() and not second.any()
+    assert (backend._arenas[CPU][2 * backend.SLOT :] == 7).all()
+    first[0] = 1
+    assert backend._new_slot(CPU, 1)[0] == 1
+
+
+def test_counters_are_zeros_for_streams_without_a_slot_and_for_large_launches(nothing_prepared):
+    backend.prepare(CPU)
+    for stream in range(backend.SLOTS):
+        assert backend._new_slot(CPU, stream + 1).numel()
+    x = torch.empty(0)
+    for count in (5, backend.SLOT, backend.SLOT + 1):
+        counters = backend._counters(x, count)
+        assert len(counters) >= count and not counters.any()
+    assert not backend._new_slot(CPU, 0).numel()
+
+
+def test_counters_made_in_inference_mode_serve_training(nothing_prepared):
+    with torch.inference_mode():
+        backend._counters(torch.empty(0), 1)
+    assert not backend._new_slot(CPU, 1).is_inference()
+
+
+# Without a C compiler
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU; what `without_compiler` found is forgotten."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    monkeypatch.delenv("CC", raising=False)
+    backend.without_compiler.cache_clear()
+    yield lambda: why_not("triton", make_spec(), torch.float32, CUDA, 64, 64)
+    backend.without_compiler.cache_clear()
+
+
+def test_no_c_compiler_is_a_reason(gpu, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "no C compiler" in gpu()
+    monkeypatch.undo()
+    assert "no C compiler" in backend.without_compiler()  # asked once a process
+
+
+def test_a_compiler_of_one_s_own_that_is_not_there_is_a_reason(gpu, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "no-such-compiler" in gpu()
+
+
+def test_no_headers_of_python_are_a_reason(gpu, monkeypatch, tmp_path):
+    (tmp_path / "gcc").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    paths = {"include": str(tmp_path)}
+    monkeypatch.setattr(backend.sysconfig, "get_paths", lambda scheme: paths)
+    assert "Python.h" in gpu()
+    (tmp_path / "Python.h").touch()
+    backend.without_compiler.cache_clear()
+    assert gpu() is None
