@@ -9,7 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-COMMANDS = {"report": "report", "scaling": "scaling", "check": "guard"}
+COMMANDS = {"report": "report.command", "scaling": "scaling.command", "check": "report.guard"}
 LAYERS = Path(__file__).with_name("test_layers.py")
 QUIET = ("-q", "--no-header", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider")
 EPILOG = """other commands: `report` makes tables, pictures and a page of a results file, `scaling`
@@ -18,7 +18,7 @@ Other options go to pytest, those of pytest-benchmark among them: --benchmark-js
 
 
 def parser() -> argparse.ArgumentParser:
-    from .run import OPTIONS
+    from .measure.run import OPTIONS
 
     found = argparse.ArgumentParser(
         prog="python -m bench",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .run import OPTIONS, Run, line, losses
+from .measure.run import OPTIONS, Run, line, losses
 
 RUN = pytest.StashKey[Run]()
 

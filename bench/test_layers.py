@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from .cases import Task
-from .run import Run
+from .measure.cases import Task
+from .measure.run import Run
 
 
 class Replay:

@@ -15,10 +15,11 @@ import pytest
 import torch
 from _pytest._io import TerminalWriter
 
-from bench import agenda, ceilings, conftest, run, test_layers
+from bench import conftest, test_layers
 from bench.__main__ import main
-from bench.agenda import chosen, compiled
-from bench.cases import (
+from bench.measure import agenda, ceilings, run
+from bench.measure.agenda import chosen, compiled
+from bench.measure.cases import (
     CASES,
     DTYPES,
     FORMULAS,
@@ -35,9 +36,9 @@ from bench.cases import (
     Task,
     square,
 )
-from bench.counts import flops, traffic
-from bench.measure import compare, rates
-from bench.schema import check_results
+from bench.measure.counts import flops, traffic
+from bench.measure.form import check_results
+from bench.measure.row import compare, rates
 from results_sample import sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,12 +122,13 @@ def test_pytest_tests_collects_no_benchmark() -> None:
 
 def test_other_commands_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    for command, name in (("report", "report"), ("scaling", "scaling"), ("check", "guard")):
+    places = {"report": "report.command", "scaling": "scaling.command", "check": "report.guard"}
+    for command, name in places.items():
         module = ModuleType(f"bench.{name}")
         module.main = lambda rest, name=name: asked.append((name, rest)) or 3
         monkeypatch.setitem(sys.modules, f"bench.{name}", module)
         assert main([command, "--help", "x"]) == 3
-    assert asked == [(name, ["--help", "x"]) for name in ("report", "scaling", "guard")]
+    assert asked == [(name, ["--help", "x"]) for name in places.values()]
 
 
 # The form of the file.

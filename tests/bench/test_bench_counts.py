@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from bench import contenders
-from bench.cases import FORMULAS, GRAPH, INFERENCE, MLP, STEP, TINY, Case, Job, Task
-from bench.counts import flops, launches, peak_bytes, saved_bytes, traffic
-from bench.measure import Options, check, measure
+from bench.measure import contenders
+from bench.measure.cases import FORMULAS, GRAPH, INFERENCE, MLP, STEP, TINY, Case, Job, Task
+from bench.measure.counts import flops, launches, peak_bytes, traffic
+from bench.measure.row import Options, measure
+from fusedres.tools.bench import check, saved_bytes
 
 CPU = torch.device("cpu")
 FP32 = 4  # bytes
@@ -52,8 +53,8 @@ def test_saved_bytes_of_eager_and_fused() -> None:
     job = Job(COUNTED, "fp32", CPU)
     z, vector = M * K * FP32, M * FP32
     eager = 2 * z + 2 * vector
-    assert saved_bytes(job.eager, job) == eager
-    fused = saved_bytes(job.fused, job)
+    assert saved_bytes(job.eager, *job.inputs) == eager
+    fused = saved_bytes(job.fused, *job.inputs)
     assert fused == eager if job.backend == "reference" else 0 < fused <= eager / 2
 
 
@@ -101,14 +102,14 @@ def test_the_bare_product_is_as_many_products(case: Case, products: int) -> None
 def test_the_hand_written_baseline_is_the_layer(order: str) -> None:
     hidden = 29 if order == MLP else None
     case = Case("small", 33, 17, order, residual=not hidden, hidden=hidden)
-    assert check(Job(case, "fp32", CPU)) == []
+    assert check(Job(case, "fp32", CPU)) is None
 
 
 def test_the_check_finds_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(COUNTED, "fp32", CPU)
     job.fused.register_forward_hook(lambda _module, _inputs, y: y * 1.001)
-    assert any(line.startswith("y has RMS error") for line in check(job))
-    monkeypatch.setattr("bench.measure.wrong", lambda *task: ["y has RMS error 1"])
+    assert str(check(job)).startswith("y has RMS error")
+    monkeypatch.setattr("bench.measure.row.wrong", lambda *task: "y has RMS error 1")
     with pytest.raises(ArithmeticError, match=r"nothing is timed: y has RMS error 1"):
         measure(Task(COUNTED, "fp32", INFERENCE), Options(CPU, 0.0, CEILINGS))
 

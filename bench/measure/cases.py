@@ -1,7 +1,7 @@
 """What is timed: layers from real models and square sweeps, and the tensors they run on.
 
-The eager layer is written by hand from torch's own layers, as users write it, and shares no code
-with the package. It shares the parameters and inputs of the fused one.
+The eager layer is written by hand from torch's own layers, as users write it. It shares the
+parameters and inputs of the fused one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-import fusedres
-from fusedres import backends
+from fusedres import FusedResidual, FusedResidualMLP, backends
+from fusedres.reference import ACTIVATION_FUNCTIONS
 from fusedres.spec import Spec
+from fusedres.tools.bench import DTYPES, INFERENCE, STEP
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INFERENCE, RECORD, STEP = "forward", "forward, recording", "forward + backward"
+RECORD = "forward, recording"
 GRAPH, RECORD_GRAPH = "forward, CUDA graph", "forward, recording, CUDA graph"
 BACKWARD_GRAPH = "backward, CUDA graph"
+GRAPHS = (GRAPH, RECORD_GRAPH, BACKWARD_GRAPH)
 MODES = {
     INFERENCE: "under no_grad, in eval()",
     RECORD: "in train(), with the graph for backward",
@@ -33,18 +33,9 @@ MODES = {
     BACKWARD_GRAPH: "gradients of x, residual and every parameter for one recorded forward pass, "
     "many times in one CUDA graph",
 }
-GRAPHS = (GRAPH, RECORD_GRAPH, BACKWARD_GRAPH)
 MODEL, SQUARE, HOST = "model", "square", "host"
 MLP = "norm-linear-act-linear-add"
 
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda h: h,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
-    "silu": F.silu,
-}
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm1d}
 # linear f (of MLP: both), norm n, activation a, input x, shortcut r
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "note": lambda f, n, a, x, r: a(n(f(x))) + r,
@@ -135,7 +126,8 @@ class Eager(nn.Module):
     def __init__(self, case: Case, linear: nn.Module, norm: nn.Module) -> None:
         super().__init__()
         self.linear, self.norm = linear, norm
-        self.formula, self.activation = FORMULAS[case.order], ACTIVATIONS[case.activation]
+        self.formula = FORMULAS[case.order]
+        self.activation = ACTIVATION_FUNCTIONS.get(str(case.activation), lambda h: h)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         r = x if residual is None else residual
@@ -157,33 +149,29 @@ class Job:
         self.case, self.dtype, self.device = case, dtype, device
         self.where: Any = {"device": device, "dtype": DTYPES[dtype]}
         self.fused = self.layer(case.activation)
-        first = self.fused.fc1 if case.hidden else self.fused
-        self.norm: Any = first.norm
+        self.first = self.fused.fc1 if case.hidden else self.fused
+        self.norm: Any = self.first.norm
         nn.init.normal_(self.norm.weight, 1.0, 0.1)
         if getattr(self.norm, "bias", None) is not None:
             nn.init.normal_(self.norm.bias, 0.0, 0.1)
-        self.linears: tuple[nn.Linear, ...] = (first.linear,)
-        if case.hidden:
-            self.linears += (self.fused.fc2.linear,)
+        rest = [self.fused.fc2.linear] if case.hidden else []
+        self.linears: list[nn.Linear] = [self.first.linear, *rest]
         self.eager = self.eager_with(self.norm)
         self.parameters = tuple(self.eager.parameters())
         self.sets = [self._operands() for _ in range(copies)]
         self.inputs, self.dy = self.sets[0]
-        self.leaves = (*self.inputs, *self.parameters)
 
     @property
     def spec(self) -> Spec:
         """Of the first fused call, in the mode of the last `call`: batch norm has other statistics
         in eval().
         """
-        first = self.fused.fc1 if self.case.hidden else self.fused
-        return first.spec.with_batch_stats(self.case.norm == "batch" and self.norm.training)
+        return self.first.spec.with_batch_stats(self.case.norm == "batch" and self.norm.training)
 
     @property
     def backend(self) -> str:
         """The one that `auto` takes for that call."""
-        N, K = self.linears[0].weight.shape
-        dtype = DTYPES[self.dtype]
+        (N, K), dtype = self.first.linear.weight.shape, DTYPES[self.dtype]
         small = backends.is_small(self.device, dtype, self.case.rows, N, K)
         return backends.choose("auto", self.spec.text, dtype, self.device, N, K, small)
 
@@ -192,9 +180,9 @@ class Job:
         case = self.case
         settings: Any = {"order": case.order, "norm": case.norm, "eps": case.eps, **self.where}
         if case.hidden:
-            width = case.features, case.hidden
-            return fusedres.FusedResidualMLP(*width, activation=activation, **settings)
-        return fusedres.FusedResidual(case.features, activation=activation, **settings)
+            widths = case.features, case.hidden
+            return FusedResidualMLP(*widths, activation=activation, **settings)
+        return FusedResidual(case.features, activation=activation, **settings)
 
     def eager_with(self, norm: nn.Module) -> Eager:
         linears = self.linears
@@ -233,8 +221,7 @@ class Job:
 
         if mode == BACKWARD_GRAPH:
             return self._backward(layer)
-        calls = {INFERENCE: inference, GRAPH: inference, STEP: step}
-        return calls.get(mode, record)
+        return {INFERENCE: inference, GRAPH: inference, STEP: step}.get(mode, record)
 
     def _backward(self, layer: Callable[..., Tensor]) -> Callable[[], object]:
         with functorch_config.patch(donated_buffer=False):  # else a compiled one runs only once

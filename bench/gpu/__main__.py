@@ -1,8 +1,8 @@
 """Everything that is owed on a GPU, in one command of less than nine minutes: `make gpu-check`.
 
 Builds the extension in place, runs the tests that need a GPU, compute-sanitizer over a few of
-them, and `python -m bench`, the rows of the goals first; see gpu_steps.py, gpu_goals.py. Exit code:
-0; 1 where something failed; 2 without a GPU. A goal that is missed is no failure.
+them, and `python -m bench`, the rows of the goals first. Exit code: 0; 1 where something failed; 2
+without a GPU. A goal that is missed is no failure.
 
 Four files come of it, since few may come back from a lent machine: benchmark.json, a results file
 as of `python -m bench`; gpu-check.json, the same with steps and goals in addition; summary.md; and
@@ -15,22 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import tarfile
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
-from . import machine, results_file
-from .gpu_goals import judge
-from .gpu_steps import RESULTS_FILE, SECONDS, VERDICTS, Check, Found
-from .run import losses
-from .tables import table
+from ..measure import results_file
+from ..measure.goals import judge
+from ..measure.results_file import Results
+from ..measure.run import losses
+from ..report.markdown import table
+from .steps import RESULTS_FILE, SECONDS, VERDICTS, Check, Found
 
 NO_GPU = 2
 TOTAL = sum(SECONDS.values())
@@ -38,28 +38,21 @@ REPORT, SUMMARY, LOGS = "gpu-check.json", "summary.md", "logs.tar.gz"
 GOAL_VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
 
 
-def combine(out: Path, found: Found, commit: str) -> Any:
-    """The benchmark's results file, or the head of one if none was written; with steps and
-    goals.
-    """
+def combine(out: Path, found: Found, commit: str) -> Results:
+    """The benchmark's results file, or an empty one if none was written, with steps and goals."""
     path, device = out / RESULTS_FILE, torch.device("cuda")
-    if path.exists():
-        results = json.loads(path.read_text())
-    else:
-        results = results_file.collect([], device, os.getloadavg()[0])
-        results["machine"] |= machine.gpu(device)
-        results["versions"] |= machine.versions()
+    results = results_file.load(path) if path.exists() else results_file.collect(device)
     results["commit"] = commit or results["commit"]
     return results | {"steps": found, "goals": judge(results["rows"])}
 
 
-def write(out: Path, work: Path, found: Found, commit: str) -> str:
+def write(out: Path, work: Path, commit: str, found: Found) -> str:
     """Everything but the benchmark's file; returns the summary."""
     results = combine(out, found, commit)
     summary = text(results)
     _replace(out / REPORT, lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
     _replace(out / SUMMARY, lambda part: part.write_text(summary + "\n"))
-    _replace(out / LOGS, lambda part: _archive(part, work))
+    _replace(out / LOGS, partial(_archive, work))
     return summary
 
 
@@ -70,56 +63,51 @@ def _replace(path: Path, make: Callable[[Path], object]) -> None:
     part.replace(path)
 
 
-def _archive(path: Path, work: Path) -> None:
+def _archive(work: Path, path: Path) -> None:
     with tarfile.open(path, "w:gz") as archive:
         for file in sorted(work.iterdir()):
             archive.add(file, f"logs/{file.name}")
 
 
-def text(results: dict[str, Any]) -> str:
+def text(results: Results) -> str:
     """The summary: device, steps, goals, and where fused is slower."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    found = results["machine"] | results["clocks"]
+    found, steps = results["machine"] | results["clocks"], results["steps"]
     device = ", ".join(f"{name} {value}" for name, value in found.items() if name != "gpu")
-    steps = [
-        [s["step"], VERDICTS[s["ok"]], f"{s['seconds']:.0f} s", s["told"]] for s in results["steps"]
-    ]
+    body = [[s["step"], VERDICTS[s["ok"]], f"{s['seconds']:.0f} s", s["told"]] for s in steps]
     parts = [
         f"{found['gpu']} ({device}); {versions}; commit {results['commit']}, {results['date']}",
-        table(["step", "result", "time", "found"], steps, left=4),
+        table(["step", "result", "time", "found"], body, left=4),
     ]
-    failed = [f"* {name}" for s in results["steps"] for name in s.get("failed", [])]
+    failed = [f"* {name}" for s in steps for name in s.get("failed", [])]
     parts += ["\n".join(["Failed tests:", *failed])] if failed else []
     if results["rows"]:
-        body = [_goal_line(goal) for goal in results["goals"]]
+        body = [
+            [g["goal"], g["row"], g["bound"], _digits(g["value"]), GOAL_VERDICTS[g["met"]]]
+            for g in results["goals"]
+        ]
         parts.append(table(["goal", "row", "bound", "found", ""], body, left=2))
         lines = [f"* {line}" for line in losses(results["rows"])] or ["* nowhere"]
         parts.append("\n".join(["Where fused is slower than eager or torch.compile:", *lines]))
     return "\n\n".join(parts)
 
 
-def _goal_line(goal: dict[str, Any]) -> list[str]:
-    value = "" if goal["value"] is None else f"{goal['value']:.2f}"
-    return [goal["goal"], goal["row"], goal["bound"], value, GOAL_VERDICTS[goal["met"]]]
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_check",
+        prog="python -m bench.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: $OUT, or bench/results/gpu-..."
-    )
-    names = list(SECONDS)
-    parser.add_argument(
-        "--steps", nargs="+", choices=names, default=names, metavar="STEP", help=", ".join(names)
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=TOTAL, help=f"for all steps, default {TOTAL}"
-    )
-    parser.add_argument("--commit", default="", help="what git says, by default")
+    add, names = parser.add_argument, list(SECONDS)
+    add("--out", type=Path, metavar="DIR", help="default: $OUT, or bench/results/gpu-...")
+    told = ", ".join(names)
+    add("--steps", nargs="+", choices=names, default=names, metavar="STEP", help=told)
+    add("--seconds", type=float, default=TOTAL, help=f"for all steps, default {TOTAL}")
+    add("--commit", default="", help="what git says, by default")
     args = parser.parse_args(arguments)
     args.steps = [name for name in names if name in args.steps]
     if args.seconds <= 0:
@@ -128,10 +116,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def folder(asked: Path | None, device: str) -> Path:
-    if asked is None and os.environ.get("OUT"):
-        asked = Path(os.environ["OUT"])
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    out = asked or results_file.RESULTS / f"gpu-{slug}-{date.today().isoformat()}"
+    own = results_file.RESULTS / f"gpu-{results_file.slug(device)}-{date.today().isoformat()}"
+    out = asked or Path(os.environ.get("OUT") or own)
     out.mkdir(parents=True, exist_ok=True)
     return out.resolve()
 
@@ -146,13 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
     out = folder(args.out, torch.cuda.get_device_name(0))
     for name in (REPORT, SUMMARY, LOGS, RESULTS_FILE):  # of an earlier run
         (out / name).unlink(missing_ok=True)
-    with TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder_of_logs:
-        work = Path(folder_of_logs)
-
-        def report(found: Found) -> str:
-            return write(out, work, found, args.commit)
-
-        found = Check(out, work, args.steps, args.seconds, report).run()
+    with TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as work:
+        report = partial(write, out, Path(work), args.commit)
+        found = Check(out, Path(work), args.steps, args.seconds, report).run()
         summary = report(found)
     print(f"\n{summary}\n\nWritten: {out}")
     return int(any(step["ok"] is False for step in found))

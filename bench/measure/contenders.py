@@ -71,14 +71,11 @@ def makers(job: Job, task: Task, compiled: tuple[str, ...]) -> Makers:
 
 def others(job: Job) -> list[str]:
     """Fused backends that can run the job beside the one that `auto` takes, in the job's mode."""
-    N, K = job.linears[0].weight.shape
-    dtype, device = job.where["dtype"], job.device
+    N, K = job.first.linear.weight.shape
+    layer = job.spec, job.where["dtype"], job.device, N, K
     taken = job.backend.removesuffix("+triton")  # "cuda+triton" is "cuda", for wide rows
-    return [
-        name
-        for name in FUSED_BACKENDS
-        if name != taken and backends.why_not(name, job.spec, dtype, device, N, K) is None
-    ]
+    able = [name for name in FUSED_BACKENDS if backends.why_not(name, *layer) is None]
+    return [name for name in able if name != taken]
 
 
 def with_backend(layer: Any, name: str) -> Any:
@@ -94,15 +91,14 @@ def with_backend(layer: Any, name: str) -> Any:
 
 def _functional(job: Job) -> Layer:
     """Order note with ReLU, as TINY has it."""
-    linear, norm, features = job.linears[0], job.norm, (job.case.features,)
+    linear, norm, features = job.first.linear, job.norm, (job.case.features,)
     weight, bias, gamma, beta = linear.weight, linear.bias, norm.weight, norm.bias
     return lambda x: F.relu(F.layer_norm(F.linear(x, weight, bias), features, gamma, beta)) + x
 
 
 def _compiled(job: Job, name: str, mode: str) -> Layer:
-    settings: Any = {}
-    if name == "compile-max":
-        settings["mode"] = "max-autotune" + "-no-cudagraphs" * (mode in GRAPHS)
+    best = "max-autotune" + "-no-cudagraphs" * (mode in GRAPHS)
+    settings = {"mode": best} if name == "compile-max" else {}
     return torch.compile(job.eager, dynamic=False, fullgraph=True, **settings)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .cases import GRAPH, INFERENCE, STEP
+from ..measure.cases import GRAPH, INFERENCE, STEP
+from ..measure.results_file import Results
 from .cells import Row, select, short, well_measured
 from .figure import BLUE, GREEN, GREY, INK, ORANGE, panels
-from .section import Results
 
 COLOURS = {"fp32": BLUE, "bf16": ORANGE, "fp16": GREEN}
 MARKERS = {"model": "o", "square": "s"}
@@ -28,18 +28,18 @@ def draw(results: Results) -> Any:
     unit, scale = ("TFLOP/s", 1.0) if max(peaks.values()) >= 1 else ("GFLOP/s", 1e3)
     forward = GRAPH if select(found, mode=GRAPH) else INFERENCE
     figure, axes = panels(4.2, len(dtypes), sharey=True)
-    everything = [*map(_point, found), *((1e3 * peak / copy, peak) for peak in peaks.values())]
-    x_limits, y_limits = (_around(values) for values in zip(*everything, strict=True))
+    knees = {dtype: 1e3 * peak / copy for dtype, peak in peaks.items()}  # FLOP a byte
+    points = [*map(_point, found), *((knees[dtype], peaks[dtype]) for dtype in dtypes)]
+    limits = [(min(values) / MARGIN, max(values) * MARGIN) for values in zip(*points, strict=True)]
     for axis, dtype in zip(axes[0], dtypes, strict=True):
-        axis.set(xscale="log", yscale="log", xlim=x_limits, ylim=y_limits)
+        axis.set(xscale="log", yscale="log", xlim=limits[0], ylim=limits[1])
         axis.set_xlabel("FLOP a byte of inputs and outputs")
         told = f"matmul {short(scale * peaks[dtype])} {unit}, copy {short(copy)} GB/s"
         axis.set_title(f"{dtype}: {told}" if len(dtypes) < 3 else f"{dtype}\n{told}", size=9)
         _ticks(axis, scale)
-        knee = 1e3 * peaks[dtype] / copy  # FLOP a byte
-        left, right = x_limits
+        left, right = limits[0]
         roof = [left * copy * 1e-3, peaks[dtype], peaks[dtype]]
-        axis.plot([left, knee, right], roof, color=INK, lw=1.5)
+        axis.plot([left, knees[dtype], right], roof, color=INK, lw=1.5)
         _points(axis, select(found, dtype=dtype), forward, COLOURS[dtype])
     axes[0][0].set_ylabel(f"{unit} of fused")
     figure.suptitle(
@@ -54,10 +54,6 @@ def draw(results: Results) -> Any:
 def _point(row: Row) -> tuple[float, float]:
     """FLOP a byte, TFLOP/s."""
     return row["flops"] / row["bytes"], row["tflop_per_s"]
-
-
-def _around(values: tuple[float, ...]) -> tuple[float, float]:
-    return min(values) / MARGIN, max(values) * MARGIN
 
 
 def _ticks(axis: Any, scale: float) -> None:
@@ -85,19 +81,14 @@ def _names(figure: Any, axis: Any, found: list[Row], forward: str) -> None:
     drawn = [row for row in found if row["mode"] in (forward, STEP)]
     spots = axis.transData.transform([_point(row) for row in drawn]) if drawn else []
     roof = axis.lines[0].get_path().transformed(axis.transData)
-    whole = axis.get_window_extent()
-    taken: list[Any] = []
+    right, taken = axis.get_window_extent().x1, []
+    style: Any = {"textcoords": "offset points", "size": 7, "color": GREY}
     for row in select(found, group="model", mode=forward):
-        style: Any = {"textcoords": "offset points", "size": 7, "color": GREY}
         text = axis.annotate(row["case"], _point(row), (5, -2.5), **style)
         box = text.get_window_extent(figure.canvas.get_renderer())
         hit = any(box.x0 < x < box.x1 + 5 and box.y0 - 5 < y < box.y1 + 5 for x, y in spots)
-        if (
-            hit
-            or box.count_overlaps(taken)
-            or box.x1 > whole.x1
-            or roof.intersects_bbox(box, False)
-        ):
+        outside = box.x1 > right or roof.intersects_bbox(box, False)
+        if hit or outside or box.count_overlaps(taken):
             text.remove()
         else:
             taken.append(box)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from fusedres.tools.bench import check, saved_bytes
 from fusedres.tools.timing import (
     MAX_ROUNDS,
     MIN_ROUNDS,
@@ -26,7 +24,7 @@ from fusedres.tools.timing import (
 from . import ceilings, graphs
 from .cases import DTYPES, GRAPHS, HOST, STEP, Case, Job, Task
 from .contenders import ABOUT, RIVALS, makers
-from .counts import flops, host_us, launches, peak_bytes, saved_bytes, traffic
+from .counts import flops, host_us, launches, peak_bytes, traffic
 
 Row = dict[str, Any]
 Call = Callable[[], object]
@@ -78,41 +76,8 @@ class Options(NamedTuple):
     left_out: str = ""  # why the others do not
 
 
-def check(job: Job) -> list[str]:
-    """Where fused is wrong: y and every gradient against the hand-written layer in float64.
-
-    The RMS error may be twice eager's (sums in another order) plus one rounding step. With ReLU, an
-    element that rounds across the kink has its gradient right or wrong as a whole, in every
-    implementation: about 16 eps of them lie that near, which is sqrt(16 eps) of a gradient's RMS.
-    """
-    eps = torch.finfo(job.dy.dtype).eps
-    kink = math.sqrt(16 * eps) if job.case.activation == "relu" else 0.0
-    names = [*("x", "residual")[: len(job.inputs)], *dict(job.eager.named_parameters())]
-
-    def results(layer: Any, leaves: list[Tensor], dy: Tensor) -> dict[str, Tensor]:
-        y = layer.train()(*leaves[: len(job.inputs)])
-        grads = torch.autograd.grad(y, leaves, dy)
-        return {"y": y, **{f"d {name}": g for name, g in zip(names, grads, strict=True)}}
-
-    def rms(t: Tensor) -> float:
-        return t.double().square().mean().sqrt().item()
-
-    double = copy.deepcopy(job.eager).double()
-    inputs = [t.detach().double().requires_grad_() for t in job.inputs]
-    exact = results(double, [*inputs, *double.parameters()], job.dy.double())
-    eager = results(job.eager, list(job.leaves), job.dy)
-    fused = results(job.fused, list(job.leaves), job.dy)
-    wrong = []
-    for name, truth in exact.items():
-        error = rms(fused[name] - truth)
-        bound = 2 * rms(eager[name] - truth) + (eps + (name != "y") * kink) * rms(truth)
-        if not error <= bound:
-            wrong.append(f"{name} has RMS error {error:.3g}, expected at most {bound:.3g}")
-    return wrong
-
-
 @cache
-def wrong(case: Case, dtype: str, device: torch.device) -> list[str]:
+def wrong(case: Case, dtype: str, device: torch.device) -> str | None:
     """`check` of the case on fewer rows, where it has too many for float64."""
     rows = min(case.rows, CHECKED_ROWS[device.type])
     return check(Job(replace(case, rows=rows), dtype, device))
@@ -126,9 +91,8 @@ def measure(
     Raises ArithmeticError where fused is wrong, and what fused itself raises.
     """
     device, mode = options.device, task.mode
-    lines = wrong(task.case, task.dtype, device)
-    if lines:
-        raise ArithmeticError(f"fused is wrong, so nothing is timed: {'; '.join(lines)}")
+    if told := wrong(task.case, task.dtype, device):
+        raise ArithmeticError(f"fused is wrong, so nothing is timed: {told}")
     torch.compiler.reset()  # else the 9th case meets dynamo's limit of graphs for one function
     copies = graphs.copies(task, device)
     job = Job(task.case, task.dtype, device, copies)
@@ -164,10 +128,10 @@ def prepare(
 
 
 def head(task: Task, job: Job) -> Row:
-    case = task.case
+    case, N = task.case, task.case.features
     row: Row = {"case": case.name, "group": case.group, "dtype": task.dtype, "mode": task.mode}
-    row |= {"rows": case.rows, "features": case.features, "out_features": case.features}
-    row |= {"order": case.order, "norm": case.norm, "activation": case.activation}
+    row |= {"rows": case.rows, "features": N, "out_features": N, "order": case.order}
+    row |= {"norm": case.norm, "activation": case.activation}
     return row | ({"hidden": case.hidden} if case.hidden else {}) | {"backend": job.backend}
 
 
@@ -176,11 +140,8 @@ def compare(rounds: list[dict[str, float]], calm: bool) -> Row:
     names = list(rounds[0])
     times = {name: summary([1e6 * r[name] for r in rounds]) for name in names}
     ratios = {n: summary([r[n] / r["fused"] for r in rounds]) for n in names if n != "fused"}
-    slower = [
-        name
-        for name in RIVALS
-        if name in ratios and calm and ratios[name]["median"] < 1 - NOISE and ratios[name]["q3"] < 1
-    ]
+    rivals = {name: ratios[name] for name in RIVALS if calm and name in ratios}
+    slower = [n for n, found in rivals.items() if found["median"] < 1 - NOISE and found["q3"] < 1]
     return {"times_us": times, "ratios": ratios, "slower_than": slower}
 
 
@@ -200,7 +161,7 @@ def counted(task: Task, job: Job, ready: dict[str, Call], row: Row) -> Row:
     found: Row = {}
     gpu, layers = job.device.type == "cuda", {"eager": job.eager, "fused": job.fused}
     if task.mode == STEP:
-        found["saved_bytes"] = {name: saved_bytes(layer, job) for name, layer in layers.items()}
+        found["saved_bytes"] = {n: saved_bytes(each, *job.inputs) for n, each in layers.items()}
         steps = {name: job.call(layer, STEP) for name, layer in layers.items()}
         found["peak_bytes"] = {n: peak_bytes(call, job.device) for n, call in steps.items()}
     if task.mode not in GRAPHS:  # a replay is one launch, and tells nothing of its kernels

@@ -1,4 +1,4 @@
-"""`python -m bench report`: results files as README's tables, pictures and pages."""
+"""`python -m bench report`: results files as README's tables and pictures."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import page, pictures
-from .results_file import RESULTS, ROOT, load, name, newest, save
-from .schema import check_results
-from .section import Results, section
+from ..measure.form import check_results
+from ..measure.results_file import RESULTS, ROOT, Results, load, name, newest, save
+from . import pictures
+from .markdown import replace_part
+from .section import section
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
 TITLES = {"cpu": "CPU", "cuda": "GPU"}
 MOST = 10  # complaints about a file
 
@@ -29,27 +30,13 @@ def render(found: dict[str, Results], full: bool = False, folder: Path | None = 
     return "\n\n".join(parts)
 
 
-def replace_part(text: str, part: str) -> str:
-    """`text` with what stands between the markers replaced."""
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise SystemExit(
-            f"bench report: README has no {BEGIN} with {END} after it to write between"
-        )
-    return f"{text[: begin + len(BEGIN)]}\n{part}\n{text[end:]}"
-
-
 def write(found: dict[str, Results], readme: Path, folder: Path) -> list[Path]:
-    """README's generated part, and beside the results files the pictures and a page a device."""
-    text = replace_part(
-        readme.read_text(encoding="utf-8"), render(found, folder=folder.relative_to(readme.parent))
-    )
-    written = []
-    for results in found.values():
-        drawn = pictures.draw(results, folder)
-        written += [*drawn, page.write(results, drawn, folder)]
+    """README's generated part, and the pictures beside the results files."""
+    part = render(found, folder=folder.relative_to(readme.parent))
+    text = replace_part(readme, MARKERS, part)  # before drawing: it may refuse
+    drawn = [path for results in found.values() for path in pictures.draw(results, folder)]
     readme.write_text(text, encoding="utf-8")
-    return [readme, *written]
+    return [readme, *drawn]
 
 
 def read(path: Path) -> Results:
@@ -60,24 +47,17 @@ def read(path: Path) -> Results:
     return results
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench report",
         description="Prints results as Markdown tables. Without FILE: the newest of each device.",
     )
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a results file")
-    parser.add_argument("--full", action="store_true", help="print every row and column")
-    parser.add_argument(
-        "--write",
-        action="store_true",
-        help="take FILE over into bench/results, write the newest "
-        "results of each device into README, draw the pictures, and make an HTML page of every row",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
+    add = parser.add_argument
+    add("file", nargs="?", type=Path, metavar="FILE", help="a results file")
+    add("--full", action="store_true", help="print every row and column")
+    told = "take FILE over into bench/results, write the newest results of each device into "
+    add("--write", action="store_true", help=f"{told}README, and draw the pictures")
+    args = parser.parse_args(arguments)
     asked = [read(args.file)] if args.file else []
     if args.write:
         for results in asked:

@@ -24,8 +24,8 @@ from .cases import (
     Task,
 )
 from .counts import flops, traffic
-from .gpu_goals import tasks as goals
-from .measure import CHECKED_ROWS
+from .goals import tasks as goals
+from .row import CHECKED_ROWS
 
 FP16_ON_CPU = ("rtdl-466", "square-256x256")  # torch's product takes 10 to 100 times as long there
 LONGEST = 8.0  # seconds for a square's row on a CPU, except with --full

@@ -1,15 +1,17 @@
-"""Results as tables: Markdown that reads well in a terminal too."""
+"""Results as tables: those of README, and every row with everything that was measured."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from .cases import INFERENCE, STEP
+from ..measure.cases import INFERENCE, STEP
 from .cells import (
     COMPILED,
     MAIN_DTYPE,
+    MIB,
     SLOWER,
     UNMEASURED,
     Row,
@@ -28,20 +30,7 @@ from .cells import (
     sweep,
     time,
 )
-
-
-def table(head: list[str], body: list[list[str]], left: int) -> str:
-    """Markdown with the first `left` columns left-aligned and the others right."""
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    lines = [
-        [
-            c.ljust(w) if i < left else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in [head, rule, *body]
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+from .markdown import table
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,80 @@ class Table:
         return f"{caption}\n\n{table(self.head, self.body, self.left)}"
 
 
-# What README shows.
+Column = tuple[str, Callable[[Row], str]]
+
+
+def line_a_row(
+    title: str, rows: Iterable[Row], columns: Iterable[Column], left: int, note: str = ""
+) -> Table:
+    head, cells = zip(*columns, strict=True)
+    return Table(title, list(head), [[cell(row) for cell in cells] for row in rows], left, note)
+
+
+def _against(title: str, *names: str) -> Column:
+    return f"x {title}", lambda row: ratio(row, *names)
+
+
+LAYER: Column = ("layer", lambda row: row["case"])
+RECIPE: tuple[Column, ...] = (("recipe", recipe), ("rows x width", shape))
+RATIOS = (_against("eager", "eager"), _against("compile", *COMPILED), _against("matmul", "matmul"))
+LAUNCHES: Column = ("launches", lambda row: pair(row.get("launches")))
+FORWARD: tuple[Column, ...] = (LAYER, *RECIPE, ("us", time), *RATIOS)
+BOTH: tuple[Column, ...] = (
+    LAYER,
+    ("us", time),
+    *RATIOS,
+    ("saved", lambda row: share(row, "saved_bytes")),
+    ("peak", lambda row: share(row, "peak_bytes")),
+    LAUNCHES,
+)
+NAMED: tuple[Column, ...] = (
+    LAYER,
+    *RECIPE,
+    ("dtype", lambda row: row["dtype"]),
+    ("mode", lambda row: row["mode"]),
+    ("backend", lambda row: row["backend"]),
+    ("fused, us", time),
+    ("quartiles", lambda row: " to ".join(microseconds(row["times_us"]["fused"][q]) for q in ENDS)),
+)
+COUNTED: tuple[Column, ...] = (
+    ("GB/s", lambda row: digits(row.get("gb_per_s"), ",.1f")),
+    ("of copy", lambda row: digits(row.get("copy_share"), ".0%")),
+    ("TFLOP/s", lambda row: digits(row.get("tflop_per_s"), ".3g")),
+    ("of matmul", lambda row: digits(row.get("matmul_share"), ".0%")),
+    ("saved, MiB: fused / eager", lambda row: pair(row.get("saved_bytes"), ",.2f", MIB)),
+    ("peak, MiB", lambda row: pair(row.get("peak_bytes"), ",.2f", MIB)),
+    LAUNCHES,
+    ("host, us", lambda row: pair(row.get("host_us"), ".1f")),
+    ("rounds", lambda row: str(row["rounds"])),
+)
+ENDS = ("q1", "q3")
+
+
+def full_tables(results: dict[str, Any]) -> list[Table]:
+    """One table a group; columns that no row has are left out."""
+    tables = []
+    for group in distinct(results["rows"], "group"):
+        rows = select(results["rows"], group=group)
+        columns = [*NAMED, *(_against(name, name) for name in contenders(rows)), *COUNTED]
+        tables.append(line_a_row(f"Every row: {group}", rows, columns, left=6).told())
+    return tables
+
+
+def readme_tables(results: dict[str, Any]) -> list[Table]:
+    rows, dtype = results["rows"], MAIN_DTYPE[results["device"]]
+    models = select(rows, group="model", dtype=dtype)
+    recipes = "a recipe is order, norm (LN: layer, BN: batch, RMS) and activation"
+    parts = "bytes kept for backward and at the peak over eager's, launches of fused / eager"
+    forward, both = (select(models, mode=mode) for mode in (INFERENCE, STEP))
+    found = [
+        summary_table(rows),
+        line_a_row(f"Layers of models, {dtype}, forward", forward, FORWARD, 3, recipes),
+        line_a_row(f"Layers of models, {dtype}, step", both, BOTH, 1, parts),
+        square_table(rows, dtype),
+        host_table(rows),
+    ]
+    return [table.told() for table in found if table.body]
 
 
 def summary_table(rows: list[Row]) -> Table:
@@ -95,39 +157,6 @@ def _spread(rows: list[Row], names: tuple[str, ...]) -> list[str]:
     return [digits(median(ratios)), ends, f"{slower} of {len(found)}"]
 
 
-def forward_table(rows: list[Row], dtype: str) -> Table:
-    """One line a layer of a model."""
-    body = [
-        [row["case"], recipe(row), shape(row), time(row), *_ratios(row)]
-        for row in select(rows, group="model", dtype=dtype, mode=INFERENCE)
-    ]
-    head = ["layer", "recipe", "rows x width", "us", *RATIOS]
-    note = "a recipe is order, norm (LN: layer, BN: batch, RMS) and activation"
-    return Table(f"Layers of models, {dtype}, forward", head, body, left=3, note=note)
-
-
-def step_table(rows: list[Row], dtype: str) -> Table:
-    """One line a layer of a model."""
-    body = [
-        [row["case"], time(row), *_ratios(row), *_memory(row), pair(row.get("launches"))]
-        for row in select(rows, group="model", dtype=dtype, mode=STEP)
-    ]
-    head = ["layer", "us", *RATIOS, "saved", "peak", "launches"]
-    note = "bytes kept for backward and at the peak over eager's, launches of fused / eager"
-    return Table(f"Layers of models, {dtype}, step", head, body, left=1, note=note)
-
-
-RATIOS = ("x eager", "x compile", "x matmul")
-
-
-def _ratios(row: Row) -> list[str]:
-    return [ratio(row, "eager"), ratio(row, *COMPILED), ratio(row, "matmul")]
-
-
-def _memory(row: Row) -> list[str]:
-    return [share(row, "saved_bytes"), share(row, "peak_bytes")]
-
-
 def square_table(rows: list[Row], dtype: str) -> Table:
     """One line a mode, contender and number of rows; one column a width."""
     rows = select(sweep(rows), dtype=dtype)
@@ -149,15 +178,11 @@ def host_table(rows: list[Row]) -> Table:
     """Microseconds the host takes for a call, on tensors too small to compute anything."""
     rows = select(rows, group="host")
     names = list(dict.fromkeys(name for row in rows for name in row["host_us"]))
-    others = [name for name in contenders(rows) if name in names]
-    body = [
-        [brief(row["mode"]), *(microseconds(row["host_us"].get(name)) for name in names)]
-        + [ratio(row, name) for name in others]
-        for row in rows
-    ]
-    head = ["mode", *names, *(f"x {name}" for name in others)]
+    columns: list[Column] = [("mode", lambda row: brief(row["mode"]))]
+    columns += [(n, lambda row, n=n: microseconds(row["host_us"].get(n))) for n in names]
+    columns += [_against(name, name) for name in contenders(rows) if name in names]
     sizes = f", {shape(rows[0])}, {rows[0]['dtype']}" if rows else ""
-    return Table(f"Host time of a call{sizes}", head, body, left=1, note="us")
+    return line_a_row(f"Host time of a call{sizes}", rows, columns, left=1, note="us")
 
 
 def loss_table(rows: list[Row]) -> Table:
@@ -173,15 +198,3 @@ def loss_table(rows: list[Row]) -> Table:
 
 def _lost(found: dict[str, float]) -> list[str]:
     return [digits(found["median"]) + SLOWER, f"{digits(found['q1'])}-{digits(found['q3'])}"]
-
-
-def readme_tables(results: dict[str, Any]) -> list[Table]:
-    rows, dtype = results["rows"], MAIN_DTYPE[results["device"]]
-    found = [
-        summary_table(rows),
-        forward_table(rows, dtype),
-        step_table(rows, dtype),
-        square_table(rows, dtype),
-        host_table(rows),
-    ]
-    return [table.told() for table in found if table.body]

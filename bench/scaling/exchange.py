@@ -22,9 +22,8 @@ def data_parallel(layer: Layer, p: int, machine: Machine) -> float:
     gradients = all_reduce(layer.parameters * layer.b, p, machine)
     if layer.spec.norm != "batch":
         return gradients
-    width = layer.spec.width("norm", layer.K, layer.N)
-    statistics = all_gather(p * (2 * width + 1) * EXACT, p, machine)
-    return gradients + statistics + all_reduce(2 * width * EXACT, p, machine)
+    statistics = all_gather(p * (2 * layer.width + 1) * EXACT, p, machine)
+    return gradients + statistics + all_reduce(2 * layer.width * EXACT, p, machine)
 
 
 def tensor_parallel(layer: Layer, p: int, machine: Machine) -> float:
@@ -33,8 +32,7 @@ def tensor_parallel(layer: Layer, p: int, machine: Machine) -> float:
     forward: (mean, M2) of each row for a row norm, y gathered; backward: the norm's two row sums,
     dx, a sum over the cuts, reduced and scattered.
     """
-    time = all_gather(layer.M * layer.N * layer.b, p, machine)
-    time += all_gather(layer.M * layer.K * layer.b, p, machine)
+    time = all_gather(layer.y, p, machine) + all_gather(layer.x, p, machine)
     if layer.spec.norm in ("layer", "rms") and "norm" in layer.spec.epilogue:
         time += all_gather(p * 2 * layer.M * EXACT, p, machine)
         time += all_reduce(2 * layer.M * EXACT, p, machine)

@@ -5,15 +5,14 @@ Rows M, features K in and N out, b bytes an element.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from fusedres.spec import Spec, make_spec
 
-from .cases import INFERENCE, STEP
+from ..measure.cases import DTYPES, INFERENCE, STEP
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 EXACT = 4  # bytes of a statistic in fp32
 FROM_OUTPUT = ("relu", "tanh", "sigmoid")  # their derivative needs h alone, so eager keeps h
 
@@ -23,6 +22,10 @@ class Kernel(NamedTuple):
 
     flops: int
     bytes: int
+
+
+def move(count: int) -> Kernel:
+    return Kernel(0, count)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,22 @@ class Layer:
 
     @property
     def b(self) -> int:
-        return BYTES[self.dtype]
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def x(self) -> int:
+        """Bytes of x (M, K)."""
+        return self.M * self.K * self.b
+
+    @property
+    def y(self) -> int:
+        """Bytes of y, of z and of whatever follows `linear` (M, N)."""
+        return self.M * self.N * self.b
+
+    @property
+    def width(self) -> int:
+        """Of the norm's tensor."""
+        return self.spec.width("norm", self.K, self.N)
 
     def tensor(self, stage: str) -> int:
         """Bytes of the tensor on which `stage` acts."""
@@ -53,31 +71,21 @@ class Layer:
 
     def product(self) -> Kernel:
         """M x K by K x N: 2 M N K FLOPs; each of the three matrices moves once."""
-        elements = self.M * self.K + self.N * self.K + self.M * self.N
-        return Kernel(2 * self.M * self.N * self.K, elements * self.b)
+        return Kernel(2 * self.M * self.N * self.K, self.x + self.N * self.K * self.b + self.y)
 
     @property
     def parameters(self) -> int:
         """weight (N, K), bias (N) and the norm's gamma and beta."""
         vectors = {None: 0, "rms": 1}.get(self.spec.norm, 2)
-        width = self.spec.width("norm", self.K, self.N)
-        return self.N * self.K + self.N + vectors * width
+        return self.N * self.K + self.N + vectors * self.width
 
 
 def of_row(row: dict[str, Any]) -> Layer:
     """The layer of a results row. What stands as the shortcut follows from the bytes counted."""
-    layer = Layer(
-        row["rows"],
-        row["features"],
-        row["out_features"],
-        row["order"],
-        row["norm"],
-        row["activation"],
-        row["dtype"],
-    )
+    sizes = row["rows"], row["features"], row["out_features"]
+    layer = Layer(*sizes, row["order"], row["norm"], row["activation"], row["dtype"])
     passes = 3 if row["mode"] == STEP else 1
-    moved = layer.product().bytes + layer.M * layer.N * layer.b
-    return replace(layer, residual=row["bytes"] >= passes * moved)
+    return replace(layer, residual=row["bytes"] >= passes * (layer.product().bytes + layer.y))
 
 
 def eager_forward(layer: Layer) -> Iterator[Kernel]:
@@ -89,7 +97,7 @@ def eager_forward(layer: Layer) -> Iterator[Kernel]:
             yield layer.product()
         else:
             three = stage == "add" or (stage == "norm" and layer.spec.batch_stats)
-            yield Kernel(0, (3 if three else 2) * layer.tensor(stage))
+            yield move((3 if three else 2) * layer.tensor(stage))
 
 
 def eager_backward(layer: Layer) -> Iterator[Kernel]:
@@ -98,17 +106,13 @@ def eager_backward(layer: Layer) -> Iterator[Kernel]:
     its sides come from x, their gradients are added.
     """
     for stage in reversed(layer.spec.stages):
-        tensor = layer.tensor(stage)
         if stage == "linear":
-            yield Kernel(0, layer.M * layer.N * layer.b)
-            yield from (layer.product(), layer.product())
+            yield from (move(layer.y), layer.product(), layer.product())
         elif stage == "add":
-            if not layer.residual:
-                yield Kernel(0, 3 * layer.M * layer.K * layer.b)
+            yield from () if layer.residual else (move(3 * layer.x),)
         else:
-            yield Kernel(0, 3 * tensor)
-            if stage == "norm":
-                yield Kernel(0, 2 * tensor)
+            yield move(3 * layer.tensor(stage))
+            yield from (move(2 * layer.tensor(stage)),) if stage == "norm" else ()
 
 
 def fused_forward(layer: Layer, device: str) -> Iterator[Kernel]:
@@ -117,16 +121,15 @@ def fused_forward(layer: Layer, device: str) -> Iterator[Kernel]:
     """
     product, shortcut = layer.product(), "add" in layer.spec.stages
     if device == "cuda":
-        other = layer.M * layer.N * layer.b if shortcut and layer.residual else 0
-        yield Kernel(product.flops, product.bytes + other)
+        yield Kernel(product.flops, product.bytes + (shortcut and layer.residual) * layer.y)
         return
     if layer.spec.batch_stats:
-        yield Kernel(0, layer.tensor("norm"))  # the statistics
+        yield move(layer.tensor("norm"))  # the statistics
     if layer.spec.prologue:
-        yield Kernel(0, 2 * layer.M * layer.K * layer.b)
+        yield move(2 * layer.x)
     yield product
     if layer.spec.epilogue:
-        yield Kernel(0, (2 + shortcut) * layer.M * layer.N * layer.b)
+        yield move((2 + shortcut) * layer.y)
 
 
 def fused_backward(layer: Layer, device: str) -> Iterator[Kernel]:
@@ -134,26 +137,24 @@ def fused_backward(layer: Layer, device: str) -> Iterator[Kernel]:
     stand before linear or, on a CPU, where the shortcut's gradient is added; GPUs add it in the
     product. Batch norm on a CPU reads dy and its tensor once more, for the sums.
     """
-    rows_in, rows_out = layer.M * layer.K * layer.b, layer.M * layer.N * layer.b
+    dx = dw = layer.product()
     added = "add" in layer.spec.stages and not layer.residual
     if layer.spec.batch_stats and device == "cpu":
-        yield Kernel(0, 2 * layer.tensor("norm"))
+        yield move(2 * layer.tensor("norm"))
     if layer.spec.saves_z:
-        yield Kernel(0, 3 * rows_out)
-    dx = layer.product()
+        yield move(3 * layer.y)
     if device == "cuda" and added:
-        dx = Kernel(dx.flops, dx.bytes + rows_out)
-    yield from (dx, layer.product())
+        dx = Kernel(dx.flops, dx.bytes + layer.y)
+    yield from (dx, dw)
     if layer.spec.prologue or (added and device == "cpu"):
-        yield Kernel(0, (3 + (added and bool(layer.spec.prologue))) * rows_in)
+        yield move((3 + (added and bool(layer.spec.prologue))) * layer.x)
 
 
 def kernels(layer: Layer, contender: str, mode: str, device: str) -> list[Kernel]:
     """Of one call; `mode` as in the results file."""
     layer = replace(layer, training=mode != INFERENCE)
     if contender == "eager":
-        found = list(eager_forward(layer))
-        return found + list(eager_backward(layer)) if mode == STEP else found
+        return [*eager_forward(layer), *(eager_backward(layer) if mode == STEP else ())]
     found = list(fused_forward(layer, device))
     return found + list(fused_backward(layer, device)) if mode == STEP else found
 
@@ -164,11 +165,11 @@ class Machine:
 
     device: str
     name: str
+    source: str
     copy: float
     matmul: dict[str, float]
     launch: float  # of one kernel
-    source: str
-    host: dict[tuple[str, str], float]  # of a call, by contender and mode, where measured
+    host: dict[tuple[str, str], float] = field(default_factory=dict)  # of a call, where measured
     link: float = 0.0  # of one GPU, each way
     latency: float = 0.0  # of one collective
 
@@ -193,38 +194,28 @@ def saved_bytes(layer: Layer, contender: str, device: str) -> int:
     op of its own there: it keeps its input and the normalised rows in fp32.
     """
     spec, M = layer.spec, layer.M
-    width = spec.width("norm", layer.K, layer.N)
     if contender == "fused":
         rows = 2 * M if device == "cuda" and spec.norm in ("layer", "rms") else 0
-        vectors = 2 * width if spec.batch_stats else rows
-        return spec.saves_z * M * layer.N * layer.b + vectors * EXACT
+        vectors = 2 * layer.width if spec.batch_stats else rows
+        return spec.saves_z * layer.y + vectors * EXACT
     kept, more = set(), 0  # tensors, numbered by the stages before them: 0 is x, the last is y
-    statistic = EXACT if device == "cuda" else layer.b
+    composed = spec.norm == "rms" and device == "cpu"
     for i, stage in enumerate(spec.stages):
-        if (stage, spec.norm, device) == ("norm", "rms", "cpu"):
-            statistic = EXACT
-            more += M * width * EXACT  # the normalised rows
-            if layer.b < EXACT:
-                more += M * width * EXACT  # the input in fp32
-                continue
-        if stage in ("norm", "linear"):
+        if stage == "norm" and composed:
+            more = M * layer.width * EXACT * (2 if layer.b < EXACT else 1)
+        if stage == "linear" or (stage == "norm" and not (composed and layer.b < EXACT)):
             kept.add(i)
         if stage == "act":
             kept.add(i + (spec.activation in FROM_OUTPUT))
-    kept -= {0, len(spec.stages)}
     linear = spec.stages.index("linear")
-    tensors = sum(M * (layer.N if i > linear else layer.K) * layer.b for i in kept)
-    return tensors + more + _statistics(spec.norm, M, width) * statistic
-
-
-def _statistics(norm: str | None, rows: int, width: int) -> int:
-    """How many numbers mean and rstd are; RMSNorm has no mean."""
-    return {None: 0, "layer": 2 * rows, "rms": rows, "batch": 2 * width}[norm]
+    more += sum(layer.y if i > linear else layer.x for i in kept - {0, len(spec.stages)})
+    # mean and rstd; RMSNorm has no mean
+    numbers = {None: 0, "layer": 2 * M, "rms": M, "batch": 2 * layer.width}[spec.norm]
+    return more + numbers * (EXACT if device == "cuda" or composed else layer.b)
 
 
 def depth_bytes(layer: Layer, contender: str, depth: int, device: str) -> int:
     """Activations of `depth` square layers at the end of forward: x of the first, y of each (the
     next one's x), and what each one saves.
     """
-    one = layer.M * layer.N * layer.b
-    return one + depth * (one + saved_bytes(layer, contender, device))
+    return layer.y + depth * (layer.y + saved_bytes(layer, contender, device))

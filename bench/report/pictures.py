@@ -10,13 +10,13 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..measure.results_file import Results
 from . import bars, heat, roofline
 from .figure import GREY, INK
-from .section import Results, source
+from .section import source
 
 DPI = 200
 COLOURS = 128  # of the palette: a third of the bytes
@@ -36,8 +36,7 @@ STYLE: Any = {
 STAMP = "Source"  # the PNG text chunk with the digest of what was drawn
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """Drawn where a results file has rows for it."""
 
     name: str
@@ -58,16 +57,19 @@ def digest(results: Results) -> str:
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 
-def names(results: Results) -> dict[str, str]:
-    """File name and description of each picture that the results have rows for."""
-    device = results["device"]
-    return {f"{device}-{p.name}.png": p.alt for p in PICTURES if p.rows(results)}
+def _drawn(results: Results) -> dict[str, Picture]:
+    """By file name, those that the results have rows for."""
+    return {f"{results['device']}-{p.name}.png": p for p in PICTURES if p.rows(results)}
+
+
+def names(results: Results) -> list[str]:
+    return list(_drawn(results))
 
 
 def links(results: Results, folder: Path) -> str:
     """Markdown that shows the pictures in `folder`."""
-    shown = [f"![{alt}]({(folder / n).as_posix()})" for n, alt in names(results).items()]
-    return "\n\n".join(shown)
+    shown = _drawn(results).items()
+    return "\n\n".join(f"![{p.alt}]({(folder / name).as_posix()})" for name, p in shown)
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -81,15 +83,14 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     for old in folder.glob(f"{results['device']}-*.png"):
         old.unlink()
-    paths = [folder / name for name in names(results)]
-    drawn = [picture for picture in PICTURES if picture.rows(results)]
+    drawn = {folder / name: picture for name, picture in _drawn(results).items()}
     with matplotlib.rc_context(STYLE):
-        for picture, path in zip(drawn, paths, strict=True):
+        for path, picture in drawn.items():
             figure = picture.draw(results)
             figure.supxlabel(source(results, brief=True), fontsize=7, color=GREY)
             _save(figure, path, digest(results))
             plt.close(figure)
-    return paths
+    return list(drawn)
 
 
 def _save(figure: Any, path: Path, stamped: str) -> None:

@@ -5,36 +5,35 @@ ceilings, and how far from that is what was measured. --write puts it into bench
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .cases import HOST, INFERENCE, STEP
+from ..measure.cases import HOST, INFERENCE, STEP
+from ..measure.results_file import RESULTS, ROOT, Results, load, newest
+from ..report.markdown import replace_part, table
 from .exchange import data_parallel, tensor_parallel
 from .model import Layer, Machine, depth_bytes, of_row, saved_bytes, seconds
-from .results_file import RESULTS, ROOT, newest
-from .tables import table
 
 PAGE = ROOT / "bench" / "scaling.md"
-BEGIN, END = "<!-- bench scaling: begin -->", "<!-- bench scaling: end -->"
+MARKERS = "<!-- bench scaling: begin -->", "<!-- bench scaling: end -->"
 # No GPU was measured. NVIDIA's H200 data sheet: 4.8 TB/s, 989 TFLOP/s dense bf16, NVLink 900 GB/s
 # both ways together. Of the first 90 %, of the second 80 %, of a link's way 80 % are what large
 # copies, cuBLAS and NCCL are commonly seen to reach. Launch and latency are guesses.
 ASSUMED = Machine(
     "cuda",
     "H200",
-    0.9 * 4.8e12,
-    {"bf16": 0.8 * 989e12},
-    2e-6,
     "assumed: 0.9, 0.8 and 0.8 of the data sheet's bandwidth, bf16 rate and link",
-    {},
+    copy=0.9 * 4.8e12,
+    matmul={"bf16": 0.8 * 989e12},
+    launch=2e-6,
     link=0.8 * 450e9,
     latency=10e-6,
 )
+TIMED = ("fused", "eager")
 DEEP = 200
 WIDTHS, ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192), (256, 1024, 4096, 16384, 65536)
 RECIPES = (
@@ -45,29 +44,22 @@ RECIPES = (
     ("postnorm", "layer", "gelu"),
     ("bert-output", "layer", None),
 )
-Row = dict[str, Any]
 
 
-def measured(results: Row) -> Machine:
+def measured(results: Results) -> Machine:
     """The machine of a results file. A call's overhead is what it takes with nothing to compute."""
     found, ceilings = results["machine"], results["ceilings"]
-    host = {
-        (name, row["mode"]): row["times_us"][name]["median"] * 1e-6
-        for row in results["rows"]
-        if row["group"] == HOST
-        for name in ("fused", "eager")
-    }
-    matmul = {dtype: rate * 1e12 for dtype, rate in ceilings["matmul_tflop_per_s"].items()}
-    name = found.get("gpu") or f"{found['cpu']}, {found['threads']} threads"
-    source = f"measured, commit {results['commit']}, {results['date']}"
+    rows = [row for row in results["rows"] if row["group"] == HOST]
     return Machine(
         results["device"],
-        name,
-        ceilings["copy_gb_per_s"] * 1e9,
-        matmul,
-        ASSUMED.launch,
-        source,
-        host,
+        found.get("gpu") or f"{found['cpu']}, {found['threads']} threads",
+        f"measured, commit {results['commit']}, {results['date']}",
+        copy=ceilings["copy_gb_per_s"] * 1e9,
+        matmul={dtype: rate * 1e12 for dtype, rate in ceilings["matmul_tflop_per_s"].items()},
+        launch=ASSUMED.launch,
+        host={(n, row["mode"]): row["times_us"][n]["median"] / 1e6 for row in rows for n in TIMED},
+        link=ASSUMED.link if results["device"] == "cuda" else 0.0,
+        latency=ASSUMED.latency,
     )
 
 
@@ -87,57 +79,51 @@ def ceilings_table(machines: Iterable[Machine]) -> str:
     return table(head, body, left=6)
 
 
-def comparison(results: Row) -> list[tuple[Row, float, float]]:
-    """Rows of one product with what is predicted, in us: of fused and of eager."""
+def predicted(layer: Layer, mode: str, machine: Machine) -> tuple[float, float, float]:
+    """Microseconds of fused, of eager, and eager over fused."""
+    fused, eager = (1e6 * seconds(layer, name, mode, machine) for name in TIMED)
+    return fused, eager, eager / fused
+
+
+def comparison(results: Results) -> Iterator[tuple[dict[str, Any], Any, Any]]:
+    """Rows of one product with their three numbers: predicted, measured."""
     machine = measured(results)
-    return [
-        (row, *(1e6 * seconds(of_row(row), name, row["mode"], machine) for name in TIMED))
-        for row in results["rows"]
-        if row["group"] != HOST
-        and not row.get("hidden")
-        and row["mode"] in (INFERENCE, STEP)
-        and row["dtype"] in machine.matmul
-        and set(TIMED) <= row["times_us"].keys()
-    ]
+    for row in results["rows"]:
+        one = row["group"] != HOST and not row.get("hidden") and row["mode"] in (INFERENCE, STEP)
+        if one and row["dtype"] in machine.matmul and set(TIMED) <= row["times_us"].keys():
+            times = [row["times_us"][name]["median"] for name in TIMED]
+            ours = predicted(of_row(row), row["mode"], machine)
+            yield row, ours, (*times, row["ratios"]["eager"]["median"])
 
 
-TIMED = ("fused", "eager")
-
-
-def error_table(results: Row) -> str:
+def error_table(results: Results) -> str:
     """Predicted over measured: median, least and most over the rows of a mode and dtype."""
-    groups: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    for row, fused, eager in comparison(results):
-        times = [row["times_us"][name]["median"] for name in TIMED]
-        factors = (
-            fused / times[0],
-            eager / times[1],
-            eager / fused / row["ratios"]["eager"]["median"],
-        )
+    groups: dict[tuple[str, str], list[list[float]]] = {}
+    for row, ours, found in comparison(results):
+        factors = [p / m for p, m in zip(ours, found, strict=True)]
         groups.setdefault((row["mode"], row["dtype"]), []).append(factors)
     body = [
-        [*group, str(len(found)), *(_span(column) for column in zip(*found, strict=True))]
-        for group, found in groups.items()
+        [*group, str(len(rows)), *map(_span, zip(*rows, strict=True))]
+        for group, rows in groups.items()
     ]
     return table(["mode", "dtype", "rows", "fused", "eager", "eager / fused"], body, left=2)
 
 
-def _span(factors: Iterable[float]) -> str:
-    found = sorted(factors)
-    return f"{median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
+def _span(factors: tuple[float, ...]) -> str:
+    return f"{median(factors):.2f} ({min(factors):.2f} to {max(factors):.2f})"
 
 
-def row_table(results: Row, dtype: str) -> str:
+def row_table(results: Results, dtype: str) -> str:
     """Every row of a dtype: predicted, measured."""
-    body = []
-    for row, fused, eager in comparison(results):
-        if row["dtype"] != dtype:
-            continue
-        times = [row["times_us"][name]["median"] for name in TIMED]
-        ratio = row["ratios"]["eager"]["median"]
-        line = [row["case"], f"{row['rows']} x {row['features']}", row["mode"]]
-        line += [f"{n:,.0f}" for pair in zip((fused, eager), times, strict=True) for n in pair]
-        body.append([*line, f"{eager / fused:.2f}", f"{ratio:.2f}"])
+    body = [
+        [
+            *(row["case"], f"{row['rows']} x {row['features']}", row["mode"]),
+            *(f"{us:,.0f}" for pair in zip(ours[:2], found[:2], strict=True) for us in pair),
+            *(f"{ratio:.2f}" for ratio in (ours[2], found[2])),
+        ]
+        for row, ours, found in comparison(results)
+        if row["dtype"] == dtype
+    ]
     columns = [f"{name}, {how}" for name in (*TIMED, "ratio") for how in ("predicted", "measured")]
     return table(["layer", "rows x width", "mode", *columns], body, left=3)
 
@@ -148,12 +134,10 @@ def growth_table(layers: Iterable[Layer], machine: Machine) -> str:
     for layer in layers:
         line = [f"{layer.M} x {layer.N}"]
         for mode in (INFERENCE, STEP):
-            fused, eager = (1e6 * seconds(layer, name, mode, machine) for name in TIMED)
-            line += [f"{fused:,.1f}", f"{eager / fused:.2f}"]
+            fused, _, ratio = predicted(layer, mode, machine)
+            line += [f"{fused:,.1f}", f"{ratio:.2f}"]
         body.append(line)
-    head = ["rows x width"]
-    for mode in (INFERENCE, STEP):
-        head += [f"{mode}, us", "x eager"]
+    head = ["rows x width", f"{INFERENCE}, us", "x eager", f"{STEP}, us", "x eager"]
     return table(head, body, left=1)
 
 
@@ -162,12 +146,11 @@ def memory_table(device: str) -> str:
     body = []
     for order, norm, activation in RECIPES:
         layer = Layer(4096, 1024, 1024, order, norm, activation, "bf16", order == "bert-output")
-        kept = [saved_bytes(layer, name, device) for name in TIMED]
-        deep = [depth_bytes(layer, name, DEEP, device) for name in TIMED]
+        kept = [saved_bytes(layer, name, device) / layer.y for name in TIMED]
+        deep = [depth_bytes(layer, name, DEEP, device) / 2**30 for name in TIMED]
+        numbers = [*kept, kept[0] / kept[1], *deep, deep[0] / deep[1]]
         recipe = ", ".join(filter(None, (order, norm, activation)))
-        line = [f"{bytes_ / (layer.M * layer.N * layer.b):.2f}" for bytes_ in kept]
-        line += [f"{kept[0] / kept[1]:.2f}", *(f"{n / 2**30:.2f}" for n in deep)]
-        body.append([recipe, *line, f"{deep[0] / deep[1]:.2f}"])
+        body.append([recipe, *(f"{n:.2f}" for n in numbers)])
     head = ["recipe", "fused", "eager", "ratio"]
     head += [f"{DEEP} layers: fused, GiB", "eager, GiB", "ratio"]
     return table(head, body, left=1)
@@ -191,32 +174,22 @@ def parallel_table(machine: Machine, rows: int = 65536) -> str:
             line = [width, p, 1e6 * alone, 1e6 * exchange, 1e6 * outputs]
             speeds = [alone / t for t in (step + exchange, hidden, narrow + outputs)]
             body.append([*(f"{n:,.0f}" for n in line), *(f"{n:.2f}" for n in speeds)])
-    head = [
-        "width",
-        "GPUs",
-        "one GPU, us",
-        "gradients, us",
-        "rows of y and dx, us",
-        "rows cut",
-        "and overlapped",
-        "outputs cut",
-    ]
-    return table(head, body, left=0)
+    head = ["width", "GPUs", "one GPU, us", "gradients, us", "rows of y and dx, us"]
+    return table([*head, "rows cut", "and overlapped", "outputs cut"], body, left=0)
 
 
-def render(found: dict[str, Row]) -> str:
+def render(found: dict[str, Results]) -> str:
     """The generated part, from the newest results of each device that hold ceilings."""
     known = {device: results for device, results in found.items() if results.get("ceilings")}
     gpu = measured(known["cuda"]) if "cuda" in known else ASSUMED
-    gpu = replace(gpu, link=ASSUMED.link, latency=ASSUMED.latency)
     machines = [measured(known["cpu"])] if "cpu" in known else []
     parts = ["### Ceilings", ceilings_table([*machines, gpu])]
     for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
         parts.append(f"### Predicted over measured: {title}")
-        if device not in known:
+        if device in known:
+            parts += [error_table(known[device]), row_table(known[device], "fp32")]
+        else:
             parts.append("Not measured yet.")
-            continue
-        parts += [error_table(known[device]), row_table(known[device], "fp32")]
     wide = [Layer(65536, n, n, dtype="bf16") for n in WIDTHS]
     tall = [Layer(m, 1024, 1024, dtype="bf16") for m in ROWS]
     parts += ["### Width and rows, one GPU, predicted: note, layer, gelu, bf16"]
@@ -226,13 +199,6 @@ def render(found: dict[str, Row]) -> str:
     parts += ["### GPUs, predicted: a step on 65536 rows in all, note, layer, gelu, bf16"]
     parts += [parallel_table(gpu)]
     return "\n\n".join(parts)
-
-
-def replace_part(text: str, part: str) -> str:
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise SystemExit(f"bench scaling: {PAGE.name} has no {BEGIN} with {END} after it")
-    return f"{text[: begin + len(BEGIN)]}\n\n{part}\n\n{text[end:]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -245,10 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"into bench/{PAGE.name}")
     args = parser.parse_args(arguments)
     files = [args.file] if args.file else list(newest(RESULTS).values())
-    results = [json.loads(path.read_text()) for path in files]
-    part = render({each["device"]: each for each in results})
+    part = render({results["device"]: results for results in map(load, files)})
     print(part)
     if args.write:
-        PAGE.write_text(replace_part(PAGE.read_text(), part))
+        PAGE.write_text(replace_part(PAGE, MARKERS, f"\n{part}\n"), encoding="utf-8")
         print(f"Written: {PAGE}", file=sys.stderr)
     return 0

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import os
+import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+
+import fusedres
 
 PACKAGES = ("triton", "liger-kernel", "quack-kernels", "pytest-benchmark")
 
 
 def versions() -> dict[str, str]:
-    """Of contenders and tools that are installed."""
-    found = {}
+    """Of Python, torch and ours; of contenders and tools those that are installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found["fusedres"] = fusedres.__version__
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -22,11 +29,25 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine(device: torch.device) -> dict[str, Any]:
+    """CPU, its caches, and GPU; nothing that names the host."""
+    model = re.search(r"model name\s*:\s*(.*)", _read("/proc/cpuinfo"))
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    found: dict[str, Any] = {
+        "cpu": model.group(1).strip() if model else platform.machine(),
+        "cores": len(affinity(0)),
+        "threads": torch.get_num_threads(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
+    }
+    for index in range(5):
+        cache = f"/sys/devices/system/cpu/cpu0/cache/index{index}"
+        if _read(f"{cache}/level") in ("2", "3"):
+            found[f"L{_read(f'{cache}/level')}"] = _read(f"{cache}/size")
+    return found | (gpu(device) if device.type == "cuda" else {})
+
+
 def gpu(device: torch.device) -> dict[str, Any]:
-    """The GPU and its driver; nothing that names the host."""
-    if device.type != "cuda":
-        return {}
-    found = torch.cuda.get_device_properties(device)
+    found, nvml = torch.cuda.get_device_properties(device), _nvml()
     told = {
         "gpu": found.name,
         "memory_gib": round(found.total_memory / 2**30, 1),
@@ -34,8 +55,10 @@ def gpu(device: torch.device) -> dict[str, Any]:
         "capability": f"{found.major}.{found.minor}",
         "cuda_of_torch": torch.version.cuda,
     }
-    nvml = _nvml()
-    return told | ({"driver": _text(nvml.nvmlSystemGetDriverVersion())} if nvml else {})
+    if nvml is None:
+        return told
+    driver = nvml.nvmlSystemGetDriverVersion()
+    return told | {"driver": driver.decode() if isinstance(driver, bytes) else driver}
 
 
 def clocks(device: torch.device, when: str) -> dict[str, Any]:
@@ -46,7 +69,8 @@ def clocks(device: torch.device, when: str) -> dict[str, Any]:
     if nvml is None:
         return {"unread": "nvidia-ml-py is not installed, or finds no driver"}
     try:
-        handle = nvml.nvmlDeviceGetHandleByUUID(_uuid(device))
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
         told = {f"sm_mhz_{when}": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)}
         if when == "after":
             told["max_sm_mhz"] = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
@@ -66,9 +90,8 @@ def _nvml() -> Any:
     return nvml
 
 
-def _uuid(device: torch.device) -> str:
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

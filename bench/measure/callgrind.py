@@ -33,16 +33,12 @@ from fusedres.backends import native
 
 from .cases import INFERENCE, RECORD, STEP, TINY, Case, Job, Task
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REPEATABILITY = 0.012  # of fused's counts: the most that was seen from run to run
 WARM_UP_CALLS, CALLS, REPEATS = 20, 10, 3
 # Nothing else, so that the stack lies at the same addresses whatever the caller's environment.
-ENVIRONMENT = {
-    "PATH": os.defpath,
-    "PYTHONHASHSEED": "0",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-}
+ENVIRONMENT = {"PATH": os.defpath, "PYTHONHASHSEED": "0"}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 KEPT = ("LD_LIBRARY_PATH", "PYTHONPATH")  # where libraries are found
 EXTENSION = re.compile(r"/fusedres/_C\.[^/]*$")
 
@@ -102,7 +98,7 @@ def count() -> dict[str, dict[str, int]]:
     """By row, instructions a call: of eager, of fused, and of fused within the extension."""
     with TemporaryDirectory() as folder:
         marks = build_marks(Path(folder))
-        dumps = run([sys.executable, "-m", "bench.callgrind", str(marks)], Path(folder))
+        dumps = run([sys.executable, "-m", "bench.measure.callgrind", str(marks)], Path(folder))
     rows: dict[str, dict[str, int]] = {}
     for label, objects in dumps.items():
         row, contender, _ = label.split("|")

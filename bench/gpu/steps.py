@@ -1,8 +1,8 @@
-"""The steps of gpu_check.py: each is a process, or some, with a limit of time.
+"""The steps of `python -m bench.gpu`: each is a process, or some, with a limit of time.
 
 A step that fails, hangs or runs out of time does not stop the next. What an early step leaves over
-goes to the later ones. Logs and junit XML go to a working folder, of which gpu_check.py keeps an
-archive; only the benchmark writes where the results go, row by row.
+goes to the later ones. Logs and junit XML go to a working folder, of which an archive is kept; only
+the benchmark writes where the results go, row by row.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 
-from .results_file import ROOT
+from ..measure.results_file import ROOT
 
 GPU_TESTS, OWN_TESTS = "tests/gpu/test_gpu.py", "tests/bench/test_gpu_check.py"
 ALONE = "2_to_the_31"  # these tests take 20 GiB each
@@ -82,10 +83,8 @@ class Budget:
         self, steps: list[str], total: float, clock: Callable[[], float] = perf_counter
     ) -> None:
         self.clock, self.began = clock, clock()
-        scale, self.ends, end = total / sum(SECONDS[step] for step in steps), {}, 0.0
-        for step in steps:
-            end += SECONDS[step] * scale
-            self.ends[step] = end
+        ends = list(accumulate(SECONDS[step] for step in steps))
+        self.ends = {step: end * total / ends[-1] for step, end in zip(steps, ends, strict=True)}
 
     def left(self, step: str) -> float:
         return self.ends[step] - (self.clock() - self.began)
@@ -102,14 +101,10 @@ def execute(
     with log.open("w") as file:
         file.write(f"$ {' '.join(command)}\n\n")
         file.flush()
+        environment = {**os.environ, "TRITON_INTERPRET": "0", **(extra or {})}
+        where: Any = {"cwd": ROOT, "env": environment, "start_new_session": True}
         process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "TRITON_INTERPRET": "0", **(extra or {})},
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, **where
         )
         code = _wait(process, limit - GRACE)
         for ending in (signal.SIGINT, signal.SIGKILL):  # at the first one pytest writes its report
@@ -146,26 +141,18 @@ class Check:
         self.found: Found = []
 
     def run(self) -> Found:
-        actions = {
-            "build": self.build,
-            "gpu-tests": self.gpu_tests,
-            "other-tests": self.other_tests,
-            "sanitizer": self.sanitizer,
-            "benchmark": self.benchmark,
-        }
         for step in self.steps:
             print(f"gpu-check: {step}, {self.budget.left(step):.0f} s", flush=True)
             try:
-                actions[step]()
+                getattr(self, step.replace("-", "_"))()
             except Exception as error:  # the others go on
-                told = f"{type(error).__name__}: {error}".splitlines()[0]
-                self.note(step, False, told, 0.0)
+                self.note(step, False, f"{type(error).__name__}: {error}".splitlines()[0], 0.0)
         return self.found
 
     def note(self, step: str, ok: bool | None, told: str, seconds: float, **more: Any) -> None:
         """ok: None where nothing could be said and nothing is wrong."""
-        self.found.append({"step": step, "ok": ok, "told": told, "seconds": round(seconds, 1)})
-        self.found[-1].update(more)
+        step_found = {"step": step, "ok": ok, "told": told, "seconds": round(seconds, 1)}
+        self.found.append(step_found | more)
         print(f"  {VERDICTS[ok]}: {told}", flush=True)
         try:
             self.after(self.found)
@@ -177,12 +164,9 @@ class Check:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         extra = {"TORCH_CUDA_ARCH_LIST": architecture(), "FORCE_CUDA": "1"}
         outcome = execute(command, self.work / "build.log", self.budget.left("build"), extra)
-        told = [ended(outcome), f"setuptools {setuptools_version()}"]
-        ok: bool | None = outcome.code == 0
-        if ok:
-            ok, found = self.what_was_built()
-            told.append(found)
-        self.note("build", ok, ", ".join(told), outcome.seconds)
+        told = [ended(outcome), f"setuptools {version('setuptools')}"]
+        ok, found = self.what_was_built() if outcome.code == 0 else (False, "")
+        self.note("build", ok, ", ".join(filter(None, [*told, found])), outcome.seconds)
 
     def what_was_built(self) -> tuple[bool | None, str]:
         """Incomplete: kernels that are for this GPU alone were left out."""
@@ -202,36 +186,25 @@ class Check:
         """Runs side by side, by name. `owed`: being out of time is a failure, it may be a hang, and
         so is having no test.
         """
+        options = ["-m", "pytest", "-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
+        # Each process would start as many to compile in as there are cores.
+        extra = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
         def run(name: str) -> Outcome:
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-v",
-                "-rfEs",
-                "--tb=short",
-                "-p",
-                "no:cacheprovider",
-                f"--junitxml={self.work / name}.xml",
-                *runs[name],
-            ]
-            # Each process would start as many to compile in as there are cores.
-            return execute(
-                command, self.work / f"{name}.log", limit, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-            )
+            command = [sys.executable, *options, f"--junitxml={self.work / name}.xml", *runs[name]]
+            return execute(command, self.work / f"{name}.log", limit, extra)
 
         with ThreadPoolExecutor(len(runs)) as pool:
             for name, outcome in zip(runs, pool.map(run, runs), strict=True):
                 counts, failed, running = outcomes(outcome.log)
                 found = ", ".join(f"{n} {word.lower()}" for word, n in sorted(counts.items()))
-                told = [found or "no test", *([] if outcome.code == 0 else [ended(outcome)])]
-                if outcome.code != 0 and running:
-                    told.append(f"still running: {', '.join(running)}")
+                told = [found or "no test"]
+                if outcome.code != 0:
+                    told.append(ended(outcome))
+                    told += [f"still running: {', '.join(running)}"] if running else []
                 excused = not (owed or failed) and outcome.code in (None, NO_TESTS)
-                ok: bool | None = None if excused else outcome.code == 0
-                if ok and not counts["PASSED"]:
-                    ok = None  # all skipped
+                skipped = outcome.code == 0 and not counts["PASSED"]
+                ok = None if excused or skipped else outcome.code == 0
                 more = {"counts": dict(counts), "failed": failed}
                 self.note(f"{step}: {name}", ok, ", ".join(told), outcome.seconds, **more)
 
@@ -254,9 +227,8 @@ class Check:
     def sanitizer(self) -> None:
         program = find_sanitizer()
         if program is None:
-            told = "compute-sanitizer is neither on PATH nor under CUDA_HOME: not run"
-            self.note("sanitizer", None, told, 0.0)
-            return
+            where = "compute-sanitizer is neither on PATH nor under CUDA_HOME: not run"
+            return self.note("sanitizer", None, where, 0.0)
         known = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=20)
         whole = self.budget.left("sanitizer")
         for tool, share_after in SANITIZER_TOOLS.items():
@@ -272,12 +244,12 @@ class Check:
         command = [sys.executable, "-m", "bench", "--device=cuda", "--threads=1"]
         command += [f"--limit={left - 2 * GRACE:.0f}", f"--output={path}"]
         outcome = execute(command, self.work / "benchmark.log", left)
-        results = json.loads(path.read_text()) if path.exists() else {"rows": []}
-        rows = results["rows"]
-        told = f"{len(rows)} rows, {len(results.get('not_measured', ()))} not measured"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        rows, left_out = (len(results.get(key, ())) for key in ("rows", "not_measured"))
+        told = f"{rows} rows, {left_out} not measured"
         if outcome.code != 0:
             told += f", {ended(outcome)}"
-        ok = outcome.code == 0 and len(rows) > 0
+        ok = outcome.code == 0 and rows > 0
         self.note("benchmark", ok, told, outcome.seconds)
 
 
@@ -285,13 +257,6 @@ def architecture() -> str:
     """As in TORCH_CUDA_ARCH_LIST; Hopper's own instructions need the a."""
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}" + "a" * (major == 9)
-
-
-def setuptools_version() -> str:
-    try:
-        return version("setuptools")
-    except PackageNotFoundError:
-        return "is not installed"
 
 
 def workers(count: int) -> list[str]:
@@ -322,13 +287,9 @@ def outcomes(log: str) -> tuple[Counter[str], list[str], list[str]]:
 
 
 def find_sanitizer() -> str | None:
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    folders = [Path(home) / part for home in homes if home for part in ("bin", "compute-sanitizer")]
-    for path in (os.environ.get("PATH", ""), *map(str, folders)):
-        found = shutil.which("compute-sanitizer", path=path)
-        if found:
-            return found
-    return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [f"{home}/{part}" for home in homes if home for part in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *folders]))
 
 
 def sanitizer_options(tool: str, known: str) -> list[str]:
@@ -336,11 +297,12 @@ def sanitizer_options(tool: str, known: str) -> list[str]:
     asks for functions that some drivers do not have: no error.
     """
     options = ["--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
-    wanted = {"--target-processes": "application-only", "--report-api-errors": "no"}
-    options += [word for option in wanted.items() if option[0] in known for word in option]
-    names = (name for name in ("--kernel-name", "--kernel-regex") if name in known)
-    found = next(names, None)
-    return [*options, found, "kns=residual_"] if found and tool != "initcheck" else options
+    for option in ("--target-processes=application-only", "--report-api-errors=no"):
+        options += option.split("=") if option.split("=")[0] in known else []
+    names = [name for name in ("--kernel-name", "--kernel-regex") if name in known]
+    if names and tool != "initcheck":
+        options += [names[0], "kns=residual_"]
+    return options
 
 
 def sanitizer_verdict(outcome: Outcome) -> tuple[bool | None, str]:

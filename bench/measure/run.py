@@ -16,7 +16,7 @@ from . import agenda, machine, results_file
 from .cases import MODES, Task
 from .ceilings import SECONDS as CEILINGS
 from .ceilings import ceilings
-from .measure import PROTOCOL, Options, Row, measure
+from .row import PROTOCOL, Options, Row, measure
 
 LIMIT = 300.0  # seconds on a CPU, so that with a report `make bench` ends within 6 minutes
 SECONDS = {False: 0.4, True: 0.1}  # for the rounds of a row, by --quick
@@ -71,11 +71,8 @@ class Run:
             self.say(f"fused runs on the reference backend: {native.missing}")
         if self.device.type == "cpu" and self.load > BUSY and torch.get_num_threads() > 1:
             self.say(f"the machine is busy (load {self.load:.1f}); --threads 1 measures CPU time")
-        clocks = machine.clocks(self.device, "before")
-        results = results_file.collect([], self.device, self.load)
-        results["machine"] |= machine.gpu(self.device)
-        results["versions"] |= machine.versions()
-        results["clocks"] |= clocks
+        results = results_file.collect(self.device, self.load)
+        results["clocks"] |= machine.clocks(self.device, "before")
         results["protocol"] = PROTOCOL | {"modes": MODES}
         results["ceilings"] = ceilings(self.device, QUICK_CEILINGS if self.quick else CEILINGS)
         self.results = results

@@ -9,18 +9,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .cases import BACKWARD_GRAPH, STEP, Job, Task
+from .cases import BACKWARD_GRAPH, STEP, Task
 
 Call = Callable[[], object]
 
 HOST_ROUNDS, HOST_CALLS = 9, 5
 OPS = ("aten::", "fusedres::", "mkldnn::")  # what the profiler calls an op that was dispatched
 VIEWS = {f"aten::{name}" for name in ("t", "transpose", "view", "detach", "expand", "as_strided")}
-
 PASSES = {STEP: 3, BACKWARD_GRAPH: 2}  # in units of the forward pass
 
 
@@ -44,25 +42,6 @@ def traffic(task: Task, itemsize: int) -> int:
     weights = K * H + H + H * N + N if H else K * N + N
     vectors = K * (1 if case.norm == "rms" else 2)  # K = N, so wherever the norm stands
     return (activations + weights + vectors) * itemsize * PASSES.get(task.mode, 1)
-
-
-def saved_bytes(layer: Callable[..., Tensor], job: Job) -> int:
-    """What autograd keeps for backward beyond what lives anyway: storages, each once and whole,
-    but inputs, parameters, buffers and the output.
-    """
-    saved: dict[int, Any] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        saved[storage.data_ptr()] = storage  # held, so that no other storage gets its address
-        return t
-
-    job.fused.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(*job.inputs)
-    for t in (*job.leaves, *job.fused.buffers(), y):
-        saved.pop(t.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in saved.values())
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
@@ -95,24 +74,16 @@ def launches(call: Call, device: torch.device) -> int:
         if gpu:
             torch.cuda.synchronize(device)
     if gpu:
-        on_gpu = (event for event in found.events() if event.device_type == DeviceType.CUDA)
-        names = (event.name for event in on_gpu if not event.is_user_annotation)
+        on_gpu = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+        names = [event.name for event in on_gpu if not event.is_user_annotation]
         return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
-    ops = (event for event in found.events() if _is_op(event) and not _within_op(event))
-    return sum(op.name not in VIEWS for op in ops)
-
-
-def _is_op(event: Any) -> bool:
-    return event.name.startswith(OPS)
+    ops = [event for event in found.events() if event.name.startswith(OPS)]
+    return sum(op.name not in VIEWS and not _within_op(op) for op in ops)
 
 
 def _within_op(event: Any) -> bool:
     parent = event.cpu_parent
-    while parent is not None:
-        if _is_op(parent):
-            return True
-        parent = parent.cpu_parent
-    return False
+    return parent is not None and (parent.name.startswith(OPS) or _within_op(parent))
 
 
 def host_us(call: Call, device: torch.device) -> float:

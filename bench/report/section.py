@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
+from ..measure.results_file import Results
 from .cells import SLOWER, Row, distinct, select, short
-from .every_row import full_tables
-from .tables import loss_table, readme_tables
+from .tables import full_tables, loss_table, readme_tables
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 BRIEF = ("torch", "fusedres")
 MOST_NAMED = 6  # of the layers that were not measured, for one reason
-
-Results = dict[str, Any]
 
 
 def source(results: Results, brief: bool = False) -> str:
@@ -120,22 +117,15 @@ def _each(rows: list[Row]) -> str:
 
 def section(results: Results, pictures: str = "", full: bool = False) -> str:
     """What README shows of one device; `full` shows every row."""
-    rows = results["rows"]
-    tables = full_tables(results) if full else readme_tables(results)
-    lost = loss_table(rows)
-    judged = [row for row in rows if row["calm"]]
-    slower = (
-        lost.markdown()
-        if lost.body
-        else f"**{lost.title}**: nowhere in {_count(len(judged), 'row')}."
-    )
-    missing = unmeasured(results)
+    lost, judged = loss_table(results["rows"]), sum(row["calm"] for row in results["rows"])
+    slower = f"**{lost.title}**: nowhere in {_count(judged, 'row')}."
+    missing = unmeasured(results, brief=not full)
     parts = [
         protocol(results),
-        *(t.markdown() for t in tables),
+        *(t.markdown() for t in (full_tables if full else readme_tables)(results)),
         launches(results),
         pictures,
-        slower,
+        lost.markdown() if lost.body else slower,
+        "\n".join(["**Not measured:**", "", *missing]) if missing else "",
     ]
-    parts += ["\n".join(["**Not measured:**", "", *missing])] if missing else []
     return "\n\n".join(filter(None, parts))

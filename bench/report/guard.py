@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -26,10 +25,10 @@ import torch
 from fusedres.backends import native
 from fusedres.tools.timing import interleave, summary
 
-from . import callgrind
-from .cases import CASES, INFERENCE, RECORD, STEP, TINY, Job, Task
-from .results_file import ROOT, collect, machine
-from .tables import table
+from ..measure import callgrind
+from ..measure.cases import CASES, INFERENCE, RECORD, STEP, TINY, Job, Task
+from ..measure.results_file import ROOT, collect, machine
+from .markdown import table
 
 BASELINE = ROOT / "bench" / "baseline.json"
 SECONDS, ATTEMPTS, UPDATES = 0.3, 3, 5
@@ -57,7 +56,7 @@ class Finding(NamedTuple):
     limit: float
     failed: bool
 
-    def line(self) -> list[str]:
+    def cells(self) -> list[str]:
         form = "{:,.0f}" if self.baseline > 100 else "{:.3f}"
         numbers = (form.format(n) for n in (self.baseline, self.found, self.limit))
         change = f"{100 * (self.found / self.baseline - 1):+.1f} %"
@@ -103,31 +102,28 @@ def compare_times(old: Found, measure: Callable[..., Found] = measure) -> list[F
         suspects = [tasks[row] for row, found in best.items() if found["q1"] > limits[row]]
         again = measure(suspects, 3 * SECONDS) if suspects else {}
         best |= {row: min(best[row], found, key=lambda s: s["q1"]) for row, found in again.items()}
-    return [
-        Finding(
-            row,
-            "time, fused / eager",
-            old[row]["median"],
-            found["median"],
-            limits[row],
-            not found["q1"] <= limits[row],
-        )
-        for row, found in best.items()
-    ]
+    findings = []
+    for row, found in best.items():
+        was, failed = old[row]["median"], not found["q1"] <= limits[row]
+        cost = "time, fused / eager"
+        findings.append(Finding(row, cost, was, found["median"], limits[row], failed))
+    return findings
 
 
 def compare_counts(old: Found, new: Found, same_key: bool) -> list[Finding]:
+    """Of another key only the ratios to eager mean something."""
+    allowed = 1 + (COUNT_LIMIT if same_key else OTHER_LIMIT)
     findings = []
     for row in sorted(old.keys() & new.keys()):
-        was, now = old[row], new[row]
-        costs = {"instructions, fused / eager": [c["fused"] / c["eager"] for c in (was, now)]}
-        if same_key:
-            costs = {
-                "instructions": [was["fused"], now["fused"]],
-                "instructions in the extension": [was["kernels"], now["kernels"]],
-            }
+        costs: dict[str, list[float]] = {
+            "instructions": [each[row]["fused"] for each in (old, new)],
+            "instructions in the extension": [each[row]["kernels"] for each in (old, new)],
+        }
+        if not same_key:
+            ratios = [each[row]["fused"] / each[row]["eager"] for each in (old, new)]
+            costs = {"instructions, fused / eager": ratios}
         for cost, (before, after) in costs.items():
-            limit = before * (1 + (COUNT_LIMIT if same_key else OTHER_LIMIT))
+            limit = before * allowed
             findings.append(Finding(row, cost, before, after, limit, not after <= limit))
     return findings
 
@@ -141,20 +137,20 @@ def check(kinds: Iterable[str], baseline: dict[str, Any]) -> tuple[list[Finding]
         if reason:
             notes.append(f"{kind} not compared: {reason}")
             continue
-        old = baseline[kind]["rows"]
-        differs = difference(baseline[kind]["key"], KEYS[kind]())
-        if kind == INSTRUCTIONS:
-            new = callgrind.count()
-            findings += compare_counts(old, new, not differs)
-        elif not differs:
-            new = {str(task): {} for task in watched()}
-            findings += compare_times(old)
+        old, differs = baseline[kind]["rows"], difference(baseline[kind]["key"], KEYS[kind]())
         if differs:
             how = "compared as ratios only" if kind == INSTRUCTIONS else "not compared"
             notes.append(f"{kind} {how}: the baseline has {differs}")
-        if kind == INSTRUCTIONS or not differs:
-            notes += [f"{kind} of {row}: only in the baseline" for row in old.keys() - new.keys()]
-            notes += [f"{kind} of {row}: not in the baseline" for row in new.keys() - old.keys()]
+        if kind == INSTRUCTIONS:
+            new = callgrind.count()
+            findings += compare_counts(old, new, not differs)
+        elif differs:
+            continue
+        else:
+            new = dict.fromkeys(map(str, watched()))
+            findings += compare_times(old)
+        notes += [f"{kind} of {row}: only in the baseline" for row in old.keys() - new.keys()]
+        notes += [f"{kind} of {row}: not in the baseline" for row in new.keys() - old.keys()]
     return findings, notes
 
 
@@ -177,7 +173,7 @@ def update(kinds: Iterable[str], baseline: dict[str, Any]) -> dict[str, Any]:
         if missing(kind):
             raise SystemExit(f"bench check: cannot update {kind}: {missing(kind)}")
         rows: Found = callgrind.count() if kind == INSTRUCTIONS else measure_baseline()
-        here = collect([], torch.device("cpu"), os.getloadavg()[0])
+        here = collect(torch.device("cpu"))
         baseline[kind] = {name: here[name] for name in ("date", "commit", "dirty", "machine")}
         baseline[kind] |= {"key": KEYS[kind](), "rows": dict(sorted(rows.items()))}
     return baseline
@@ -193,7 +189,7 @@ def measure_baseline() -> Found:
 KEYS: dict[str, Callable[[], dict[str, str]]] = {TIMES: times_key, INSTRUCTIONS: callgrind.key}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench check",
         description=__doc__,
@@ -203,11 +199,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=(TIMES, INSTRUCTIONS), help="default: both")
     parser.add_argument("--update", action="store_true", help="measure and write the baseline")
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
+    args = parser.parse_args(arguments)
     kinds = (args.only,) if args.only else (INSTRUCTIONS, TIMES)
     say = partial(print, file=sys.stderr)
     baseline = json.loads(args.baseline.read_text()) if args.baseline.exists() else {}
@@ -219,14 +211,13 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"bench check: no {args.baseline}; `python -m bench check --update` writes it")
         return 2
     findings, notes = check(kinds, baseline)
-    head = ["row", "cost", "baseline", "found", "limit", "change", ""]
     if findings:
-        print(table(head, [finding.line() for finding in findings], left=2))
+        head = ["row", "cost", "baseline", "found", "limit", "change", ""]
+        print(table(head, [finding.cells() for finding in findings], left=2))
     for note in notes:
         say(f"bench check: {note}")
-    failed = [finding for finding in findings if finding.failed]
-    for f in failed:
-        row, cost, old, new, limit, change, _ = f.line()
+    failed = [finding.cells() for finding in findings if finding.failed]
+    for row, cost, old, new, limit, change, _ in failed:
         say(f"bench check: {row}: {cost} {new} ({change}); baseline {old}, limit {limit}")
     say(f"bench check: {len(findings)} compared, {len(failed)} slower than the limit allows")
     return 1 if failed else 0

@@ -13,7 +13,6 @@ from fusedres.tools.timing import seconds_per_call
 from .cases import DTYPES
 
 Call = Callable[[], Any]
-
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # beyond every cache
 WIDTHS = {"cpu": 1024, "cuda": 8192}
 NARROWEST = 256

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .cases import DTYPES, GRAPH, INFERENCE, STEP
+from ..measure.cases import DTYPES, GRAPH, INFERENCE, STEP
+from ..measure.results_file import Results
 from .cells import Row, distinct, recipe, select, sweep, well_measured
 from .figure import INK, ORANGE, PALE, panels
-from .section import Results
 
 MODES = (INFERENCE, GRAPH, STEP)
 ORDERED: dict[str, list[str]] = {"mode": list(MODES), "dtype": list(DTYPES)}

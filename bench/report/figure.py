@@ -1,4 +1,4 @@
-"""What all pictures share: size and colours."""
+"""What all pictures share: size, colours, and bars that lie one below the other."""
 
 from __future__ import annotations
 
@@ -15,3 +15,10 @@ def panels(height: float, columns: int, rows: int = 1, **options: Any) -> Any:
 
     size = (WIDTH, height)
     return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+
+
+def bars(axis: Any, values: list[float], colours: list[str], height: float) -> Any:
+    """One bar a line."""
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    return axis.barh(range(len(values)), values, color=colours, height=height)

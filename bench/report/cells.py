@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from .cases import BACKWARD_GRAPH, GRAPH, MLP, RECORD, RECORD_GRAPH, STEP
+from ..measure.cases import BACKWARD_GRAPH, GRAPH, MLP, RECORD, RECORD_GRAPH, STEP
 
 Row = dict[str, Any]
 
@@ -21,9 +21,8 @@ BRIEF_MODES = {
 }
 MAIN_DTYPE = {"cpu": "fp32", "cuda": "bf16"}  # what most users of the device compute in
 COMPILED = ("compile", "compile-max")
-NORMS = {"layer": "LN", "batch": "BN", "rms": "RMS"}
+NAMES = {MLP: "mlp", "layer": "LN", "batch": "BN", "rms": "RMS"}
 SAMPLED = 0.25  # of the rows of another dtype
-ORDERS = {MLP: "mlp"}
 KIB, MIB = 2**10, 2**20
 
 
@@ -70,8 +69,8 @@ def brief(mode: str) -> str:
 
 def recipe(row: Row) -> str:
     """Order, norm and activation, as in `note LN gelu`."""
-    order, norm = ORDERS.get(row["order"], row["order"]), NORMS.get(row["norm"], row["norm"])
-    return " ".join(filter(None, (order, norm, row["activation"])))
+    words = (NAMES.get(row[key], row[key]) for key in ("order", "norm", "activation"))
+    return " ".join(filter(None, words))
 
 
 def shape(row: Row) -> str:
@@ -88,10 +87,8 @@ def microseconds(value: float | None) -> str:
     return digits(value, ".1f" if value is not None and value < 100 else ",.0f")
 
 
-def time(row: Row | None) -> str:
+def time(row: Row) -> str:
     """Fused's median; `~` where other processes disturbed the measurement."""
-    if row is None:
-        return UNMEASURED
     return "~" * (not row["calm"]) + microseconds(row["times_us"]["fused"]["median"])
 
 
@@ -103,9 +100,9 @@ def ratio(row: Row | None, *names: str) -> str:
     return digits(row["ratios"][name]["median"]) + SLOWER * (name in row["slower_than"])
 
 
-def share(row: Row | None, key: str) -> str:
+def share(row: Row, key: str) -> str:
     """Fused's bytes as a part of eager's."""
-    found = (row or {}).get(key)
+    found = row.get(key)
     return digits(found["fused"] / found["eager"] if found and found["eager"] else None)
 
 
@@ -120,11 +117,7 @@ def sizes(fused: int, eager: int) -> str:
     return f"{short(fused / unit)} / {short(eager / unit)} {name}"
 
 
-def percent(value: float | None) -> str:
-    return digits(value, ".0%")
-
-
-def pair(found: dict[str, Any] | None, form: str = "{:,.0f}") -> str:
+def pair(found: dict[str, Any] | None, form: str = ",.0f", unit: float = 1.0) -> str:
     """Fused's value and eager's, as in `1 / 4`."""
     values = [(found or {}).get(name) for name in ("fused", "eager")]
-    return " / ".join(UNMEASURED if v is None else form.format(v) for v in values)
+    return " / ".join(digits(None if v is None else v / unit, form) for v in values)
