@@ -9,22 +9,9 @@ from typing import Any
 
 from fusedres.tools.timing import MIN_ROUNDS, WARM_UP_CALLS
 
-from .cases import (
-    CASES,
-    DTYPES,
-    GRAPH,
-    INFERENCE,
-    MODEL,
-    MODELS,
-    SQUARE,
-    SQUARES,
-    STEP,
-    TINY,
-    Case,
-    Task,
-)
+from . import cases, goals
+from .cases import DTYPES, INFERENCE, STEP, Case, Task
 from .counts import flops, traffic
-from .goals import tasks as goals
 from .row import CHECKED_ROWS
 
 FP16_ON_CPU = ("rtdl-466", "square-256x256")  # torch's product takes 10 to 100 times as long there
@@ -40,21 +27,21 @@ SLOW_COMPILER = "compiling takes seconds a row: not here, --full times it"
 
 def agenda(device: str) -> list[Task]:
     """Every row, the most telling first."""
-    dtypes = ("bf16", "fp32", "fp16") if device == "cuda" else tuple(DTYPES)
-    rows = goals() if device == "cuda" else []
-    rows += _rows(device, (TINY, *MODELS), dtypes[:2])
-    for case in SQUARES:
-        rows += _rows(device, (case,), dtypes[:2])
-    return list(dict.fromkeys([*rows, *_rows(device, CASES, dtypes)]))
+    gpu = device == "cuda"
+    dtypes = ("bf16", "fp32", "fp16") if gpu else tuple(DTYPES)
+    groups = [(cases.TINY, *cases.MODELS), *((case,) for case in cases.SQUARES)]
+    rows = goals.tasks() if gpu else []
+    rows += [row for group in groups for row in _rows(gpu, group, dtypes[:2])]
+    return list(dict.fromkeys([*rows, *_rows(gpu, cases.CASES, dtypes)]))
 
 
-def _rows(device: str, cases: tuple[Case, ...], dtypes: tuple[str, ...]) -> list[Task]:
+def _rows(gpu: bool, group: tuple[Case, ...], dtypes: tuple[str, ...]) -> list[Task]:
     return [
         Task(case, dtype, mode)
         for dtype in dtypes
-        for case in cases
+        for case in group
         if dtype in case.dtypes
-        for mode in (*case.modes, *([GRAPH] if device == "cuda" and not case.host else []))
+        for mode in (*case.modes, *([cases.GRAPH] if gpu and case.group != cases.HOST else []))
     ]
 
 
@@ -71,11 +58,12 @@ def compiled(task: Task, device: str, full: bool) -> tuple[str, ...]:
     """Which of torch.compile's contenders a row has."""
     if full:
         return "compile", "compile-max"
-    case = task.case
+    group = task.case.group
     if device == "cuda":
-        some = case.group != SQUARE or case.features in COMPILED_WIDTHS
+        some = group != cases.SQUARE or task.case.features in COMPILED_WIDTHS
     else:
-        some = case.host or (case.group == MODEL and (task.dtype, task.mode) != ("bf16", STEP))
+        slow = group == cases.SQUARE or (task.dtype, task.mode) == ("bf16", STEP)
+        some = group == cases.HOST or not slow
     return ("compile",) if some else ()
 
 
@@ -85,10 +73,9 @@ def estimate(
     """Seconds that a row takes, of which `rounds` for its rounds if its calls are short."""
     rate = 1e12 * ceilings["matmul_tflop_per_s"][task.dtype]
     double = 1e12 * ceilings["matmul_tflop_per_s"]["fp32"] / 2
-    moved = traffic(task, DTYPES[task.dtype].itemsize)
-    once = 1.5 * flops(task) / rate + 3 * moved / ceilings["copy_gb_per_s"] / 1e9
+    once = 1.5 * flops(task) / rate + 3 * traffic(task) / ceilings["copy_gb_per_s"] / 1e9
     part = min(1.0, CHECKED_ROWS[device] / task.case.rows)
-    check = 3 * part * flops(Task(task.case, task.dtype, STEP)) / min(rate, double)
+    check = 3 * part * flops(task._replace(mode=STEP)) / min(rate, double)
     compiling = COMPILE.get(task.mode, COMPILE[STEP]) * ("compile" in compiled)
     compiling += COMPILE_MAX * ("compile-max" in compiled)
     return START[device] + rounds + check + (3 + len(compiled)) * CALLS * once + compiling
@@ -96,10 +83,8 @@ def estimate(
 
 def why_not(task: Task, device: str, seconds: float) -> str | None:
     """Why a row that takes `seconds` is not measured except with --full."""
-    if device != "cpu":
-        return None
-    if task.dtype == "fp16" and task.case.name not in FP16_ON_CPU:
+    if device == "cpu" and task.dtype == "fp16" and task.case.name not in FP16_ON_CPU:
         return f"fp16 is slow on a CPU: here only {' and '.join(FP16_ON_CPU)}, --full for all"
-    if task.case.group == SQUARE and seconds > LONGEST:
+    if device == "cpu" and task.case.group == cases.SQUARE and seconds > LONGEST:
         return f"it takes about {seconds:.0f} s on this CPU: --full"
     return None

@@ -49,7 +49,6 @@ void start(void) { CALLGRIND_START_INSTRUMENTATION; }
 void zero(void) { CALLGRIND_ZERO_STATS; }
 void dump(const char* name) { CALLGRIND_DUMP_STATS_AT(name); }
 """
-
 # The host's path where there is nothing to compute, then rows for the C++ kernels: LayerNorm, batch
 # norm and its second pass, 16-bit storage, a norm before and after `linear`, a residual of its own.
 LAYERS = (
@@ -59,10 +58,8 @@ LAYERS = (
     (Case("rows-postnorm", 64, 64, "postnorm", activation="silu"), "fp32"),
     (Case("rows-bert", 64, 64, "bert-output", activation=None, residual=True), "bf16"),
 )
-COUNTED = (
-    *(Task(TINY, "fp32", mode) for mode in (INFERENCE, RECORD, STEP)),
-    *(Task(*layer, mode) for layer in LAYERS for mode in (INFERENCE, STEP)),
-)
+COUNTED = [Task(TINY, "fp32", mode) for mode in (INFERENCE, RECORD, STEP)]
+COUNTED += [Task(*layer, mode) for layer in LAYERS for mode in (INFERENCE, STEP)]
 
 
 def missing() -> str | None:
@@ -102,12 +99,12 @@ def count() -> dict[str, dict[str, int]]:
     rows: dict[str, dict[str, int]] = {}
     for label, objects in dumps.items():
         row, contender, _ = label.split("|")
-        told = {contender: objects.total()}
+        counts = {contender: objects.total()}
         if contender == "fused":
-            told["kernels"] = sum(n for name, n in objects.items() if EXTENSION.search(name))
-        line = rows.setdefault(row, {})
-        for name, n in told.items():  # the least: what disturbs a call adds to it
-            line[name] = min(line.get(name, sys.maxsize), round(n / CALLS))
+            counts["kernels"] = sum(n for name, n in objects.items() if EXTENSION.search(name))
+        found = rows.setdefault(row, {})
+        for name, n in counts.items():  # the least: what disturbs a call adds to it
+            found[name] = min(found.get(name, sys.maxsize), round(n / CALLS))
     return rows
 
 
@@ -124,18 +121,15 @@ def build_marks(folder: Path) -> Path:
 def run(command: list[str], folder: Path) -> dict[str, Counter[str]]:
     """Runs `command` under callgrind; the instructions of each dump, by object file."""
     valgrind = [str(shutil.which("valgrind")), "-q", "--tool=callgrind", "--instr-atstart=no"]
-    valgrind.append(f"--callgrind-out-file={folder}/out")
-    environment = ENVIRONMENT | {name: os.environ[name] for name in KEPT if name in os.environ}
-    done = subprocess.run(
-        [*valgrind, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [*valgrind, f"--callgrind-out-file={folder}/out", *command]
+    env = ENVIRONMENT | {name: os.environ[name] for name in KEPT if name in os.environ}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed under callgrind:\n{done.stderr}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     dumps = {}
     for path in folder.glob("out.*"):
         text = path.read_text(errors="replace")
-        label = re.search(r"^desc: Trigger: Client Request: (.*)$", text, re.MULTILINE)
-        if label:
+        if label := re.search(r"^desc: Trigger: Client Request: (.*)$", text, re.MULTILINE):
             dumps[label.group(1)] = by_object(text)
     return dumps
 

@@ -6,7 +6,7 @@ parameters and inputs of the fused one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -61,19 +61,19 @@ class Case:
     activation: str | None = "gelu"
     residual: bool = False
     eps: float = 1e-5
-    host: bool = False  # nothing to compute, so what is timed is the host's way to the layer
-    sweep: bool = False  # of the square ones
+    group: str = MODEL
     hidden: int | None = None  # width between the two matmuls of order MLP
     dtypes: tuple[str, ...] = tuple(DTYPES)
 
     @property
-    def group(self) -> str:
-        return HOST if self.host else SQUARE if self.sweep else MODEL
+    def weights(self) -> int:
+        """How many elements the weight has, or both have."""
+        return self.features * (2 * self.hidden if self.hidden else self.features)
 
     @property
     def modes(self) -> tuple[str, ...]:
         """On every device; on a GPU also GRAPH where there is something to compute."""
-        return (INFERENCE, RECORD, STEP) if self.host else (INFERENCE, STEP)
+        return (INFERENCE, RECORD, STEP) if self.group == HOST else (INFERENCE, STEP)
 
 
 class Task(NamedTuple):
@@ -90,10 +90,10 @@ class Task(NamedTuple):
 def square(rows: int, features: int, order: str = "note", norm: str = "layer") -> Case:
     suffix = "".join(f"-{word}" for word in (order, norm) if word not in ("note", "layer"))
     name = f"square-{rows}x{features}{suffix}"
-    return Case(name, rows, features, order, norm, sweep=True)
+    return Case(name, rows, features, order, norm, group=SQUARE)
 
 
-TINY = Case("tiny", 4, 8, activation="relu", host=True, dtypes=("fp32",))
+TINY = Case("tiny", 4, 8, activation="relu", group=HOST, dtypes=("fp32",))
 MODELS = (
     Case("rtdl-339", 512, 339, "prenorm", "batch", "relu"),  # tabular ResNet
     Case("simba-128", 256, 128, "prenorm", activation="relu"),  # reinforcement learning
@@ -217,7 +217,8 @@ class Job:
         def step() -> None:
             inputs, dy = next(turns)
             layer(*inputs).backward(dy)
-            _forget((*inputs, *parameters))
+            for t in (*inputs, *parameters):
+                t.grad = None
 
         if mode == BACKWARD_GRAPH:
             return self._backward(layer)
@@ -233,8 +234,3 @@ class Job:
             return torch.autograd.grad(y, (*inputs, *parameters), dy, retain_graph=True)
 
         return gradients
-
-
-def _forget(leaves: Iterable[Tensor]) -> None:
-    for t in leaves:
-        t.grad = None

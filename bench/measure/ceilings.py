@@ -29,15 +29,11 @@ PROTOCOL = (
 
 def ceilings(device: torch.device, seconds: float = SECONDS) -> dict[str, Any]:
     """As the results file holds them: GB/s of a copy, TFLOP/s of a product in each dtype."""
-    rates = {name: matmul_rate(dtype, device, seconds) / 1e12 for name, dtype in DTYPES.items()}
-    return {"copy_gb_per_s": copy_rate(device, seconds) / 1e9, "matmul_tflop_per_s": rates}
-
-
-def copy_rate(device: torch.device, seconds: float) -> float:
-    """Bytes read and written a second."""
     source = torch.ones(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / fastest(lambda: target.copy_(source), device, seconds)
+    copy = 2 * source.numel() / fastest(lambda: target.copy_(source), device, seconds)
+    rates = {name: matmul_rate(dtype, device, seconds) / 1e12 for name, dtype in DTYPES.items()}
+    return {"copy_gb_per_s": copy / 1e9, "matmul_tflop_per_s": rates}
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float:

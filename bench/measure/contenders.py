@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedres import FusedResidual, backends
 
-from .cases import BACKWARD_GRAPH, GRAPH, GRAPHS, RECORD, STEP, Job, Task
+from .cases import BACKWARD_GRAPH, GRAPH, GRAPHS, HOST, RECORD, STEP, Job, Task
 
 Layer = Callable[..., Tensor]
 Call = Callable[[], object]
@@ -33,7 +32,6 @@ ABOUT = {
     "compile-max": "the same with mode='max-autotune' (in a CUDA graph of ours, without its own)",
     "matmul": "the bare products by torch.mm: x @ weight.T; in a backward pass also dy @ weight "
     "and dy.T @ x",
-    "liger, quack": "eager with the norm of Liger-Kernel or quack, where it has that norm",
     "cpu, triton, cuda": "fusedres with that backend, where `auto` takes another",
     "training": "fusedres's forward with all that backward needs saved, beside inference",
     "copy": "x copied: the traffic of a layer of no arithmetic",
@@ -50,15 +48,12 @@ def makers(job: Job, task: Task, compiled: tuple[str, ...]) -> Makers:
 
     job.set_mode(mode)
     found: Makers = {"eager": run(lambda: job.eager)}
-    if task.case.host:
+    if task.case.group == HOST:
         found["functional"] = run(lambda: _functional(job))
     for name in compiled:
         found[name] = run(partial(_compiled, job, name, mode))
-    if not task.case.host:
+    if task.case.group != HOST:
         found["matmul"] = lambda: _products(job, mode)
-    if job.device.type == "cuda" and task.case.norm != "batch":
-        found["liger"] = run(lambda: job.eager_with(_liger(job)))
-        found["quack"] = run(lambda: job.eager_with(_quack(job)))
     for name in others(job):
         found[name] = run(partial(with_backend, job.fused, name))
     if mode == GRAPH:
@@ -125,34 +120,3 @@ def _copy(job: Job) -> Call:
     turns = cycle([operands.inputs[0].detach() for operands in job.sets])
     copied = torch.empty_like(job.inputs[0])
     return lambda: copied.copy_(next(turns))
-
-
-def _share(norm: nn.Module, own: nn.Module) -> nn.Module:
-    """`norm` with the parameters of `own`, which must be the layer's in number."""
-    for name, parameter in own.named_parameters():
-        setattr(norm, name, parameter)
-    return norm
-
-
-def _liger(job: Job) -> nn.Module:
-    kinds = {"layer": ("layer_norm", "LigerLayerNorm"), "rms": ("rms_norm", "LigerRMSNorm")}
-    module, name = kinds[job.case.norm]
-    kind = getattr(importlib.import_module(f"liger_kernel.transformers.{module}"), name)
-    width = job.norm.weight.shape[0]
-    more = {"bias": True} if job.case.norm == "layer" else {"in_place": False}  # dy is timed again
-    return _share(kind(width, eps=job.case.eps, **more).to(**job.where), job.norm)
-
-
-class _Quack(nn.Module):
-    def __init__(self, function: Layer, eps: float) -> None:
-        super().__init__()
-        self.function, self.eps = function, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.weight, eps=self.eps)
-
-
-def _quack(job: Job) -> nn.Module:
-    if job.case.norm != "rms":
-        raise NotImplementedError("quack has no LayerNorm with bias and backward, only RMSNorm")
-    return _share(_Quack(importlib.import_module("quack").rmsnorm, job.case.eps), job.norm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .cases import BACKWARD_GRAPH, STEP, Task
+from .cases import BACKWARD_GRAPH, DTYPES, STEP, Task
 
 Call = Callable[[], object]
 
@@ -24,24 +23,19 @@ PASSES = {STEP: 3, BACKWARD_GRAPH: 2}  # in units of the forward pass
 
 def flops(task: Task) -> int:
     """2 M N K a product, and backward has two more: of dx and of dweight. Products only."""
-    case = task.case
-    widths = (case.features, case.hidden, case.features) if case.hidden else 2 * (case.features,)
-    products = sum(2 * case.rows * k * n for k, n in pairwise(widths))
-    return products * PASSES.get(task.mode, 1)
+    return 2 * task.case.rows * task.case.weights * PASSES.get(task.mode, 1)
 
 
-def traffic(task: Task, itemsize: int) -> int:
+def traffic(task: Task) -> int:
     """Bytes of forward: x, residual (if it is not x), weight and vectors read once, y written once;
     of two matmuls also h, written and read. Backward twice that: it reads dy, x and what was saved
     and writes dx, reads the parameters again and writes their gradients.
     """
-    case = task.case
-    K = N = case.features
-    H = case.hidden or 0
-    activations = case.rows * (K + N + 2 * H + N * case.residual)
-    weights = K * H + H + H * N + N if H else K * N + N
-    vectors = K * (1 if case.norm == "rms" else 2)  # K = N, so wherever the norm stands
-    return (activations + weights + vectors) * itemsize * PASSES.get(task.mode, 1)
+    case, N, H = task.case, task.case.features, task.case.hidden or 0
+    activations = case.rows * (2 * N + 2 * H + N * case.residual)
+    parameters = case.weights + H + N * (2 if case.norm == "rms" else 3)
+    passes = PASSES.get(task.mode, 1)
+    return (activations + parameters) * DTYPES[task.dtype].itemsize * passes
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

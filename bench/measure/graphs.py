@@ -12,7 +12,7 @@ import torch
 
 from fusedres.tools.timing import WARM_UP_CALLS
 
-from .cases import DTYPES, Task
+from .cases import HOST, Task
 from .counts import flops, traffic
 
 Call = Callable[[], object]
@@ -26,17 +26,17 @@ WARM_SECONDS = 0.1
 
 def copies(task: Task, device: torch.device) -> int:
     """Sets of inputs that keep L2 cold; 1 where nothing is to be moved, and on a CPU."""
-    if device.type != "cuda" or task.case.host:
+    if device.type != "cuda" or task.case.group == HOST:
         return 1
     L2 = torch.cuda.get_device_properties(device).L2_cache_size
-    once = traffic(task, DTYPES[task.dtype].itemsize)
-    return max(1, min(MOST_CALLS, math.ceil(COLD * L2 / once)))
+    return max(1, min(MOST_CALLS, math.ceil(COLD * L2 / traffic(task))))
 
 
 def calls(task: Task, copies: int) -> int:
     """In one graph: about GRAPH_SECONDS by the roofline, and each set of inputs once."""
-    rate, speed = ROOFLINE
-    once = max(flops(task) / rate, traffic(task, DTYPES[task.dtype].itemsize) / speed)
+    once = max(
+        work / rate for work, rate in zip((flops(task), traffic(task)), ROOFLINE, strict=True)
+    )
     return max(copies, min(MOST_CALLS, math.ceil(GRAPH_SECONDS / (once + 3e-6))))
 
 

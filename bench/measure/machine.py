@@ -14,11 +14,11 @@ import torch
 
 import fusedres
 
-PACKAGES = ("triton", "liger-kernel", "quack-kernels", "pytest-benchmark")
+PACKAGES = ("triton", "pytest-benchmark")
 
 
 def versions() -> dict[str, str]:
-    """Of Python, torch and ours; of contenders and tools those that are installed."""
+    """Of Python, torch and ours; of tools those that are installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     found["fusedres"] = fusedres.__version__
     for package in PACKAGES:

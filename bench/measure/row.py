@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedres.tools.bench import check, saved_bytes
+from fusedres.tools.bench import check, compare, saved_bytes
 from fusedres.tools.timing import (
     MAX_ROUNDS,
     MIN_ROUNDS,
@@ -22,7 +22,7 @@ from fusedres.tools.timing import (
 )
 
 from . import ceilings, graphs
-from .cases import DTYPES, GRAPHS, HOST, STEP, Case, Job, Task
+from .cases import GRAPHS, HOST, STEP, Case, Job, Task
 from .contenders import ABOUT, RIVALS, makers
 from .counts import flops, host_us, launches, peak_bytes, traffic
 
@@ -102,7 +102,7 @@ def measure(
     rounds, calm = clock(ready, device, options.seconds)
     rounds = [{name: seconds / calls for name, seconds in each.items()} for each in rounds]
     row = head(task, job) | {"rounds": len(rounds), "calm": calm, "copies": copies, "calls": calls}
-    row |= compare(rounds, calm) | rates(task, rounds, options.ceilings)
+    row |= compare(rounds, calm, RIVALS) | rates(task, rounds, options.ceilings)
     return row | counted(task, job, ready, row) | {"failed": failed}, rounds
 
 
@@ -135,20 +135,10 @@ def head(task: Task, job: Job) -> Row:
     return row | ({"hidden": case.hidden} if case.hidden else {}) | {"backend": job.backend}
 
 
-def compare(rounds: list[dict[str, float]], calm: bool) -> Row:
-    """Times and ratios over the rounds, and whom fused loses to."""
-    names = list(rounds[0])
-    times = {name: summary([1e6 * r[name] for r in rounds]) for name in names}
-    ratios = {n: summary([r[n] / r["fused"] for r in rounds]) for n in names if n != "fused"}
-    rivals = {name: ratios[name] for name in RIVALS if calm and name in ratios}
-    slower = [n for n, found in rivals.items() if found["median"] < 1 - NOISE and found["q3"] < 1]
-    return {"times_us": times, "ratios": ratios, "slower_than": slower}
-
-
 def rates(task: Task, rounds: list[dict[str, float]], ceilings: Row) -> Row:
     """Fused's GB/s and TFLOP/s, and what part of the machine's they are."""
     seconds = summary([r["fused"] for r in rounds])["median"]
-    work, moved = flops(task), traffic(task, DTYPES[task.dtype].itemsize)
+    work, moved = flops(task), traffic(task)
     gb, tflop = moved / seconds / 1e9, work / seconds / 1e12
     row = {"flops": work, "bytes": moved, "gb_per_s": gb, "tflop_per_s": tflop}
     row["copy_share"] = gb / ceilings["copy_gb_per_s"]

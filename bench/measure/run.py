@@ -12,24 +12,20 @@ import torch
 
 from fusedres.backends import native
 
-from . import agenda, machine, results_file
+from . import agenda, ceilings, machine, results_file
 from .cases import MODES, Task
-from .ceilings import SECONDS as CEILINGS
-from .ceilings import ceilings
 from .row import PROTOCOL, Options, Row, measure
 
 LIMIT = 300.0  # seconds on a CPU, so that with a report `make bench` ends within 6 minutes
 SECONDS = {False: 0.4, True: 0.1}  # for the rounds of a row, by --quick
-QUICK_CEILINGS = 0.05
+CEILINGS = {False: ceilings.SECONDS, True: 0.05}
 BUSY = 0.3  # load
+A_ROW = f"for a row; default {SECONDS[False]:g}, with --quick {SECONDS[True]:g}"
 OPTIONS: dict[str, dict[str, Any]] = {
     "--quick": {"action": "store_true", "help": "short, no torch.compile, no file"},
     "--full": {"action": "store_true", "help": "every row and contender; hours on a CPU"},
     "--only": {"default": "", "metavar": "TEXT", "help": "part of 'NAME DTYPE'; writes no file"},
-    "--seconds": {
-        "type": float,
-        "help": f"for a row; default {SECONDS[False]:g}, with --quick {SECONDS[True]:g}",
-    },
+    "--seconds": {"type": float, "help": A_ROW},
     "--limit": {"type": float, "help": f"seconds in all; default {LIMIT:g} on a CPU, else none"},
     "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda if there is one"},
     "--threads": {"type": int, "help": "1 measures CPU time: for a busy machine"},
@@ -43,7 +39,7 @@ class Run:
     """
 
     def __init__(self, get: Callable[[str], Any], say: Callable[[str], object]) -> None:
-        self.began, load = perf_counter(), os.getloadavg()[0]
+        self.began, self.load, self.say = perf_counter(), os.getloadavg()[0], say
         for option in ("--seconds", "--limit", "--threads"):
             if get(option) is not None and get(option) <= 0:
                 raise ValueError(f"{option} must be positive, got {get(option):g}")
@@ -56,10 +52,9 @@ class Run:
         self.seconds = get("--seconds") or SECONDS[self.quick]
         bounded = name == "cpu" and not self.full
         self.end = self.began + (get("--limit") or (LIMIT if bounded else float("inf")))
-        self.writes = bool(get("--output")) or not (self.quick or get("--only"))
         self.output: Path | None = get("--output")
+        self.writes = bool(self.output) or not (self.quick or get("--only"))
         self.has_compiled = False
-        self.load, self.say = load, say
         self.results: dict[str, Any] = {"rows": []}
 
     def seconds_spent(self) -> float:
@@ -67,16 +62,18 @@ class Run:
 
     def start(self) -> None:
         """Measures the ceilings; before the first row."""
-        if self.device.type == "cpu" and native.missing:
+        cpu = self.device.type == "cpu"
+        if cpu and native.missing:
             self.say(f"fused runs on the reference backend: {native.missing}")
-        if self.device.type == "cpu" and self.load > BUSY and torch.get_num_threads() > 1:
+        if cpu and self.load > BUSY and torch.get_num_threads() > 1:
             self.say(f"the machine is busy (load {self.load:.1f}); --threads 1 measures CPU time")
-        results = results_file.collect(self.device, self.load)
-        results["clocks"] |= machine.clocks(self.device, "before")
-        results["protocol"] = PROTOCOL | {"modes": MODES}
-        results["ceilings"] = ceilings(self.device, QUICK_CEILINGS if self.quick else CEILINGS)
-        self.results = results
-        self.say(_told(results["ceilings"]))
+        self.results = results_file.collect(self.device, self.load)
+        self.results["clocks"] |= machine.clocks(self.device, "before")
+        self.results["protocol"] = PROTOCOL | {"modes": MODES}
+        found = ceilings.ceilings(self.device, CEILINGS[self.quick])
+        self.results["ceilings"] = found
+        rates = ", ".join(f"{d} {rate:,.3f}" for d, rate in found["matmul_tflop_per_s"].items())
+        self.say(f"ceilings: copy {found['copy_gb_per_s']:,.1f} GB/s, matmul {rates} TFLOP/s")
 
     def why_not(self, task: Task) -> str | None:
         """Why `task` is not measured in this run: by the agenda's rules, or for lack of time."""
@@ -85,7 +82,7 @@ class Run:
         reason = None if self.full else agenda.why_not(task, device, seconds)
         seconds += agenda.FIRST_COMPILE * (bool(compiled) and not self.has_compiled)
         left = self.end - perf_counter()
-        if reason is None and seconds > left and self.end < float("inf"):
+        if reason is None and seconds > left:
             reason = f"out of time: it takes about {seconds:.0f} s, {max(left, 0):.0f} s are left"
         return reason
 
@@ -121,11 +118,6 @@ class Run:
         return self.save()
 
 
-def _told(ceilings: Row) -> str:
-    rates = ", ".join(f"{d} {rate:,.3f}" for d, rate in ceilings["matmul_tflop_per_s"].items())
-    return f"ceilings: copy {ceilings['copy_gb_per_s']:,.1f} GB/s, matmul {rates} TFLOP/s"
-
-
 def line(task: Task, row: Row) -> str:
     """A row for the terminal."""
     ratios = ", ".join(f"{name} {r['median']:.2f}" for name, r in row["ratios"].items())
@@ -135,11 +127,10 @@ def line(task: Task, row: Row) -> str:
 
 def losses(rows: list[Row]) -> list[str]:
     """Where fused is slower than eager or torch.compile by more than noise."""
+    lost = [(row, n, row["ratios"][n]) for row in rows for n in row["slower_than"]]
     return [
-        f"{row['case']} {row['dtype']}, {row['mode']}: {name} takes "
-        f"{row['ratios'][name]['median']:.2f} of fused's time "
-        f"({row['ratios'][name]['q1']:.2f} to {row['ratios'][name]['q3']:.2f})"
-        for row in rows
-        for name in row["slower_than"]
+        f"{row['case']} {row['dtype']}, {row['mode']}: {name} takes {r['median']:.2f} of "
+        f"fused's time ({r['q1']:.2f} to {r['q3']:.2f})"
+        for row, name, r in lost
         if name != "functional"
     ]

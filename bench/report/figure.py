@@ -7,6 +7,9 @@ from typing import Any
 WIDTH = 8.5  # inches
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK, GREY, PALE = "#222222", "#767676", "#d9d9d9"
+STYLE: Any = {"font.size": 9, "axes.titlesize": 9.5, "figure.titlesize": 10.5}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
+STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 
 def panels(height: float, columns: int, rows: int = 1, **options: Any) -> Any:

@@ -47,20 +47,24 @@ Found = Mapping[str, Mapping[str, float]]
 
 
 class Finding(NamedTuple):
-    """One comparison."""
+    """One comparison; `judged` is what must be within the limit."""
 
     row: str
     cost: str
     baseline: float
     found: float
     limit: float
-    failed: bool
+    judged: float
+
+    @property
+    def failed(self) -> bool:
+        return not self.judged <= self.limit
 
     def cells(self) -> list[str]:
-        form = "{:,.0f}" if self.baseline > 100 else "{:.3f}"
-        numbers = (form.format(n) for n in (self.baseline, self.found, self.limit))
+        form = ",.0f" if self.baseline > 100 else ".3f"
+        numbers = [format(n, form) for n in (self.baseline, self.found, self.limit)]
         change = f"{100 * (self.found / self.baseline - 1):+.1f} %"
-        return [self.row, self.cost, *numbers, change, "SLOWER" if self.failed else ""]
+        return [self.row, self.cost, *numbers, change, "SLOWER" * self.failed]
 
 
 def watched() -> list[Task]:
@@ -71,20 +75,18 @@ def watched() -> list[Task]:
 
 def measure(tasks: Iterable[Task], seconds: float = SECONDS) -> Found:
     """Median and quartiles of fused / eager by row."""
-    threads = torch.get_num_threads()
+    threads, device, found = torch.get_num_threads(), torch.device("cpu"), {}
     torch.set_num_threads(1)  # CPU time of one thread: what other processes do hardly counts
     try:
-        return {str(task): _ratio(task, seconds) for task in tasks}
+        for task in tasks:
+            job = Job(task.case, task.dtype, device)
+            layers = {"eager": job.eager, "fused": job.fused}
+            calls: Any = {name: job.call(layer, task.mode) for name, layer in layers.items()}
+            rounds, _ = interleave(calls, device, seconds)
+            found[str(task)] = summary([r["fused"] / r["eager"] for r in rounds])
     finally:
         torch.set_num_threads(threads)
-
-
-def _ratio(task: Task, seconds: float) -> dict[str, float]:
-    device = torch.device("cpu")
-    job = Job(task.case, task.dtype, device)
-    calls: Any = {name: job.call(getattr(job, name), task.mode) for name in ("eager", "fused")}
-    rounds, _ = interleave(calls, device, seconds)
-    return summary([r["fused"] / r["eager"] for r in rounds])
+    return found
 
 
 def times_key() -> dict[str, str]:
@@ -104,9 +106,8 @@ def compare_times(old: Found, measure: Callable[..., Found] = measure) -> list[F
         best |= {row: min(best[row], found, key=lambda s: s["q1"]) for row, found in again.items()}
     findings = []
     for row, found in best.items():
-        was, failed = old[row]["median"], not found["q1"] <= limits[row]
-        cost = "time, fused / eager"
-        findings.append(Finding(row, cost, was, found["median"], limits[row], failed))
+        numbers = old[row]["median"], found["median"], limits[row], found["q1"]
+        findings.append(Finding(row, "time, fused / eager", *numbers))
     return findings
 
 
@@ -115,16 +116,13 @@ def compare_counts(old: Found, new: Found, same_key: bool) -> list[Finding]:
     allowed = 1 + (COUNT_LIMIT if same_key else OTHER_LIMIT)
     findings = []
     for row in sorted(old.keys() & new.keys()):
-        costs: dict[str, list[float]] = {
-            "instructions": [each[row]["fused"] for each in (old, new)],
-            "instructions in the extension": [each[row]["kernels"] for each in (old, new)],
-        }
+        both = old[row], new[row]
+        costs = {"instructions": "fused", "instructions in the extension": "kernels"}
+        pairs = {cost: [counts[key] for counts in both] for cost, key in costs.items()}
         if not same_key:
-            ratios = [each[row]["fused"] / each[row]["eager"] for each in (old, new)]
-            costs = {"instructions, fused / eager": ratios}
-        for cost, (before, after) in costs.items():
-            limit = before * allowed
-            findings.append(Finding(row, cost, before, after, limit, not after <= limit))
+            pairs = {"instructions, fused / eager": [c["fused"] / c["eager"] for c in both]}
+        for cost, (before, after) in pairs.items():
+            findings.append(Finding(row, cost, before, after, before * allowed, after))
     return findings
 
 
@@ -142,15 +140,13 @@ def check(kinds: Iterable[str], baseline: dict[str, Any]) -> tuple[list[Finding]
             how = "compared as ratios only" if kind == INSTRUCTIONS else "not compared"
             notes.append(f"{kind} {how}: the baseline has {differs}")
         if kind == INSTRUCTIONS:
-            new = callgrind.count()
-            findings += compare_counts(old, new, not differs)
-        elif differs:
-            continue
+            rows = callgrind.count()
+            findings += compare_counts(old, rows, not differs)
         else:
-            new = dict.fromkeys(map(str, watched()))
-            findings += compare_times(old)
-        notes += [f"{kind} of {row}: only in the baseline" for row in old.keys() - new.keys()]
-        notes += [f"{kind} of {row}: not in the baseline" for row in new.keys() - old.keys()]
+            rows = old if differs else dict.fromkeys(map(str, watched()))
+            findings += [] if differs else compare_times(old)
+        notes += [f"{kind} of {row}: only in the baseline" for row in old.keys() - rows.keys()]
+        notes += [f"{kind} of {row}: not in the baseline" for row in rows.keys() - old.keys()]
     return findings, notes
 
 
@@ -160,11 +156,8 @@ def missing(kind: str) -> str | None:
 
 def difference(old: dict[str, str], new: dict[str, str]) -> str:
     """What `old` has else than `new`, for a reader; "" where they agree."""
-    return ", ".join(
-        f"{name} {old.get(name)} (here {new.get(name)})"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    )
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return ", ".join(f"{name} {old.get(name)} (here {new.get(name)})" for name in names)
 
 
 def update(kinds: Iterable[str], baseline: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from .cells import Row, distinct, recipe, select, sweep, well_measured
 from .figure import INK, ORANGE, PALE, panels
 
 MODES = (INFERENCE, GRAPH, STEP)
-ORDERED: dict[str, list[str]] = {"mode": list(MODES), "dtype": list(DTYPES)}
 NARROW = 14  # cells a line of panels, from which on the text in them is small
 
 
@@ -22,7 +21,8 @@ def rows(results: Results) -> list[Row]:
 
 def draw(results: Results) -> Any:
     found = rows(results)
-    modes, dtypes = (sorted(distinct(found, k), key=o.index) for k, o in ORDERED.items())
+    modes = [mode for mode in MODES if select(found, mode=mode)]
+    dtypes = [dtype for dtype in DTYPES if select(found, dtype=dtype)]
     widths, counts = (sorted(distinct(found, key)) for key in ("features", "rows"))
     height = 1.0 + len(dtypes) * (0.3 + 0.32 * len(counts))
     figure, axes = panels(height, len(modes), len(dtypes), sharex=True, sharey=True)
@@ -49,27 +49,23 @@ def _log(row: Row) -> float:
 def _panel(
     axis: Any, found: list[Row], widths: list[int], counts: list[int], limit: float, size: int
 ) -> None:
-    import numpy as np
     from matplotlib.patches import Rectangle
 
-    values = np.full((len(counts), len(widths)), np.nan)
+    values = [[math.nan] * len(widths) for _ in counts]
     for row in found:
         x, y = widths.index(row["features"]), counts.index(row["rows"])
-        values[y, x] = _log(row)
-        colour = "white" if abs(_log(row)) > 0.5 * limit else INK
-        text = f"{row['ratios']['eager']['median']:.2f}"
-        axis.text(x, y, text, ha="center", va="center", color=colour, size=size)
+        values[y][x] = _log(row)
+        style = {"ha": "center", "va": "center", "size": size}
+        style["color"] = "white" if abs(values[y][x]) > 0.5 * limit else INK
+        axis.text(x, y, f"{row['ratios']['eager']['median']:.2f}", **style)
         if "eager" in row["slower_than"]:
             frame = Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, ec=ORANGE, lw=1.5)
             axis.add_patch(frame)
     whole = (-0.5, -0.5), len(widths), len(counts)
     axis.add_patch(Rectangle(*whole, fill=False, ec=PALE, hatch="////", lw=0, zorder=-1))
     axis.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
-    axis.set_xticks(range(len(widths)), [_short(w) for w in widths], size=size)
+    short = [f"{w // 1024}k" if w % 1024 == 0 else str(w) for w in widths]
+    axis.set_xticks(range(len(widths)), short, size=size)
     axis.set_yticks(range(len(counts)), [f"{c:,}" for c in counts])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-
-
-def _short(width: int) -> str:
-    return f"{width // 1024}k" if width % 1024 == 0 else str(width)

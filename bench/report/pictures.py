@@ -15,24 +15,11 @@ from typing import Any, NamedTuple
 
 from ..measure.results_file import Results
 from . import bars, heat, roofline
-from .figure import GREY, INK
+from .figure import STYLE
 from .section import source
 
 DPI = 200
 COLOURS = 128  # of the palette: a third of the bytes
-
-STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "figure.titlesize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 STAMP = "Source"  # the PNG text chunk with the digest of what was drawn
 
 
@@ -53,22 +40,14 @@ PICTURES = (
 )
 
 
-def digest(results: Results) -> str:
-    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
-
-
-def _drawn(results: Results) -> dict[str, Picture]:
-    """By file name, those that the results have rows for."""
+def names(results: Results) -> dict[str, Picture]:
+    """By file name, the pictures that the results have rows for."""
     return {f"{results['device']}-{p.name}.png": p for p in PICTURES if p.rows(results)}
-
-
-def names(results: Results) -> list[str]:
-    return list(_drawn(results))
 
 
 def links(results: Results, folder: Path) -> str:
     """Markdown that shows the pictures in `folder`."""
-    shown = _drawn(results).items()
+    shown = names(results).items()
     return "\n\n".join(f"![{p.alt}]({(folder / name).as_posix()})" for name, p in shown)
 
 
@@ -79,29 +58,31 @@ def draw(results: Results, folder: Path) -> list[Path]:
     except ModuleNotFoundError:
         raise SystemExit("bench report: pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     for old in folder.glob(f"{results['device']}-*.png"):
         old.unlink()
-    drawn = {folder / name: picture for name, picture in _drawn(results).items()}
+    paths = {folder / name: picture for name, picture in names(results).items()}
     with matplotlib.rc_context(STYLE):
-        for path, picture in drawn.items():
+        for path, picture in paths.items():
             figure = picture.draw(results)
-            figure.supxlabel(source(results, brief=True), fontsize=7, color=GREY)
+            figure.supxlabel(source(results, brief=True), fontsize=7, color=STYLE["axes.edgecolor"])
             _save(figure, path, digest(results))
-            plt.close(figure)
-    return list(drawn)
+    return list(paths)
 
 
 def _save(figure: Any, path: Path, stamped: str) -> None:
+    from matplotlib.pyplot import close
     from PIL import Image, PngImagePlugin  # which matplotlib needs
 
     buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
     figure.savefig(buffer, dpi=DPI, facecolor="white")
+    close(figure)
     info.add_text(STAMP, stamped)
     with Image.open(buffer) as image:
-        palette = image.convert("RGB").quantize(COLOURS)
-        palette.save(path, pnginfo=info, optimize=True)
+        image.convert("RGB").quantize(COLOURS).save(path, pnginfo=info, optimize=True)
+
+
+def digest(results: Results) -> str:
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 
 def stamp(path: Path) -> str | None:

@@ -23,31 +23,35 @@ def rows(results: Results) -> list[Row]:
 
 def draw(results: Results) -> Any:
     found, copy = rows(results), results["ceilings"]["copy_gb_per_s"]
-    dtypes = [dtype for dtype in COLOURS if select(found, dtype=dtype)]
-    peaks = {dtype: results["ceilings"]["matmul_tflop_per_s"][dtype] for dtype in dtypes}
+    by_dtype = {d: of_it for d in COLOURS if (of_it := select(found, dtype=d))}
+    peaks = {dtype: results["ceilings"]["matmul_tflop_per_s"][dtype] for dtype in by_dtype}
+    knees = {dtype: 1e3 * peak / copy for dtype, peak in peaks.items()}  # FLOP a byte
     unit, scale = ("TFLOP/s", 1.0) if max(peaks.values()) >= 1 else ("GFLOP/s", 1e3)
     forward = GRAPH if select(found, mode=GRAPH) else INFERENCE
-    figure, axes = panels(4.2, len(dtypes), sharey=True)
-    knees = {dtype: 1e3 * peak / copy for dtype, peak in peaks.items()}  # FLOP a byte
-    points = [*map(_point, found), *((knees[dtype], peaks[dtype]) for dtype in dtypes)]
+    figure, axes = panels(4.2, len(peaks), sharey=True)
+    points = [*map(_point, found), *((knees[dtype], peaks[dtype]) for dtype in peaks)]
     limits = [(min(values) / MARGIN, max(values) * MARGIN) for values in zip(*points, strict=True)]
-    for axis, dtype in zip(axes[0], dtypes, strict=True):
+    left, right = limits[0]
+    for axis, (dtype, peak) in zip(axes[0], peaks.items(), strict=True):
         axis.set(xscale="log", yscale="log", xlim=limits[0], ylim=limits[1])
         axis.set_xlabel("FLOP a byte of inputs and outputs")
-        told = f"matmul {short(scale * peaks[dtype])} {unit}, copy {short(copy)} GB/s"
-        axis.set_title(f"{dtype}: {told}" if len(dtypes) < 3 else f"{dtype}\n{told}", size=9)
+        told = f"matmul {short(scale * peak)} {unit}, copy {short(copy)} GB/s"
+        axis.set_title(f"{dtype}: {told}" if len(peaks) < 3 else f"{dtype}\n{told}", size=9)
         _ticks(axis, scale)
-        left, right = limits[0]
-        roof = [left * copy * 1e-3, peaks[dtype], peaks[dtype]]
+        roof = [left * copy * 1e-3, peak, peak]
         axis.plot([left, knees[dtype], right], roof, color=INK, lw=1.5)
-        _points(axis, select(found, dtype=dtype), forward, COLOURS[dtype])
+        for group, marker in MARKERS.items():
+            for mode, inside in ((forward, COLOURS[dtype]), (STEP, "white")):
+                spots = [_point(row) for row in select(by_dtype[dtype], group=group, mode=mode)]
+                x, y = zip(*spots, strict=True) if spots else ((), ())
+                axis.plot(x, y, marker, ms=4.5, mew=1, color=COLOURS[dtype], mfc=inside)
     axes[0][0].set_ylabel(f"{unit} of fused")
     figure.suptitle(
         "Layers below the ceilings of the same run; above the slope: data from caches\n"
         f"circles: models, squares: square layers; filled: {forward}, hollow: {STEP}"
     )
-    for axis, dtype in zip(axes[0], dtypes, strict=True):
-        _names(figure, axis, select(found, dtype=dtype), forward)
+    for axis, of_it in zip(axes[0], by_dtype.values(), strict=True):
+        _names(figure, axis, of_it, forward)
     return figure
 
 
@@ -65,14 +69,6 @@ def _ticks(axis: Any, scale: float) -> None:
         side.set_major_formatter(FuncFormatter(lambda value, _, f=factor: f"{f * value:,.4g}"))
         side.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25)
-
-
-def _points(axis: Any, found: list[Row], forward: str, colour: str) -> None:
-    for group, marker in MARKERS.items():
-        for mode, inside in ((forward, colour), (STEP, "white")):
-            points = [_point(row) for row in select(found, group=group, mode=mode)]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            axis.plot(x, y, marker, ms=4.5, mew=1, color=colour, mfc=inside)
 
 
 def _names(figure: Any, axis: Any, found: list[Row], forward: str) -> None:

@@ -64,18 +64,13 @@ def measured(results: Results) -> Machine:
 
 
 def ceilings_table(machines: Iterable[Machine]) -> str:
-    body = [
-        [
-            m.name,
-            f"{m.copy / 1e9:,.0f}",
-            ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in m.matmul.items()),
-            "a call's, measured" if m.host else f"{1e6 * m.launch:g} a kernel",
-            f"{m.link / 1e9:,.0f}, {1e6 * m.latency:g}" if m.link else "",
-            m.source,
-        ]
-        for m in machines
-    ]
     head = ["machine", "copy, GB/s", "product, TFLOP/s", "overhead, us", "link, GB/s; us", "source"]
+    body = []
+    for m in machines:
+        rates = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in m.matmul.items())
+        overhead = "a call's, measured" if m.host else f"{1e6 * m.launch:g} a kernel"
+        link = f"{m.link / 1e9:,.0f}, {1e6 * m.latency:g}" if m.link else ""
+        body.append([m.name, f"{m.copy / 1e9:,.0f}", rates, overhead, link, m.source])
     return table(head, body, left=6)
 
 
@@ -115,15 +110,13 @@ def _span(factors: tuple[float, ...]) -> str:
 
 def row_table(results: Results, dtype: str) -> str:
     """Every row of a dtype: predicted, measured."""
-    body = [
-        [
-            *(row["case"], f"{row['rows']} x {row['features']}", row["mode"]),
-            *(f"{us:,.0f}" for pair in zip(ours[:2], found[:2], strict=True) for us in pair),
-            *(f"{ratio:.2f}" for ratio in (ours[2], found[2])),
-        ]
-        for row, ours, found in comparison(results)
-        if row["dtype"] == dtype
-    ]
+    body = []
+    for row, ours, found in comparison(results):
+        if row["dtype"] == dtype:
+            line = [row["case"], f"{row['rows']} x {row['features']}", row["mode"]]
+            times = zip(ours[:2], found[:2], strict=True)
+            line += [f"{us:,.0f}" for pair in times for us in pair]
+            body.append([*line, f"{ours[2]:.2f}", f"{found[2]:.2f}"])
     columns = [f"{name}, {how}" for name in (*TIMED, "ratio") for how in ("predicted", "measured")]
     return table(["layer", "rows x width", "mode", *columns], body, left=3)
 
@@ -185,19 +178,21 @@ def render(found: dict[str, Results]) -> str:
     machines = [measured(known["cpu"])] if "cpu" in known else []
     parts = ["### Ceilings", ceilings_table([*machines, gpu])]
     for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
-        parts.append(f"### Predicted over measured: {title}")
+        told = ["Not measured yet."]
         if device in known:
-            parts += [error_table(known[device]), row_table(known[device], "fp32")]
-        else:
-            parts.append("Not measured yet.")
+            told = [error_table(known[device]), row_table(known[device], "fp32")]
+        parts += [f"### Predicted over measured: {title}", *told]
     wide = [Layer(65536, n, n, dtype="bf16") for n in WIDTHS]
     tall = [Layer(m, 1024, 1024, dtype="bf16") for m in ROWS]
-    parts += ["### Width and rows, one GPU, predicted: note, layer, gelu, bf16"]
-    parts += [growth_table(wide, gpu), growth_table(tall, gpu)]
-    parts += ["### Depth, GPU, predicted: bytes saved a layer over those of y, 4096 x 1024, bf16"]
-    parts += [memory_table("cuda")]
-    parts += ["### GPUs, predicted: a step on 65536 rows in all, note, layer, gelu, bf16"]
-    parts += [parallel_table(gpu)]
+    parts += [
+        "### Width and rows, one GPU, predicted: note, layer, gelu, bf16",
+        growth_table(wide, gpu),
+        growth_table(tall, gpu),
+        "### Depth, GPU, predicted: bytes saved a layer over those of y, 4096 x 1024, bf16",
+        memory_table("cuda"),
+        "### GPUs, predicted: a step on 65536 rows in all, note, layer, gelu, bf16",
+        parallel_table(gpu),
+    ]
     return "\n\n".join(parts)
 
 

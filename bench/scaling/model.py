@@ -4,7 +4,6 @@ Rows M, features K in and N out, b bytes an element.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,10 +21,6 @@ class Kernel(NamedTuple):
 
     flops: int
     bytes: int
-
-
-def move(count: int) -> Kernel:
-    return Kernel(0, count)
 
 
 @dataclass(frozen=True)
@@ -46,38 +41,38 @@ class Layer:
     def spec(self) -> Spec:
         return make_spec(self.order, self.norm, self.activation, training=self.training)
 
-    @property
+    @cached_property
     def b(self) -> int:
         return DTYPES[self.dtype].itemsize
 
-    @property
-    def x(self) -> int:
-        """Bytes of x (M, K)."""
+    @cached_property
+    def x(self) -> int:  # bytes of (M, K)
         return self.M * self.K * self.b
 
-    @property
-    def y(self) -> int:
-        """Bytes of y, of z and of whatever follows `linear` (M, N)."""
+    @cached_property
+    def y(self) -> int:  # bytes of (M, N)
         return self.M * self.N * self.b
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Of the norm's tensor."""
         return self.spec.width("norm", self.K, self.N)
 
-    def tensor(self, stage: str) -> int:
-        """Bytes of the tensor on which `stage` acts."""
-        return self.M * self.spec.width(stage, self.K, self.N) * self.b
-
+    @cached_property
     def product(self) -> Kernel:
         """M x K by K x N: 2 M N K FLOPs; each of the three matrices moves once."""
         return Kernel(2 * self.M * self.N * self.K, self.x + self.N * self.K * self.b + self.y)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """weight (N, K), bias (N) and the norm's gamma and beta."""
         vectors = {None: 0, "rms": 1}.get(self.spec.norm, 2)
         return self.N * self.K + self.N + vectors * self.width
+
+    def move(self, times: int, stage: str = "linear") -> Kernel:
+        """A pass that reads and writes so often the tensor on which a stage acts; of linear: z."""
+        wide = stage != "linear" and self.spec.width(stage, self.K, self.N) == self.K
+        return Kernel(0, times * (self.x if wide else self.y))
 
 
 def of_row(row: dict[str, Any]) -> Layer:
@@ -85,78 +80,65 @@ def of_row(row: dict[str, Any]) -> Layer:
     sizes = row["rows"], row["features"], row["out_features"]
     layer = Layer(*sizes, row["order"], row["norm"], row["activation"], row["dtype"])
     passes = 3 if row["mode"] == STEP else 1
-    return replace(layer, residual=row["bytes"] >= passes * (layer.product().bytes + layer.y))
+    return replace(layer, residual=row["bytes"] >= passes * (layer.product.bytes + layer.y))
 
 
-def eager_forward(layer: Layer) -> Iterator[Kernel]:
+def eager(layer: Layer, backward: bool) -> list[Kernel]:
     """One kernel a stage. norm and act read and write a tensor, add reads two and writes one; batch
     norm's statistics take one more reading.
-    """
-    for stage in layer.spec.stages:
-        if stage == "linear":
-            yield layer.product()
-        else:
-            three = stage == "add" or (stage == "norm" and layer.spec.batch_stats)
-            yield move((3 if three else 2) * layer.tensor(stage))
 
-
-def eager_backward(layer: Layer) -> Iterator[Kernel]:
-    """act and norm read dh and what was saved and write a gradient; a norm's column sums read both
-    again; linear sums dz down for the bias and has two products; add hands dy on, and where both
-    its sides come from x, their gradients are added.
+    Backward: act and norm read dh and what was saved and write a gradient; a norm's column sums
+    read both again; linear sums dz down for the bias and has two products; add hands dy on, and
+    where both its sides come from x, their gradients are added.
     """
-    for stage in reversed(layer.spec.stages):
+    there, back, spec = [], [], layer.spec
+    for stage in spec.stages:
         if stage == "linear":
-            yield from (move(layer.y), layer.product(), layer.product())
+            there.append(layer.product)
+            back += [layer.move(1), layer.product, layer.product]
         elif stage == "add":
-            yield from () if layer.residual else (move(3 * layer.x),)
+            there.append(layer.move(3, stage))
+            back += [] if layer.residual else [Kernel(0, 3 * layer.x)]
         else:
-            yield move(3 * layer.tensor(stage))
-            yield from (move(2 * layer.tensor(stage)),) if stage == "norm" else ()
+            there.append(layer.move(3 if stage == "norm" and spec.batch_stats else 2, stage))
+            back += [layer.move(n, stage) for n in ((3, 2) if stage == "norm" else (3,))]
+    return there + back * backward
 
 
-def fused_forward(layer: Layer, device: str) -> Iterator[Kernel]:
+def fused_forward(layer: Layer, gpu: bool) -> list[Kernel]:
     """GPU: one kernel; x, weight and what stands for the shortcut are read, y is written, x once
     for both its uses. CPU: the product, and a pass over rows on either side of it that has stages.
     """
-    product, shortcut = layer.product(), "add" in layer.spec.stages
-    if device == "cuda":
-        yield Kernel(product.flops, product.bytes + (shortcut and layer.residual) * layer.y)
-        return
-    if layer.spec.batch_stats:
-        yield move(layer.tensor("norm"))  # the statistics
-    if layer.spec.prologue:
-        yield move(2 * layer.x)
-    yield product
-    if layer.spec.epilogue:
-        yield move((2 + shortcut) * layer.y)
+    product, spec, shortcut = layer.product, layer.spec, "add" in layer.spec.stages
+    if gpu:
+        return [Kernel(product.flops, product.bytes + (shortcut and layer.residual) * layer.y)]
+    statistics = [layer.move(1, "norm")] if spec.batch_stats else []
+    before = [Kernel(0, 2 * layer.x)] if spec.prologue else []
+    after = [layer.move(2 + shortcut)] if spec.epilogue else []
+    return [*statistics, *before, product, *after]
 
 
-def fused_backward(layer: Layer, device: str) -> Iterator[Kernel]:
+def fused_backward(layer: Layer, gpu: bool) -> list[Kernel]:
     """A pass dy, z -> dz where backward needs z, the two products, and a pass for dx where stages
     stand before linear or, on a CPU, where the shortcut's gradient is added; GPUs add it in the
     product. Batch norm on a CPU reads dy and its tensor once more, for the sums.
     """
-    dx = dw = layer.product()
-    added = "add" in layer.spec.stages and not layer.residual
-    if layer.spec.batch_stats and device == "cpu":
-        yield move(2 * layer.tensor("norm"))
-    if layer.spec.saves_z:
-        yield move(3 * layer.y)
-    if device == "cuda" and added:
-        dx = Kernel(dx.flops, dx.bytes + layer.y)
-    yield from (dx, dw)
-    if layer.spec.prologue or (added and device == "cpu"):
-        yield move((3 + (added and bool(layer.spec.prologue))) * layer.x)
+    product, spec = layer.product, layer.spec
+    added = "add" in spec.stages and not layer.residual
+    sums = [layer.move(2, "norm")] if spec.batch_stats and not gpu else []
+    dz = [layer.move(3)] if spec.saves_z else []
+    products = [Kernel(product.flops, product.bytes + (gpu and added) * layer.y), product]
+    passes = 3 + (added and bool(spec.prologue))
+    dx = [Kernel(0, passes * layer.x)] if spec.prologue or (added and not gpu) else []
+    return [*sums, *dz, *products, *dx]
 
 
 def kernels(layer: Layer, contender: str, mode: str, device: str) -> list[Kernel]:
     """Of one call; `mode` as in the results file."""
-    layer = replace(layer, training=mode != INFERENCE)
+    layer, gpu = replace(layer, training=mode != INFERENCE), device == "cuda"
     if contender == "eager":
-        return [*eager_forward(layer), *(eager_backward(layer) if mode == STEP else ())]
-    found = list(fused_forward(layer, device))
-    return found + list(fused_backward(layer, device)) if mode == STEP else found
+        return eager(layer, mode == STEP)
+    return fused_forward(layer, gpu) + (fused_backward(layer, gpu) if mode == STEP else [])
 
 
 @dataclass(frozen=True)
@@ -198,20 +180,17 @@ def saved_bytes(layer: Layer, contender: str, device: str) -> int:
         rows = 2 * M if device == "cuda" and spec.norm in ("layer", "rms") else 0
         vectors = 2 * layer.width if spec.batch_stats else rows
         return spec.saves_z * layer.y + vectors * EXACT
-    kept, more = set(), 0  # tensors, numbered by the stages before them: 0 is x, the last is y
     composed = spec.norm == "rms" and device == "cpu"
-    for i, stage in enumerate(spec.stages):
-        if stage == "norm" and composed:
-            more = M * layer.width * EXACT * (2 if layer.b < EXACT else 1)
-        if stage == "linear" or (stage == "norm" and not (composed and layer.b < EXACT)):
-            kept.add(i)
-        if stage == "act":
-            kept.add(i + (spec.activation in FROM_OUTPUT))
+    twice = composed and layer.b < EXACT  # its input is kept in fp32, not as it is
+    shifts = {"norm": () if twice else (0,), "linear": (0,)}
+    shifts["act"] = (int(spec.activation in FROM_OUTPUT),)
+    # Tensors, numbered by the stages before them: 0 is x, the last is y.
+    kept = {i + n for i, stage in enumerate(spec.stages) for n in shifts.get(stage, ())}
     linear = spec.stages.index("linear")
-    more += sum(layer.y if i > linear else layer.x for i in kept - {0, len(spec.stages)})
-    # mean and rstd; RMSNorm has no mean
+    tensors = sum(layer.y if i > linear else layer.x for i in kept - {0, len(spec.stages)})
+    exact = composed * (1 + twice) * M * layer.width * EXACT
     numbers = {None: 0, "layer": 2 * M, "rms": M, "batch": 2 * layer.width}[spec.norm]
-    return more + numbers * (EXACT if device == "cuda" or composed else layer.b)
+    return tensors + exact + numbers * (EXACT if device == "cuda" or composed else layer.b)
 
 
 def depth_bytes(layer: Layer, contender: str, depth: int, device: str) -> int:

@@ -173,28 +173,25 @@ def measure(job: Job, dtype: str, mode: str, seconds: float) -> dict[str, Any]:
     """A row, as in the results files of the source repository."""
     case, calls = job.case, job.calls(mode)
     rounds, calm = interleave(calls, job.device, seconds)
-    ratio = summary([each["eager"] / each["fused"] for each in rounds])
-    slower = calm and ratio["median"] < 1 - NOISE and ratio["q3"] < 1
-    row: dict[str, Any] = {
-        "case": f"{case} {case.shape}",
-        "dtype": dtype,
-        "mode": mode,
-        "rows": case.M,
-        "features": case.K,
-        "out_features": case.N,
-        "order": case.order,
-        "norm": case.norm,
-        "activation": case.activation,
-        "backend": job.backend,
-        "rounds": len(rounds),
-        "calm": calm,
-        "times_us": {name: summary([1e6 * each[name] for each in rounds]) for name in calls},
-        "ratios": {"eager": ratio},
-        "slower_than": ["eager"] if slower else [],
-    }
+    recipe = ("rows", "features", "out_features", "order", "norm", "activation")
+    row: dict[str, Any] = {"case": f"{case} {case.shape}", "dtype": dtype, "mode": mode}
+    row |= dict(zip(recipe, case, strict=True))
+    row |= {"backend": job.backend, "rounds": len(rounds), "calm": calm}
+    row |= compare(rounds, calm, ("eager",))
     if mode == STEP:
         row["saved_bytes"] = {name: saved_bytes(layer, job.x) for name, layer in job.layers.items()}
     return row
+
+
+def compare(rounds: list[dict[str, float]], calm: bool, rivals: Sequence[str]) -> dict[str, Any]:
+    """Times and ratios over the rounds, and to which of its rivals fused loses."""
+    names = list(rounds[0])
+    times = {name: summary([1e6 * each[name] for each in rounds]) for name in names}
+    ratios = {n: summary([each[n] / each["fused"] for each in rounds]) for n in names}
+    del ratios["fused"]
+    judged = {name: ratios[name] for name in rivals if calm and name in ratios}
+    slower = [n for n, r in judged.items() if r["median"] < 1 - NOISE and r["q3"] < 1]
+    return {"times_us": times, "ratios": ratios, "slower_than": slower}
 
 
 def bench(

@@ -641,7 +641,7 @@ def test_inputs_exceed_L2(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows, features in ((65536, 64), (4096, 1024), (65536, 4096)):
         task = Task(square(rows, features), "bf16", GRAPH)
         copies = graphs.copies(task, gpu)
-        assert copies * measure.traffic(task, 2) >= 2 * L2
+        assert copies * measure.traffic(task) >= 2 * L2
         assert (copies == 1) == (features == 4096) and graphs.copies(task, CPU) == 1
     assert graphs.copies(Task(square(256, 64), "bf16", GRAPH), gpu) == graphs.MOST_CALLS
     assert graphs.copies(gpu_goals.HOSTS[0], gpu) == 1

@@ -200,7 +200,7 @@ def test_without_results_nothing_is_measured_yet() -> None:
 def test_a_run_that_was_cut_short_can_be_read(cpu: Results) -> None:
     text = section.section(cpu | {"rows": [], "ceilings": {}})
     assert "nowhere in 0 rows" in text
-    assert pictures.names(cpu | {"rows": []}) == []
+    assert pictures.names(cpu | {"rows": []}) == {}
 
 
 def test_every_row_is_in_the_full_tables(cpu: Results) -> None:
