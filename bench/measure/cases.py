@@ -135,8 +135,6 @@ class Eager(nn.Module):
 
 
 class Operands(NamedTuple):
-    """One set of inputs."""
-
     inputs: tuple[Tensor, ...]  # x (M, K), residual (M, N) if it is another one
     dy: Tensor  # (M, N)
 
@@ -154,9 +152,11 @@ class Job:
         nn.init.normal_(self.norm.weight, 1.0, 0.1)
         if getattr(self.norm, "bias", None) is not None:
             nn.init.normal_(self.norm.bias, 0.0, 0.1)
-        rest = [self.fused.fc2.linear] if case.hidden else []
-        self.linears: list[nn.Linear] = [self.first.linear, *rest]
-        self.eager = self.eager_with(self.norm)
+        self.linears: list[nn.Linear] = [self.first.linear]
+        if case.hidden:
+            self.linears.append(self.fused.fc2.linear)
+        linear = nn.ModuleList(self.linears) if case.hidden else self.first.linear
+        self.eager = Eager(case, linear, self.norm)
         self.parameters = tuple(self.eager.parameters())
         self.sets = [self._operands() for _ in range(copies)]
         self.inputs, self.dy = self.sets[0]
@@ -184,17 +184,11 @@ class Job:
             return FusedResidualMLP(*widths, activation=activation, **settings)
         return FusedResidual(case.features, activation=activation, **settings)
 
-    def eager_with(self, norm: nn.Module) -> Eager:
-        linears = self.linears
-        return Eager(self.case, nn.ModuleList(linears) if len(linears) > 1 else linears[0], norm)
-
     def _operands(self) -> Operands:
         shape = (self.case.rows, self.case.features)
         x, residual, dy = (torch.randn(shape, **self.where) for _ in range(3))
         inputs = (x, residual) if self.case.residual else (x,)
-        for t in inputs:
-            t.requires_grad_()
-        return Operands(inputs, dy)
+        return Operands(tuple(t.requires_grad_() for t in inputs), dy)
 
     def set_mode(self, mode: str) -> None:
         for module in (self.fused, self.eager):

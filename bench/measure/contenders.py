@@ -75,12 +75,10 @@ def others(job: Job) -> list[str]:
 
 def with_backend(layer: Any, name: str) -> Any:
     """The same layer, parameters included, on a named backend."""
-    twin = copy.copy(layer)
-    twin._modules = {
-        key: with_backend(module, name) if isinstance(module, FusedResidual) else module
-        for key, module in layer._modules.items()
-    }
-    twin.backend = name
+    twin = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
+    for module in twin.modules():
+        if isinstance(module, FusedResidual):
+            module.backend = name
     return twin
 
 

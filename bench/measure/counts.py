@@ -39,7 +39,9 @@ def traffic(task: Task) -> int:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most that was allocated at once during a call, beyond what was before."""
+    """The most that torch's allocator held at once during a step, beyond what it held before; y and
+    gradients included.
+    """
     call()  # makes what stays: workspaces, compiled kernels
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -59,7 +61,9 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def launches(call: Call, device: torch.device) -> int:
-    """Kernels of a call on a GPU; on a CPU the ops that no other op called, but views."""
+    """Of one call, by torch.profiler: kernels on a GPU; on a CPU the ops that no other op called,
+    but views. torch.compile's code is no op, so it has no number there.
+    """
     call()
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
@@ -81,7 +85,9 @@ def _within_op(event: Any) -> bool:
 
 
 def host_us(call: Call, device: torch.device) -> float:
-    """Microseconds until a call returns, whatever the GPU does meanwhile."""
+    """Microseconds until a call returns, whatever the GPU does meanwhile. On a CPU all of the time,
+    in group host only, where nothing is to be computed.
+    """
     times = []
     for _ in range(HOST_ROUNDS):
         torch.cuda.synchronize(device)

@@ -92,9 +92,7 @@ def value(row: Row, pair: str) -> float | None:
         return found["fused"] / found["eager"] if found else None
     above, below = pair.split(" / ")
     ratio = row["ratios"].get(above if below == "fused" else below)
-    if ratio is None:
-        return None
-    return ratio["median"] if below == "fused" else 1 / ratio["median"]
+    return ratio and (ratio["median"] if below == "fused" else 1 / ratio["median"])
 
 
 def judge(rows: list[Row]) -> list[Row]:
@@ -104,7 +102,7 @@ def judge(rows: list[Row]) -> list[Row]:
     for goal in GOALS:
         for task in goal.tasks:
             row = by_task.get((task.case.name, task.dtype, task.mode))
-            found = None if row is None else value(row, goal.pair)
+            found = row and value(row, goal.pair)
             met = None if found is None else goal.met(found)
             verdict = {"goal": goal.what, "row": str(task), "bound": goal.told}
             judged.append(verdict | {"value": found, "met": met})

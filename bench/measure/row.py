@@ -9,17 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusedres.tools import timing
 from fusedres.tools.bench import check, compare, saved_bytes
-from fusedres.tools.timing import (
-    MAX_ROUNDS,
-    MIN_ROUNDS,
-    NOISE,
-    PREEMPTIONS_A_SECOND,
-    SAMPLE_SECONDS,
-    WARM_UP_CALLS,
-    interleave,
-    summary,
-)
+from fusedres.tools.timing import interleave, summary
 
 from . import ceilings, graphs
 from .cases import GRAPHS, HOST, STEP, Case, Job, Task
@@ -31,38 +23,36 @@ Call = Callable[[], object]
 
 CHECKED_ROWS = {"cpu": 2048, "cuda": 16384}
 
+COUNTS = {
+    "check": check,
+    "flops": flops,
+    "bytes": traffic,
+    "saved_bytes": saved_bytes,
+    "peak_bytes": peak_bytes,
+    "launches": launches,
+    "host_us": host_us,
+}
 PROTOCOL: dict[str, Any] = {
-    "rounds": f"{MIN_ROUNDS} to {MAX_ROUNDS}, in one process; a round times every contender once, "
-    "in rotating order; a round in which other processes took a core more often than "
-    f"{PREEMPTIONS_A_SECOND} times a second is dropped",
-    "calm": f"false: fewer than {MIN_ROUNDS} rounds were left, so all were kept",
-    "sample": f"{WARM_UP_CALLS} warm-up calls, then as many calls a sample as last "
-    f"{SAMPLE_SECONDS * 1e3:g} ms; garbage collection off",
+    "rounds": f"{timing.MIN_ROUNDS} to {timing.MAX_ROUNDS}, in one process; a round times every "
+    "contender once, in rotating order; a round in which other processes took a core more often "
+    f"than {timing.PREEMPTIONS_A_SECOND} times a second is dropped",
+    "calm": f"false: fewer than {timing.MIN_ROUNDS} rounds were left, so all were kept",
+    "sample": f"{timing.WARM_UP_CALLS} warm-up calls, then as many calls a sample as last "
+    f"{timing.SAMPLE_SECONDS * 1e3:g} ms; garbage collection off",
     "times_us": "microseconds a call, over rounds",
     "ratios": "contender / fused within a round, over rounds; above 1 fused is faster",
-    "slower_than": f"if calm, of {', '.join(RIVALS)} those with median ratio < {1 - NOISE:g} and "
-    "upper quartile < 1",
+    "slower_than": f"if calm, of {', '.join(RIVALS)} those with median ratio < "
+    f"{1 - timing.NOISE:g} and upper quartile < 1",
     "clock": "CPU: wall time, caches warm, with --threads 1 the thread's CPU time, which a busy "
     "machine hardly disturbs; CUDA: events around the sample",
     "cold": f"on a GPU inputs rotate through `copies` sets, {graphs.COLD} times L2 in all, at most "
     f"{graphs.MOST_CALLS}; weights stay. Rows of group host do not",
     "graph": "`calls` calls in one CUDA graph, about 1 ms by the roofline; times are a replay's "
     f"over `calls`; {graphs.WARM_SECONDS:g} s of large products before each row warm the clocks",
-    "check": "before timing, fused's y and gradients against float64, on at most "
-    f"{CHECKED_ROWS['cpu']} rows on a CPU, {CHECKED_ROWS['cuda']} on a GPU",
-    "flops": "2 M N K a product; forward + backward has three",
-    "bytes": "forward: x, residual (if it is not x), parameters read once, y written once; of two "
-    "matmuls also what is between them; forward + backward: three times that",
+    "checked rows": CHECKED_ROWS,
     "ceilings": ceilings.PROTOCOL,
-    "saved_bytes": "storages that autograd saves in a forward, each once and whole, except what "
-    "lives anyway: inputs, parameters, buffers and the output (the next layer's input)",
-    "peak_bytes": "the most that torch's allocator held at once during a forward + backward step, "
-    "beyond what it held before; y and gradients included",
-    "launches": "of one call, by torch.profiler: kernels on a GPU; on a CPU the ops that no other "
-    "op called, but views (torch.compile's code is no op, so it has no number there)",
-    "host_us": "until a call returns: on a GPU after a synchronisation; on a CPU all of the time, "
-    "in group host only, where nothing is to be computed",
     "contenders": ABOUT,
+    **{name: " ".join(str(function.__doc__).split()) for name, function in COUNTS.items()},
 }
 
 
@@ -131,8 +121,8 @@ def head(task: Task, job: Job) -> Row:
     case, N = task.case, task.case.features
     row: Row = {"case": case.name, "group": case.group, "dtype": task.dtype, "mode": task.mode}
     row |= {"rows": case.rows, "features": N, "out_features": N, "order": case.order}
-    row |= {"norm": case.norm, "activation": case.activation}
-    return row | ({"hidden": case.hidden} if case.hidden else {}) | {"backend": job.backend}
+    row |= {"norm": case.norm, "activation": case.activation, "backend": job.backend}
+    return row | ({"hidden": case.hidden} if case.hidden else {})
 
 
 def rates(task: Task, rounds: list[dict[str, float]], ceilings: Row) -> Row:
@@ -140,10 +130,9 @@ def rates(task: Task, rounds: list[dict[str, float]], ceilings: Row) -> Row:
     seconds = summary([r["fused"] for r in rounds])["median"]
     work, moved = flops(task), traffic(task)
     gb, tflop = moved / seconds / 1e9, work / seconds / 1e12
-    row = {"flops": work, "bytes": moved, "gb_per_s": gb, "tflop_per_s": tflop}
-    row["copy_share"] = gb / ceilings["copy_gb_per_s"]
-    row["matmul_share"] = tflop / ceilings["matmul_tflop_per_s"][task.dtype]
-    return row
+    shares = gb / ceilings["copy_gb_per_s"], tflop / ceilings["matmul_tflop_per_s"][task.dtype]
+    names = ("flops", "bytes", "gb_per_s", "tflop_per_s", "copy_share", "matmul_share")
+    return dict(zip(names, (work, moved, gb, tflop, *shares), strict=True))
 
 
 def counted(task: Task, job: Job, ready: dict[str, Call], row: Row) -> Row:

@@ -23,27 +23,24 @@ def source(results: Results, brief: bool = False) -> str:
     elif found.get("driver"):
         where.append(f"driver {found['driver']}")
     versions = [f"{n} {v}" for n, v in results["versions"].items() if n in BRIEF or not brief]
-    changed = " with changes" * results["dirty"]
-    told = (", ".join(where), ", ".join(versions))
-    return f"{'; '.join(told)}; commit {results['commit']}{changed}, {results['date']}"
+    commit = results["commit"] + " with changes" * results["dirty"]
+    return f"{', '.join(where)}; {', '.join(versions)}; commit {commit}, {results['date']}"
 
 
 def ceilings(results: Results) -> str:
     """What the machine reached in the same run, the yardstick of every share."""
     found = results["ceilings"]
-    rates = found.get("matmul_tflop_per_s", {})
+    rates = found.get("matmul_tflop_per_s", {}).items()
     told = [f"copy {short(found['copy_gb_per_s'])} GB/s"] if found.get("copy_gb_per_s") else []
-    told += [f"matmul {dtype} {_rate(rate)}" for dtype, rate in rates.items() if rate]
+    for dtype, rate in rates:
+        unit = f"{short(rate)} TFLOP/s" if rate >= 1 else f"{short(1e3 * rate)} GFLOP/s"
+        told.append(f"matmul {dtype} {unit}")
     return ", ".join(told)
-
-
-def _rate(tflops: float) -> str:
-    return f"{short(tflops)} TFLOP/s" if tflops >= 1 else f"{short(1e3 * tflops)} GFLOP/s"
 
 
 def protocol(results: Results) -> str:
     """How to read the tables."""
-    rows = results["rows"]
+    rows, limits = results["rows"], ceilings(results)
     uneasy = sum(not row["calm"] for row in rows)
     told = [
         f"Measured on {source(results)}.",
@@ -53,14 +50,13 @@ def protocol(results: Results) -> str:
         f"{SLOWER}: slower by more than noise.",
         "`x compile` is the faster of torch.compile's modes that ran, `x matmul` the bare product; "
         "a step is forward + backward.",
+        "Graph: forward in a CUDA graph." * (results["device"] == "cuda"),
+        f"Ceilings of the same run: {limits}." if limits else "",
+        f"`~`: disturbed by other processes ({uneasy} of {len(rows)}), so not judged."
+        if uneasy
+        else "",
     ]
-    if results["device"] == "cuda":
-        told += ["Graph: forward in a CUDA graph."]
-    if limits := ceilings(results):
-        told += [f"Ceilings of the same run: {limits}."]
-    if uneasy:
-        told += [f"`~`: disturbed by other processes ({uneasy} of {len(rows)}), so not judged."]
-    return "\n".join(told)
+    return "\n".join(filter(None, told))
 
 
 def launches(results: Results) -> str:
@@ -86,7 +82,10 @@ def unmeasured(results: Results, brief: bool = True) -> list[str]:
     lines = []
     for found in alike.values():
         rows = [row for _, row in found]
-        cases = f"{_layers(rows)} ({', '.join(distinct(rows, 'dtype'))})" if brief else _each(rows)
+        names, dtypes = distinct(rows, "case"), ", ".join(distinct(rows, "dtype"))
+        more = f" and {len(names) - MOST_NAMED} more" * (len(names) > MOST_NAMED)
+        each = "; ".join(f"{row['case']} {row['dtype']}, {row['mode']}" for row in rows)
+        cases = f"{', '.join(names[:MOST_NAMED])}{more} ({dtypes})" if brief else each
         lines.append(f"* {_span([why for why, _ in found])} ({_count(len(rows), 'row')}): {cases}")
     return lines
 
@@ -103,16 +102,6 @@ def _span(texts: list[str]) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def _layers(rows: list[Row]) -> str:
-    names = distinct(rows, "case")
-    left = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {left} more" if left > 0 else "")
-
-
-def _each(rows: list[Row]) -> str:
-    return "; ".join(f"{row['case']} {row['dtype']}, {row['mode']}" for row in rows)
 
 
 def section(results: Results, pictures: str = "", full: bool = False) -> str:
