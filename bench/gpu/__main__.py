@@ -4,10 +4,9 @@ Builds the extension in place, runs the tests that need a GPU, compute-sanitizer
 them, and `python -m bench`, the rows of the goals first. Exit code: 0; 1 where something failed; 2
 without a GPU. A goal that is missed is no failure.
 
-Four files come of it, since few may come back from a lent machine: benchmark.json, a results file
-as of `python -m bench`; gpu-check.json, the same with steps and goals in addition; summary.md; and
-logs.tar.gz with every log and junit XML. Each is written anew after every step, the benchmark's
-after every row, so that a run that is cut off leaves what it found.
+Four files come of it, written anew after every step, the benchmark's after every row, so that a run
+that is cut off leaves what it found: benchmark.json, a results file as of `python -m bench`;
+gpu-check.json, the same with steps and goals; summary.md; logs.tar.gz with every log and junit XML.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -40,23 +39,13 @@ def calls(task: Task, copies: int) -> int:
     return max(copies, min(MOST_CALLS, math.ceil(GRAPH_SECONDS / (once + 3e-6))))
 
 
-@contextmanager
-def on_stream(stream: Any) -> Iterator[None]:
-    """Autograd runs a backward pass on the stream of its forward pass: that must be the captured
-    one, so both run on it.
-    """
-    if stream is None:
-        yield
-        return
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.synchronize()
-
-
 def repeated(make: Callable[[], Call], calls: int, stream: Any) -> Call:
-    """`calls` calls as one CUDA graph; without a stream, on a CPU, as a loop."""
-    with on_stream(stream):
+    """`calls` calls as one CUDA graph; without a stream, on a CPU, as a loop. Autograd runs a
+    backward pass on the stream of its forward pass, so both run on the one that is captured.
+    """
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         call = make()
         for _ in range(WARM_UP_CALLS):
             call()
@@ -67,6 +56,7 @@ def repeated(make: Callable[[], Call], calls: int, stream: Any) -> Call:
 
     if stream is None:
         return loop
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         loop()

@@ -23,15 +23,8 @@ Call = Callable[[], object]
 
 CHECKED_ROWS = {"cpu": 2048, "cuda": 16384}
 
-COUNTS = {
-    "check": check,
-    "flops": flops,
-    "bytes": traffic,
-    "saved_bytes": saved_bytes,
-    "peak_bytes": peak_bytes,
-    "launches": launches,
-    "host_us": host_us,
-}
+COUNTED = (check, flops, saved_bytes, peak_bytes, launches, host_us)
+COUNTS = {"bytes": traffic, **{function.__name__: function for function in COUNTED}}
 PROTOCOL: dict[str, Any] = {
     "rounds": f"{timing.MIN_ROUNDS} to {timing.MAX_ROUNDS}, in one process; a round times every "
     "contender once, in rotating order; a round in which other processes took a core more often "

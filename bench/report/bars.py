@@ -7,8 +7,9 @@ from typing import Any
 
 from ..measure.cases import STEP
 from ..measure.results_file import Results
-from .cells import MAIN_DTYPE, Row, recipe, select, shape, sizes
 from .figure import BLUE, GREY, INK, ORANGE, PALE, bars, panels
+from .rows import MAIN_DTYPE, Row, select
+from .tables import recipe, shape, sizes
 
 SHORT = 0.12  # of eager's bytes: a bar that has no room for its number
 TITLES = {"saved_bytes": "kept for backward", "peak_bytes": "peak of forward + backward"}

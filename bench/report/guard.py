@@ -165,18 +165,14 @@ def update(kinds: Iterable[str], baseline: dict[str, Any]) -> dict[str, Any]:
     for kind in kinds:
         if missing(kind):
             raise SystemExit(f"bench check: cannot update {kind}: {missing(kind)}")
-        rows: Found = callgrind.count() if kind == INSTRUCTIONS else measure_baseline()
+        rows: Found = callgrind.count() if kind == INSTRUCTIONS else {}
+        if kind == TIMES:  # of each row the median of several measurements, and their quartiles
+            found = [measure(watched()) for _ in range(UPDATES)]
+            rows = {row: summary([each[row]["median"] for each in found]) for row in found[0]}
         here = collect(torch.device("cpu"))
         baseline[kind] = {name: here[name] for name in ("date", "commit", "dirty", "machine")}
         baseline[kind] |= {"key": KEYS[kind](), "rows": dict(sorted(rows.items()))}
     return baseline
-
-
-def measure_baseline() -> Found:
-    """Of each row the median of several measurements, and their quartiles."""
-    tasks = watched()
-    found = [measure(tasks) for _ in range(UPDATES)]
-    return {row: summary([each[row]["median"] for each in found]) for row in found[0]}
 
 
 KEYS: dict[str, Callable[[], dict[str, str]]] = {TIMES: times_key, INSTRUCTIONS: callgrind.key}

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..measure.cases import DTYPES, GRAPH, INFERENCE, STEP
 from ..measure.results_file import Results
-from .cells import Row, distinct, recipe, select, sweep, well_measured
 from .figure import INK, ORANGE, PALE, panels
+from .rows import Row, distinct, select, sweep, well_measured
+from .tables import recipe
 
 MODES = (INFERENCE, GRAPH, STEP)
 NARROW = 14  # cells a line of panels, from which on the text in them is small

@@ -6,8 +6,9 @@ from typing import Any
 
 from ..measure.cases import GRAPH, INFERENCE, STEP
 from ..measure.results_file import Results
-from .cells import Row, select, short, well_measured
 from .figure import BLUE, GREEN, GREY, INK, ORANGE, panels
+from .rows import Row, select, well_measured
+from .tables import short
 
 COLOURS = {"fp32": BLUE, "bf16": ORANGE, "fp16": GREEN}
 MARKERS = {"model": "o", "square": "s"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from ..measure.results_file import Results
-from .cells import SLOWER, Row, distinct, select, short
-from .tables import full_tables, loss_table, readme_tables
+from .rows import Row, distinct, select
+from .tables import SLOWER, full_tables, loss_table, readme_tables, short
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 BRIEF = ("torch", "fusedres")

@@ -7,30 +7,82 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from ..measure.cases import INFERENCE, STEP
-from .cells import (
-    COMPILED,
-    MAIN_DTYPE,
-    MIB,
-    SLOWER,
-    UNMEASURED,
-    Row,
-    brief,
-    contenders,
-    digits,
-    distinct,
-    microseconds,
-    pair,
-    ratio,
-    recipe,
-    select,
-    shape,
-    share,
-    strongest,
-    sweep,
-    time,
-)
+from ..measure.cases import BACKWARD_GRAPH, GRAPH, INFERENCE, MLP, RECORD, RECORD_GRAPH, STEP
 from .markdown import table
+from .rows import MAIN_DTYPE, Row, contenders, distinct, select, strongest, sweep
+
+SLOWER = "▼"  # beside a ratio: fused is slower by more than noise
+UNMEASURED = "-"
+BRIEF_MODES = {
+    STEP: "step",
+    RECORD: "recording",
+    GRAPH: "graph",
+    RECORD_GRAPH: "graph, recording",
+    BACKWARD_GRAPH: "graph, backward",
+}
+COMPILED = ("compile", "compile-max")
+NAMES = {MLP: "mlp", "layer": "LN", "batch": "BN", "rms": "RMS"}
+KIB, MIB = 2**10, 2**20
+
+
+def brief(mode: str) -> str:
+    return BRIEF_MODES.get(mode, mode)
+
+
+def recipe(row: Row) -> str:
+    """Order, norm and activation, as in `note LN gelu`."""
+    words = (NAMES.get(row[key], row[key]) for key in ("order", "norm", "activation"))
+    return " ".join(filter(None, words))
+
+
+def shape(row: Row) -> str:
+    """Rows, features and, where they are other, features out."""
+    widths = dict.fromkeys((row["features"], row["out_features"]))
+    return f"{row['rows']}x{'->'.join(map(str, widths))}"
+
+
+def digits(value: float | None, form: str = ".2f") -> str:
+    return UNMEASURED if value is None else format(value, form)
+
+
+def microseconds(value: float | None) -> str:
+    return digits(value, ".1f" if value is not None and value < 100 else ",.0f")
+
+
+def time(row: Row) -> str:
+    """Fused's median; `~` where other processes disturbed the measurement."""
+    return "~" * (not row["calm"]) + microseconds(row["times_us"]["fused"]["median"])
+
+
+def ratio(row: Row | None, *names: str) -> str:
+    """The strongest named contender's time over fused's."""
+    name = strongest(row, names) if row else None
+    if row is None or name is None:
+        return UNMEASURED
+    return digits(row["ratios"][name]["median"]) + SLOWER * (name in row["slower_than"])
+
+
+def share(row: Row, key: str) -> str:
+    """Fused's bytes as a part of eager's."""
+    found = row.get(key)
+    return digits(found["fused"] / found["eager"] if found and found["eager"] else None)
+
+
+def short(value: float) -> str:
+    """At least three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def sizes(fused: int, eager: int) -> str:
+    """In the unit that suits eager's, as in `12 / 24 MiB`."""
+    unit, name = (MIB, "MiB") if eager >= 1000 * KIB else (KIB, "KiB")
+    return f"{short(fused / unit)} / {short(eager / unit)} {name}"
+
+
+def pair(found: dict[str, Any] | None, form: str = ",.0f", unit: float = 1.0) -> str:
+    """Fused's value and eager's, as in `1 / 4`."""
+    values = [(found or {}).get(name) for name in ("fused", "eager")]
+    return " / ".join(digits(None if v is None else v / unit, form) for v in values)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 from bench.measure.form import check_results
 from bench.report import command as report
 from bench.report import pictures, section
-from bench.report.cells import COMPILED, SLOWER, UNMEASURED, ratio, select
-from bench.report.tables import full_tables
+from bench.report.rows import select
+from bench.report.tables import COMPILED, SLOWER, UNMEASURED, full_tables, ratio
 from results_sample import FORWARD, GRAPH, RECORD, STEP, find, sample
 
 Results = dict[str, Any]
