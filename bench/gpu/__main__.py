@@ -81,18 +81,15 @@ def text(results: Results) -> str:
     failed = [f"* {name}" for s in steps for name in s.get("failed", [])]
     parts += ["\n".join(["Failed tests:", *failed])] if failed else []
     if results["rows"]:
-        body = [
-            [g["goal"], g["row"], g["bound"], _digits(g["value"]), GOAL_VERDICTS[g["met"]]]
-            for g in results["goals"]
-        ]
+        body = []
+        for goal in results["goals"]:
+            value = "" if goal["value"] is None else f"{goal['value']:.2f}"
+            words = goal["goal"], goal["row"], goal["bound"], value
+            body.append([*words, GOAL_VERDICTS[goal["met"]]])
         parts.append(table(["goal", "row", "bound", "found", ""], body, left=2))
         lines = [f"* {line}" for line in losses(results["rows"])] or ["* nowhere"]
         parts.append("\n".join(["Where fused is slower than eager or torch.compile:", *lines]))
     return "\n\n".join(parts)
-
-
-def _digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

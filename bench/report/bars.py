@@ -26,7 +26,10 @@ def memory(results: Results) -> Any:
     """Fused's saved and peak bytes as parts of eager's."""
     found = memory_rows(results)[::-1]
     figure, axes = panels(1.15 + 0.21 * len(found), 2, sharey=True)
-    parts = {key: [_part(row[key]) for row in found] for key in TITLES}
+    parts = {
+        key: [row[key]["fused"] / (row[key]["eager"] or math.nan) for row in found]
+        for key in TITLES
+    }
     right = max(1.0, *(part for line in parts.values() for part in line if not math.isnan(part)))
     for axis, (key, title) in zip(axes[0], TITLES.items(), strict=True):
         bars(axis, [1.0] * len(found), [PALE], 0.8)
@@ -44,10 +47,6 @@ def memory(results: Results) -> Any:
     dtype = MAIN_DTYPE[results["device"]]
     figure.suptitle(f"Memory of fused (blue) as a part of eager's (grey), {dtype}{more}")
     return figure
-
-
-def _part(found: dict[str, int]) -> float:
-    return found["fused"] / found["eager"] if found["eager"] else math.nan
 
 
 def host_rows(results: Results) -> list[Row]:

@@ -240,13 +240,10 @@ def host_table(rows: list[Row]) -> Table:
 def loss_table(rows: list[Row]) -> Table:
     """Each contender that is faster by more than noise, the worst loss first."""
     lost = [(row["ratios"][name], name, row) for row in rows for name in row["slower_than"]]
-    body = [
-        [row["case"], row["dtype"], brief(row["mode"]), name, *_lost(found)]
-        for found, name, row in sorted(lost, key=lambda entry: entry[0]["median"])
-    ]
+    body = []
+    for found, name, row in sorted(lost, key=lambda entry: entry[0]["median"]):
+        low, middle, high = (digits(found[key]) for key in ("q1", "median", "q3"))
+        line = [row["case"], row["dtype"], brief(row["mode"]), name]
+        body.append([*line, middle + SLOWER, f"{low}-{high}"])
     head = ["layer", "dtype", "mode", "against", "ratio", "quartiles"]
     return Table("Where it loses", head, body, left=4, note="the worst first")
-
-
-def _lost(found: dict[str, float]) -> list[str]:
-    return [digits(found["median"]) + SLOWER, f"{digits(found['q1'])}-{digits(found['q3'])}"]
