@@ -123,7 +123,7 @@ def test_pytest_tests_collects_no_benchmark() -> None:
     assert 'testpaths = ["tests"]' in settings
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", ROOMS, ids="of-{}".format)  # "gpu" alone is a mark
 def test_no_import_runs_up_the_rooms(room: str) -> None:
     """measure knows no other room, report measure alone; gpu and scaling know both."""
     allowed = {room, *ROOMS[: min(ROOMS.index(room), 2)]}
