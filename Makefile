@@ -32,7 +32,7 @@ bench-check: $(VENV)/built ## has fused become slower against eager? Times, and 
 	$(PY) -m bench check $(ARGS)
 
 gpu-check: ## build, test and measure on this GPU, with the Python at hand and no network (9 minutes)
-	$(PYTHON) -m bench.gpu_check $(ARGS)
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 mutate: $(VENV)/built ## break the kernels on purpose and count how many breaks the tests catch
 	$(PY) tests/mutate.py

@@ -9,26 +9,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-COMMANDS = {"report": "report", "scaling": "scaling", "check": "guard"}
+COMMANDS = {"report": "report.command", "scaling": "scaling.command", "check": "report.guard"}
 LAYERS = Path(__file__).with_name("test_layers.py")
 QUIET = ("-q", "--no-header", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider")
-EPILOG = """other commands: `report` makes tables, pictures and a page of a results file, `scaling`
-predicts from its ceilings, `check` compares ratios with bench/baseline.json; each has a --help.
-Other options go to pytest, those of pytest-benchmark among them: --benchmark-json FILE."""
-
-
-def parser() -> argparse.ArgumentParser:
-    from .run import OPTIONS
-
-    found = argparse.ArgumentParser(
-        prog="python -m bench",
-        epilog=EPILOG,
-        allow_abbrev=False,
-        description="Times fused layers against eager torch, torch.compile and the bare product.",
-    )
-    for name, settings in OPTIONS.items():
-        found.add_argument(name, **settings)
-    return found
+DESCRIPTION = "Times fused layers against eager torch, torch.compile and the bare product."
+EPILOG = """other commands: `report` makes tables and pictures of a results file, `scaling` predicts
+from its ceilings, `check` compares ratios with bench/baseline.json; each has a --help. Other
+options go to pytest, those of pytest-benchmark among them: --benchmark-json FILE."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,9 +24,15 @@ def main(arguments: list[str] | None = None) -> int:
         module = importlib.import_module(f"bench.{COMMANDS[arguments[0]]}")
         return module.main(arguments[1:]) or 0
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler misses the GPU aloud
-    parser().parse_known_args(arguments)
     import pytest
 
+    from .measure.run import OPTIONS
+
+    texts = {"prog": "python -m bench", "description": DESCRIPTION, "epilog": EPILOG}
+    parser = argparse.ArgumentParser(allow_abbrev=False, **texts)
+    for name, settings in OPTIONS.items():
+        parser.add_argument(name, **settings)
+    parser.parse_known_args(arguments)
     loads = find_spec("pytest_benchmark") and not os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
     quiet = [*QUIET, *(["--benchmark-quiet"] if loads else [])]  # its table has a row for each row
     return int(pytest.main([str(LAYERS), *quiet, *arguments]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .run import OPTIONS, Run, line, losses
+from .measure.run import OPTIONS, Run, line, losses
 
 RUN = pytest.StashKey[Run]()
 
@@ -41,11 +41,10 @@ def layers(pytestconfig: pytest.Config) -> Run:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Iterator[Any]:
     """Ceilings first, the file last; not in a fixture, where what is said is captured."""
-    run, names = session.config.stash[RUN], [getattr(i, "fixturenames", ()) for i in session.items]
-    rows = 0 if session.config.option.collectonly else sum("task" in each for each in names)
-    if not rows:
+    run, rows = session.config.stash[RUN], [i for i in session.items if hasattr(i, "callspec")]
+    if not rows or session.config.option.collectonly:
         return (yield)
-    run.writes &= bool(run.output) or rows == len(run.tasks)  # -k left some out, as --only does
+    run.writes &= bool(run.output) or len(rows) == len(run.tasks)  # -k left some out, as --only
     run.start()
     result = yield
     path = run.finish()
@@ -71,15 +70,15 @@ def tell(item: Any, row: dict[str, Any]) -> None:
     """The row's line, in red if fused loses; pytest leaves colours out where none are wanted."""
     run, task = item.config.stash[RUN], item.callspec.params["task"]
     place = f"{run.tasks.index(task) + 1:3}/{len(run.tasks)} {run.seconds_spent():4.0f} s  "
-    writer = item.config.get_terminal_writer()
-    writer.line(place + line(task, row), red=bool(losses([row])))
+    lost = bool(losses([row]))
+    item.config.get_terminal_writer().line(place + line(task, row), red=lost)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     rows = config.stash[RUN].results["rows"]
     if rows:
-        found = losses(rows)
+        lost = losses(rows)
         told = "Where fused is slower than eager or torch.compile by more than noise:"
-        terminalreporter.write_line(told + ("" if found else " nowhere"))
-        for text in found:
+        terminalreporter.write_line(told + ("" if lost else " nowhere"))
+        for text in lost:
             terminalreporter.write_line(f"* {text}", red=True)

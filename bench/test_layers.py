@@ -12,21 +12,15 @@ from typing import Any
 
 import pytest
 
-from .cases import Task
-from .run import Run
+from .measure.cases import Task
+from .measure.run import Run
+
+now = [0.0]
 
 
-class Replay:
+def replay() -> float:
     """A clock that stands still but for the seconds it is given."""
-
-    now = 0.0
-    __name__ = "replay"  # pytest-benchmark asks for it
-
-    def __call__(self) -> float:
-        return self.now
-
-
-replay = Replay()
+    return now[0]
 
 
 @pytest.mark.benchmark(timer=replay)
@@ -44,7 +38,7 @@ def test_layer(task: Task, layers: Run, request: pytest.FixtureRequest) -> None:
     seconds = iter([each["fused"] for each in rounds])
 
     def advance() -> None:
-        replay.now += next(seconds)
+        now[0] += next(seconds)
 
     if not request.config.pluginmanager.hasplugin("pytest-benchmark"):
         return  # a machine for gpu-check may lack it; our own file has all that is measured

@@ -173,7 +173,7 @@ def bench(args: argparse.Namespace) -> int:
 
 def _full_bench(rest: list[str]) -> int:
     """Runs the benchmark of the source repository, which no wheel contains."""
-    if not (ROOT / "bench" / "cases.py").exists():
+    if not (ROOT / "bench" / "__main__.py").exists():
         console.error(
             "bench --full is not part of the installed package: clone the source repository and "
             "run `make bench` there; without --full it is short and runs here"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ import pytest
 import torch
 from _pytest._io import TerminalWriter
 
-from bench import agenda, ceilings, conftest, run, test_layers
+from bench import conftest, test_layers
 from bench.__main__ import main
-from bench.agenda import chosen, compiled
-from bench.cases import (
+from bench.measure import agenda, ceilings, run
+from bench.measure.agenda import chosen, compiled
+from bench.measure.cases import (
     CASES,
     DTYPES,
     FORMULAS,
@@ -35,13 +37,15 @@ from bench.cases import (
     Task,
     square,
 )
-from bench.counts import flops, traffic
-from bench.measure import compare, rates
-from bench.schema import check_results
+from bench.measure.contenders import RIVALS
+from bench.measure.counts import flops, traffic
+from bench.measure.form import check_results
+from bench.measure.row import PROTOCOL, compare, rates
 from results_sample import sample
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+ROOMS = ("measure", "report", "scaling", "gpu")  # inner ones first
 CEILINGS = {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": {"fp32": 0.1, "bf16": 0.2, "fp16": 0.001}}
 
 COUNTED = Case("counted", 37, 53)
@@ -119,14 +123,27 @@ def test_pytest_tests_collects_no_benchmark() -> None:
     assert 'testpaths = ["tests"]' in settings
 
 
+@pytest.mark.parametrize("room", ROOMS, ids="of-{}".format)  # "gpu" alone is a mark
+def test_no_import_runs_up_the_rooms(room: str) -> None:
+    """measure knows no other room, report measure alone; gpu and scaling know both."""
+    allowed = {room, *ROOMS[: min(ROOMS.index(room), 2)]}
+    files = list((ROOT / "bench" / room).glob("*.py"))
+    assert files
+    for file in files:
+        found = re.findall(r"^ *from \.\.(\w+)|\bbench\.(\w+)", file.read_text(), re.M)
+        named = {name for pair in found for name in pair if name in ROOMS}
+        assert named <= allowed, file
+
+
 def test_other_commands_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    for command, name in (("report", "report"), ("scaling", "scaling"), ("check", "guard")):
+    places = {"report": "report.command", "scaling": "scaling.command", "check": "report.guard"}
+    for command, name in places.items():
         module = ModuleType(f"bench.{name}")
         module.main = lambda rest, name=name: asked.append((name, rest)) or 3
         monkeypatch.setitem(sys.modules, f"bench.{name}", module)
         assert main([command, "--help", "x"]) == 3
-    assert asked == [(name, ["--help", "x"]) for name in ("report", "scaling", "guard")]
+    assert asked == [(name, ["--help", "x"]) for name in places.values()]
 
 
 # The form of the file.
@@ -163,18 +180,27 @@ def test_a_wrong_file_is_told(change: Any, told: str) -> None:
 
 def test_slower_are_those_beyond_noise() -> None:
     rounds = [{"fused": 1.0, "eager": 0.9, "compile": 0.99, "matmul": 0.5} for _ in range(9)]
-    assert compare(rounds, calm=True)["slower_than"] == ["eager"]
-    assert compare(rounds, calm=False)["slower_than"] == []
-    assert compare(rounds, calm=True)["ratios"]["matmul"]["median"] == 0.5
+    assert compare(rounds, True, RIVALS)["slower_than"] == ["eager"]
+    assert compare(rounds, False, RIVALS)["slower_than"] == []
+    assert compare(rounds, True, RIVALS)["ratios"]["matmul"]["median"] == 0.5
     for r in rounds[:3]:
         r["eager"] = 1.5
-    assert compare(rounds, calm=True)["slower_than"] == [], "its upper quartile is above 1"
+    assert compare(rounds, True, RIVALS)["slower_than"] == [], "its upper quartile is above 1"
+
+
+def test_the_protocol_says_what_each_number_is() -> None:
+    row = sample()["rows"][2]
+    for key in ("rounds", "calm", "times_us", "ratios", "slower_than", "flops", "bytes"):
+        assert key in row and len(PROTOCOL[key]) > 10
+    for key in ("saved_bytes", "peak_bytes", "launches", "host_us"):
+        assert key in row and "  " not in PROTOCOL[key] and PROTOCOL[key][-1] == "."
+    assert set(RIVALS) <= PROTOCOL["contenders"].keys()
 
 
 def test_shares_are_of_the_measured_ceilings() -> None:
     task, seconds = Task(COUNTED, "bf16", INFERENCE), 1e-5
     row = rates(task, [{"fused": seconds}], CEILINGS)
-    assert row["gb_per_s"] == pytest.approx(traffic(task, 2) / seconds / 1e9)
+    assert row["gb_per_s"] == pytest.approx(traffic(task) / seconds / 1e9)
     assert row["copy_share"] == pytest.approx(row["gb_per_s"] / 10.0)
     assert row["matmul_share"] == pytest.approx(flops(task) / seconds / 1e12 / 0.2)
 
@@ -228,7 +254,7 @@ def test_the_agenda_has_every_row_once(device: str) -> None:
         for dtype in case.dtypes:
             modes = {task.mode for task in tasks if task[:2] == (case, dtype)}
             assert modes >= {*case.modes} and modes <= {*MODES}
-            assert (GRAPH in modes) == (device == "cuda" and not case.host)
+            assert (GRAPH in modes) == (device == "cuda" and case.group != "host")
     assert {(case.rows, case.features) for case in SQUARES} == {
         (m, n) for m in ROWS for n in WIDTHS
     }

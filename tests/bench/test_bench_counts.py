@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bench import contenders
-from bench.cases import FORMULAS, GRAPH, INFERENCE, MLP, STEP, TINY, Case, Job, Task
-from bench.counts import flops, launches, peak_bytes, saved_bytes, traffic
-from bench.measure import Options, check, measure
+from bench.measure import contenders
+from bench.measure.cases import FORMULAS, GRAPH, INFERENCE, MLP, STEP, TINY, Case, Job, Task
+from bench.measure.counts import flops, launches, peak_bytes, traffic
+from bench.measure.row import Options, measure
+from fusedres.tools.bench import check, saved_bytes
 
 CPU = torch.device("cpu")
 FP32 = 4  # bytes
@@ -28,15 +27,15 @@ def test_flops_and_bytes_against_a_count_by_hand() -> None:
     assert flops(forward) == 2 * M * K * K and flops(step) == 6 * M * K * K
     x = y = M * K
     parameters = K * K + K + 2 * K  # weight, bias, gamma, beta
-    assert traffic(forward, FP32) == FP32 * (x + y + parameters)
-    assert traffic(step, 2) == 3 * 2 * (x + y + parameters)
+    assert traffic(forward) == FP32 * (x + y + parameters)
+    assert traffic(step._replace(dtype="bf16")) == 3 * 2 * (x + y + parameters)
     other = Case("other", M, K, "bert-output", residual=True, activation=None)
-    assert traffic(Task(other, "bf16", INFERENCE), 2) == 2 * (x + x + y + parameters)
+    assert traffic(Task(other, "bf16", INFERENCE)) == 2 * (x + x + y + parameters)
     rms = Case("rms", M, K, norm="rms")
-    assert traffic(Task(rms, "fp32", INFERENCE), FP32) == FP32 * (x + y + parameters - K)
+    assert traffic(Task(rms, "fp32", INFERENCE)) == FP32 * (x + y + parameters - K)
     block, h = Task(BLOCK, "fp32", INFERENCE), M * 71
     assert flops(block) == 2 * 2 * M * K * 71
-    assert traffic(block, FP32) == FP32 * (x + y + 2 * h + 2 * 71 * K + 71 + K + 2 * K)
+    assert traffic(block) == FP32 * (x + y + 2 * h + 2 * 71 * K + 71 + K + 2 * K)
 
 
 @pytest.mark.parametrize("case", [COUNTED, BLOCK, Case("rms", M, K, norm="rms"), TINY])
@@ -44,7 +43,7 @@ def test_parameters_are_all_counted(case: Case) -> None:
     """bytes(M rows) - bytes(0 rows of x) is what the parameters take."""
     parameters = sum(p.numel() for p in Job(case, "fp32", CPU).parameters)
     empty = Case("empty", 0, case.features, case.order, case.norm, hidden=case.hidden)
-    assert traffic(Task(empty, "fp32", INFERENCE), 1) == parameters
+    assert traffic(Task(empty, "fp32", INFERENCE)) == FP32 * parameters
 
 
 def test_saved_bytes_of_eager_and_fused() -> None:
@@ -52,8 +51,8 @@ def test_saved_bytes_of_eager_and_fused() -> None:
     job = Job(COUNTED, "fp32", CPU)
     z, vector = M * K * FP32, M * FP32
     eager = 2 * z + 2 * vector
-    assert saved_bytes(job.eager, job) == eager
-    fused = saved_bytes(job.fused, job)
+    assert saved_bytes(job.eager, *job.inputs) == eager
+    fused = saved_bytes(job.fused, *job.inputs)
     assert fused == eager if job.backend == "reference" else 0 < fused <= eager / 2
 
 
@@ -101,14 +100,14 @@ def test_the_bare_product_is_as_many_products(case: Case, products: int) -> None
 def test_the_hand_written_baseline_is_the_layer(order: str) -> None:
     hidden = 29 if order == MLP else None
     case = Case("small", 33, 17, order, residual=not hidden, hidden=hidden)
-    assert check(Job(case, "fp32", CPU)) == []
+    assert check(Job(case, "fp32", CPU)) is None
 
 
 def test_the_check_finds_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(COUNTED, "fp32", CPU)
     job.fused.register_forward_hook(lambda _module, _inputs, y: y * 1.001)
-    assert any(line.startswith("y has RMS error") for line in check(job))
-    monkeypatch.setattr("bench.measure.wrong", lambda *task: ["y has RMS error 1"])
+    assert str(check(job)).startswith("y has RMS error")
+    monkeypatch.setattr("bench.measure.row.wrong", lambda *task: "y has RMS error 1")
     with pytest.raises(ArithmeticError, match=r"nothing is timed: y has RMS error 1"):
         measure(Task(COUNTED, "fp32", INFERENCE), Options(CPU, 0.0, CEILINGS))
 
@@ -143,35 +142,6 @@ def test_a_named_backend_runs_the_same_parameters() -> None:
         assert own.backend == "auto"
         assert {*map(id, twin.parameters())} == {*map(id, job.parameters)}
         torch.testing.assert_close(twin(*job.inputs), job.fused(*job.inputs))
-
-
-def test_liger_s_norm_takes_the_layer_s_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    class LigerLayerNorm(nn.LayerNorm):
-        """The signature of Liger-Kernel 0.5 to 0.7."""
-
-        def __init__(self, hidden_size: int, eps: float = 1e-6, bias: bool = False) -> None:
-            super().__init__(hidden_size, eps=eps, bias=bias)
-
-    module = ModuleType("liger_kernel.transformers.layer_norm")
-    module.LigerLayerNorm = LigerLayerNorm
-    for name in ("liger_kernel", "liger_kernel.transformers", module.__name__):
-        monkeypatch.setitem(sys.modules, name, module)
-    job = Job(COUNTED, "fp32", CPU)
-    liger = job.eager_with(contenders._liger(job))
-    assert liger.norm.weight is job.norm.weight and liger.norm.bias is job.norm.bias
-    torch.testing.assert_close(liger(*job.inputs), job.eager(*job.inputs), rtol=0, atol=0)
-    with pytest.raises(NotImplementedError, match="only RMSNorm"):
-        contenders._quack(job)
-
-
-def test_quack_s_norm_takes_the_layer_s_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("quack")
-    module.rmsnorm = lambda x, weight, eps: nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
-    monkeypatch.setitem(sys.modules, "quack", module)
-    job = Job(Case("rms", M, K, norm="rms"), "fp32", CPU)
-    quack = job.eager_with(contenders._quack(job))
-    assert [*map(id, quack.parameters())] == [*map(id, job.parameters)]
-    torch.testing.assert_close(quack(*job.inputs), job.eager(*job.inputs), rtol=0, atol=0)
 
 
 def test_a_contender_that_cannot_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,25 @@ from typing import Any
 import pytest
 import torch
 
-from bench import agenda, contenders, gpu_check, gpu_goals, gpu_steps, graphs, machine, measure
-from bench.cases import GRAPH, GRAPHS, INFERENCE, MLP, RECORD_GRAPH, STEP, Case, Job, Task, square
-from bench.gpu_goals import GOALS, MEMORY, SAVED, Goal, judge, tasks
-from bench.schema import check_results
+from bench.gpu import __main__ as gpu_check
+from bench.gpu import steps as gpu_steps
+from bench.measure import agenda, contenders, graphs, machine
+from bench.measure import goals as gpu_goals
+from bench.measure import row as measure
+from bench.measure.cases import (
+    GRAPH,
+    GRAPHS,
+    INFERENCE,
+    MLP,
+    RECORD_GRAPH,
+    STEP,
+    Case,
+    Job,
+    Task,
+    square,
+)
+from bench.measure.form import check_results
+from bench.measure.goals import GOALS, MEMORY, SAVED, Goal, judge, tasks
 from fusedres import backends
 from fusedres.spec import Spec
 
@@ -66,7 +81,7 @@ def test_results_go_where_they_are_asked_to(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_exits_with_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.gpu_check", f"--out={tmp_path / 'out'}"]
+    command = [sys.executable, "-m", "bench.gpu", f"--out={tmp_path / 'out'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == gpu_check.NO_GPU == 2
     assert "no GPU" in done.stderr and torch.__version__ in done.stderr
@@ -599,7 +614,7 @@ def test_a_contender_that_fails_is_told_and_the_others_are_timed(
 
 
 def test_wrong_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "wrong", lambda *task: ["y has RMS error 1"])
+    monkeypatch.setattr(measure, "wrong", lambda *task: "y has RMS error 1")
     clock = FakeClock()
     with pytest.raises(ArithmeticError, match="y has RMS error 1"):
         measure.measure(Task(square(9, 16), "bf16", GRAPH), OPTIONS, clock)
@@ -627,7 +642,7 @@ def test_inputs_exceed_L2(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows, features in ((65536, 64), (4096, 1024), (65536, 4096)):
         task = Task(square(rows, features), "bf16", GRAPH)
         copies = graphs.copies(task, gpu)
-        assert copies * measure.traffic(task, 2) >= 2 * L2
+        assert copies * measure.traffic(task) >= 2 * L2
         assert (copies == 1) == (features == 4096) and graphs.copies(task, CPU) == 1
     assert graphs.copies(Task(square(256, 64), "bf16", GRAPH), gpu) == graphs.MOST_CALLS
     assert graphs.copies(gpu_goals.HOSTS[0], gpu) == 1

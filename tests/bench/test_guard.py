@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from bench import callgrind, guard
-from bench.guard import BASELINE, compare_counts, compare_times, main, watched
+from bench.measure import callgrind
+from bench.report import guard
+from bench.report.guard import BASELINE, compare_counts, compare_times, main, watched
 from fusedres.backends import native
 
 ROW = str(watched()[0])

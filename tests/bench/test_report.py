@@ -1,4 +1,4 @@
-"""README, pictures and pages say what the results files say."""
+"""README and pictures say what the results files say."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from bench import page, pictures, report, results_file
+from bench.measure import results_file
+from bench.report import command as report
+from bench.report import pictures
+from bench.report.markdown import replace_part
 from results_sample import FORWARD, find, sample
 
 Results = dict[str, Any]
-PICTURE_BYTES, PAGE_BYTES = 150_000, 800_000  # what a README and a browser load at once
+PICTURE_BYTES = 150_000  # what a README loads at once
 
 
 @pytest.fixture
@@ -31,7 +34,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bench" / "results"
     folder.mkdir(parents=True)
     readme = tmp_path / "README.md"
-    readme.write_text(f"# before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    begin, end = report.MARKERS
+    readme.write_text(f"# before\n\n{begin}\nold\n{end}\n\nafter\n")
     monkeypatch.setattr(report, "RESULTS", folder)
     monkeypatch.setattr(report, "README", readme)
     return tmp_path
@@ -52,10 +56,12 @@ def committed() -> dict[str, Results]:
 
 
 def test_readme_says_what_the_newest_results_say() -> None:
-    text = report.README.read_text(encoding="utf-8")
     folder = results_file.RESULTS.relative_to(report.ROOT)
-    fresh = report.replace_part(text, report.render(committed(), folder=folder))
-    assert text == fresh, "README is out of date: python -m bench report --write"
+    part = report.render(committed(), folder=folder)
+    fresh = replace_part(report.README, report.MARKERS, part)
+    assert report.README.read_text(encoding="utf-8") == fresh, (
+        "README is out of date: python -m bench report --write"
+    )
 
 
 def test_pictures_are_drawn_from_the_newest_results() -> None:
@@ -83,9 +89,7 @@ def speed_claims(text: str) -> list[str]:
 
 def test_the_prose_of_readme_claims_no_speed_in_numbers() -> None:
     """Numbers stand in the generated part, where they cannot drift."""
-    text = report.README.read_text(encoding="utf-8")
-    prose = report.replace_part(text, "")
-    assert speed_claims(prose) == []
+    assert speed_claims(replace_part(report.README, report.MARKERS, "")) == []
 
 
 def test_a_claim_in_prose_would_be_found() -> None:
@@ -129,15 +133,15 @@ def test_report_prints_the_file_it_is_given(
 def test_markers_must_be_there(site: Path, cpu: Results) -> None:
     put(site, cpu)
     report.README.write_text("no markers")
-    with pytest.raises(SystemExit, match="README has no <!-- bench:begin -->"):
+    with pytest.raises(SystemExit, match=r"README\.md has no <!-- bench:begin -->"):
         report.main(["--write"])
     assert not list(report.RESULTS.glob("*.png")), "nothing is drawn where it cannot be shown"
-    report.README.write_text(f"{report.END} {report.BEGIN}")
+    report.README.write_text(" ".join(reversed(report.MARKERS)))
     with pytest.raises(SystemExit, match="after it"):
         report.main(["--write"])
 
 
-def test_write_makes_readme_pictures_and_a_page_and_changes_nothing_twice(
+def test_write_makes_readme_and_pictures_and_changes_nothing_twice(
     site: Path, cpu: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pictures, "DPI", 30)  # nobody looks at them
@@ -147,7 +151,7 @@ def test_write_makes_readme_pictures_and_a_page_and_changes_nothing_twice(
     first = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
     names = [f"cpu-{picture.name}.png" for picture in pictures.PICTURES]
     drawn = [report.RESULTS / name for name in names]
-    assert set(first) == {report.README, file, file.with_suffix(".html"), *drawn}
+    assert set(first) == {report.README, file, *drawn}
 
     text = report.README.read_text(encoding="utf-8")
     assert text.startswith("# before\n\n") and text.endswith("\n\nafter\n") and "old" not in text
@@ -166,7 +170,7 @@ def test_write_takes_a_file_over(
     elsewhere = results_file.save(cpu, tmp_path_factory.mktemp("elsewhere") / "mine.json")
     report.main([str(elsewhere), "--write"])
     path = report.RESULTS / f"{results_file.name(cpu)}.json"
-    assert results_file.load(path) == cpu and path.with_suffix(".html").is_file()
+    assert results_file.load(path) == cpu
     assert "### CPU" in report.README.read_text(encoding="utf-8")
 
 
@@ -188,17 +192,18 @@ def test_pictures_know_when_they_are_stale(drawn: dict[str, list[Path]], device:
     assert pictures.stamp(drawn[device][0]) != pictures.digest(results)
 
 
-def test_a_page_needs_nothing_from_elsewhere(
-    tmp_path: Path, drawn: dict[str, list[Path]], gpu: Results
+def test_every_row_and_all_that_is_said_of_it_can_be_printed(
+    site: Path, gpu: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpu["protocol"]["note"] = "<script>alert(1)</script>"
-    gpu["goals"] = [{"goal": "a", "row": "b", "bound": "<= 1", "value": None, "met": None}]
     find(gpu, "digits", "fp32", FORWARD)["slower_than"] = ["eager"]
-    path = page.write(gpu, drawn["cuda"], tmp_path)
-    text = path.read_text(encoding="utf-8")
-    assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
-    assert text.count("data:image/png;base64,") == 4
-    assert "alert(1)</script>" not in text
-    assert "<td class=bad>" in text
-    assert "<td>not measured</td>" in text
-    assert len(text) < PAGE_BYTES
+    gpu["not_measured"] = [{"case": "a", "dtype": "b", "mode": "c", "why": "none"}]
+    report.main([str(put(site, gpu)), "--full"])
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    for row in gpu["rows"]:
+        words = [row[key] for key in ("case", "dtype", "mode", "backend")]
+        cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+        [line] = [each for each in cells if [each[1], *each[4:7]] == words]
+        assert f"{row['ratios']['eager']['median']:.2f}" in [cell.rstrip("▼") for cell in line]
+        assert any(cell.endswith("▼") for cell in line) == bool(row["slower_than"])
+    assert "* none (1 row): a b, c" in text

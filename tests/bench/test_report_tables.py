@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from bench import pictures, report, section
-from bench.cells import COMPILED, SLOWER, UNMEASURED, ratio, select
-from bench.every_row import full_tables
-from bench.schema import check_results
+from bench.measure.form import check_results
+from bench.report import command as report
+from bench.report import pictures, section
+from bench.report.rows import select
+from bench.report.tables import COMPILED, SLOWER, UNMEASURED, full_tables, ratio
 from results_sample import FORWARD, GRAPH, RECORD, STEP, find, sample
 
 Results = dict[str, Any]
@@ -126,7 +127,7 @@ def test_losses_of_dtypes_that_readme_leaves_out_are_listed(cpu: Results) -> Non
     assert any(line["layer"] == ["digits"] and line["dtype"] == ["bf16"] for line in lost)
 
 
-def test_what_was_not_measured_is_told_in_short_and_on_the_page_in_full(cpu: Results) -> None:
+def test_what_was_not_measured_is_told_in_short_and_with_every_row_in_full(cpu: Results) -> None:
     cpu["not_measured"] = [
         {"case": f"square-{n}", "dtype": dtype, "mode": STEP, "why": f"it takes about {n / 4} s"}
         for n in range(1, 10)
@@ -140,6 +141,7 @@ def test_what_was_not_measured_is_told_in_short_and_on_the_page_in_full(cpu: Res
     assert f"**Not measured:**\n\n{told}" in section.section(cpu)
     [line] = section.unmeasured(cpu, brief=False)
     assert line.count(";") == 17 and "square-9 bf16, forward + backward" in line
+    assert line in section.section(cpu, full=True)
 
 
 def test_a_contender_that_did_not_run_is_told(cpu: Results) -> None:

@@ -9,16 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from bench import counts, exchange, model, scaling
-from bench.cases import HOST, INFERENCE, STEP, Case, Job
-from bench.model import Layer, Machine, kernels, seconds
-from bench.results_file import RESULTS, load, newest
+from bench.measure import counts
+from bench.measure.cases import HOST, INFERENCE, STEP, Case, Job
+from bench.measure.results_file import RESULTS, load, newest
+from bench.report.markdown import replace_part
+from bench.scaling import command as scaling
+from bench.scaling import exchange, model
+from bench.scaling.model import Layer, Machine, kernels, seconds
+from fusedres.tools.bench import saved_bytes
 from results_sample import sample
 
 CPU = torch.device("cpu")
 M, K, N = 37, 53, 29
 FP32 = 4  # bytes
-IDEAL = Machine("cuda", "ideal", 1e12, {"fp32": 1e14}, 0.0, "made up", {}, link=1e11)
+IDEAL = Machine("cuda", "ideal", "made up", 1e12, {"fp32": 1e14}, 0.0, link=1e11)
 ORDERS = ("note", "resnet-v1", "preact", "prenorm", "postnorm", "bert-output", "linear-norm-add")
 
 
@@ -29,10 +33,10 @@ def test_saved_bytes_are_those_of_real_layers(order: str, norm: str) -> None:
         for dtype in ("fp32", "bf16"):
             job = Job(Case("saved", M, K, order, norm, activation, residual=True), dtype, CPU)
             layer = Layer(M, K, K, order, norm, activation, dtype, residual=True)
-            eager = counts.saved_bytes(job.eager, job)
+            eager = saved_bytes(job.eager, *job.inputs)
             assert model.saved_bytes(layer, "eager", "cpu") == eager, (activation, dtype)
             if job.backend != "reference":
-                fused = counts.saved_bytes(job.fused, job)
+                fused = saved_bytes(job.fused, *job.inputs)
                 assert model.saved_bytes(layer, "fused", "cpu") == fused, (activation, dtype)
 
 
@@ -190,7 +194,8 @@ def test_what_is_not_measured_is_called_so() -> None:
 def test_write_replaces_its_part_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "scaling.md"
     monkeypatch.setattr(scaling, "PAGE", page)
-    page.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
+    begin, end = scaling.MARKERS
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     assert scaling.main(["--write"]) == 0
     once = page.read_text()
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
@@ -203,7 +208,5 @@ def test_write_replaces_its_part_only(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_page_agrees_with_the_newest_results() -> None:
     found = {device: load(path) for device, path in newest(RESULTS).items()}
-    text = scaling.PAGE.read_text()
-    assert scaling.replace_part(text, scaling.render(found)) == text, (
-        "stale: run `python -m bench scaling --write`"
-    )
+    fresh = replace_part(scaling.PAGE, scaling.MARKERS, f"\n{scaling.render(found)}\n")
+    assert scaling.PAGE.read_text() == fresh, "stale: run `python -m bench scaling --write`"

@@ -2,7 +2,7 @@
 streams, graphs, more than 2^31 elements, memory.
 
 Triton's kernels always run once before a CUDA graph is captured: compiling one loads a module,
-which a capture does not allow. bench/gpu_steps.py takes tests apart by what stands in their names
+which a capture does not allow. bench/gpu/steps.py takes tests apart by what stands in their names
 and parameters: "cuda" for the CUDA C++ backend, "hopper" for its Hopper kernels.
 """
 
@@ -42,7 +42,7 @@ DEVICE = "cuda"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NORMS = ((None, True), ("layer", True), ("rms", True), ("batch", False), ("batch", True))
 CALLS, REPLAYS, ROUNDS, STEPS = 1000, 100, 50, 1000
-SANITIZER = os.environ.get("FUSEDRES_SANITIZER") == "1"  # bench/gpu_check.py: only the kernels run
+SANITIZER = os.environ.get("FUSEDRES_SANITIZER") == "1"  # bench/gpu: only the kernels run
 MANY = 2**31  # elements, beyond what 32 bits can count
 
 # What makes the planner choose a family whatever the sizes.

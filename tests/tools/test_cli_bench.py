@@ -205,11 +205,11 @@ def test_every_activation_passes_the_check():
 def test_saved_bytes(native):
     M, N = 64, 48
     job = Job(Case(M, N, N), "fp32", CPU)
-    assert bench.saved_bytes(job.fused, job.x) == M * N * 4  # z; x lives anyway
+    assert bench.saved_bytes(job.fused, *job.inputs) == M * N * 4  # z; x lives anyway
     stats = 2 * M * 4
-    assert bench.saved_bytes(job.eager, job.x) == 2 * M * N * 4 + stats  # z and layer_norm(z)
+    assert bench.saved_bytes(job.eager, *job.inputs) == 2 * M * N * 4 + stats  # z and layer_norm(z)
     job = Job(Case(M, N, N, "linear-add", None, None), "fp32", CPU)
-    assert bench.saved_bytes(job.eager, job.x) == 0
+    assert bench.saved_bytes(job.eager, *job.inputs) == 0
     assert bench_report.cells(bench.measure(job, "fp32", STEP, 0.0))[-1] == ""  # nothing to divide
 
 

@@ -1,0 +1,140 @@
+"""Everything that is owed on a GPU, in one command of less than nine minutes: `make gpu-check`.
+
+Builds the extension in place, runs the tests that need a GPU, compute-sanitizer over a few of
+them, and `python -m bench`, the rows of the goals first. Exit code: 0; 1 where something failed; 2
+without a GPU. A goal that is missed is no failure.
+
+Four files come of it, written anew after every step, the benchmark's after every row, so that a run
+that is cut off leaves what it found: benchmark.json, a results file as of `python -m bench`;
+gpu-check.json, the same with steps and goals; summary.md; logs.tar.gz with every log and junit XML.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from ..measure import results_file
+from ..measure.goals import judge
+from ..measure.results_file import Results
+from ..measure.run import losses
+from ..report.markdown import table
+from .steps import RESULTS_FILE, SECONDS, VERDICTS, Check, Found
+
+NO_GPU = 2
+TOTAL = sum(SECONDS.values())
+REPORT, SUMMARY, LOGS = "gpu-check.json", "summary.md", "logs.tar.gz"
+GOAL_VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
+
+
+def combine(out: Path, found: Found, commit: str) -> Results:
+    """The benchmark's results file, or an empty one if none was written, with steps and goals."""
+    path, device = out / RESULTS_FILE, torch.device("cuda")
+    results = results_file.load(path) if path.exists() else results_file.collect(device)
+    results["commit"] = commit or results["commit"]
+    return results | {"steps": found, "goals": judge(results["rows"])}
+
+
+def write(out: Path, work: Path, commit: str, found: Found) -> str:
+    """Everything but the benchmark's file; returns the summary."""
+    results = combine(out, found, commit)
+    summary = text(results)
+    _replace(out / REPORT, lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
+    _replace(out / SUMMARY, lambda part: part.write_text(summary + "\n"))
+    _replace(out / LOGS, partial(_archive, work))
+    return summary
+
+
+def _replace(path: Path, make: Callable[[Path], object]) -> None:
+    """Never half of a file."""
+    part = path.with_name(f".{path.name}.part")
+    make(part)
+    part.replace(path)
+
+
+def _archive(work: Path, path: Path) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for file in sorted(work.iterdir()):
+            archive.add(file, f"logs/{file.name}")
+
+
+def text(results: Results) -> str:
+    """The summary: device, steps, goals, and where fused is slower."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    found, steps = results["machine"] | results["clocks"], results["steps"]
+    device = ", ".join(f"{name} {value}" for name, value in found.items() if name != "gpu")
+    body = [[s["step"], VERDICTS[s["ok"]], f"{s['seconds']:.0f} s", s["told"]] for s in steps]
+    parts = [
+        f"{found['gpu']} ({device}); {versions}; commit {results['commit']}, {results['date']}",
+        table(["step", "result", "time", "found"], body, left=4),
+    ]
+    failed = [f"* {name}" for s in steps for name in s.get("failed", [])]
+    parts += ["\n".join(["Failed tests:", *failed])] if failed else []
+    if results["rows"]:
+        body = []
+        for goal in results["goals"]:
+            value = "" if goal["value"] is None else f"{goal['value']:.2f}"
+            words = goal["goal"], goal["row"], goal["bound"], value
+            body.append([*words, GOAL_VERDICTS[goal["met"]]])
+        parts.append(table(["goal", "row", "bound", "found", ""], body, left=2))
+        lines = [f"* {line}" for line in losses(results["rows"])] or ["* nowhere"]
+        parts.append("\n".join(["Where fused is slower than eager or torch.compile:", *lines]))
+    return "\n\n".join(parts)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, names = parser.add_argument, list(SECONDS)
+    add("--out", type=Path, metavar="DIR", help="default: $OUT, or bench/results/gpu-...")
+    told = ", ".join(names)
+    add("--steps", nargs="+", choices=names, default=names, metavar="STEP", help=told)
+    add("--seconds", type=float, default=TOTAL, help=f"for all steps, default {TOTAL}")
+    add("--commit", default="", help="what git says, by default")
+    args = parser.parse_args(arguments)
+    args.steps = [name for name in names if name in args.steps]
+    if args.seconds <= 0:
+        parser.error(f"--seconds must be positive, got {args.seconds:g}")
+    return args
+
+
+def folder(asked: Path | None, device: str) -> Path:
+    own = results_file.RESULTS / f"gpu-{results_file.slug(device)}-{date.today().isoformat()}"
+    out = asked or Path(os.environ.get("OUT") or own)
+    out.mkdir(parents=True, exist_ok=True)
+    return out.resolve()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+        told = f"gpu-check: no GPU: torch {torch.__version__} (built with {built}) sees none"
+        print(told, file=sys.stderr)
+        return NO_GPU
+    out = folder(args.out, torch.cuda.get_device_name(0))
+    for name in (REPORT, SUMMARY, LOGS, RESULTS_FILE):  # of an earlier run
+        (out / name).unlink(missing_ok=True)
+    with TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as work:
+        report = partial(write, out, Path(work), args.commit)
+        found = Check(out, Path(work), args.steps, args.seconds, report).run()
+        summary = report(found)
+    print(f"\n{summary}\n\nWritten: {out}")
+    return int(any(step["ok"] is False for step in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A results file as tables and pictures; `check`, which compares with bench/baseline.json."""

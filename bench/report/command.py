@@ -1,0 +1,72 @@
+"""`python -m bench report`: results files as README's tables and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..measure.form import check_results
+from ..measure.results_file import RESULTS, ROOT, Results, load, name, newest, save
+from . import pictures
+from .markdown import replace_part
+from .section import section
+
+README = ROOT / "README.md"
+MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
+TITLES = {"cpu": "CPU", "cuda": "GPU"}
+MOST = 10  # complaints about a file
+
+
+def render(found: dict[str, Results], full: bool = False, folder: Path | None = None) -> str:
+    """README's generated part: each device, measured or not; with `folder`, its pictures."""
+    parts = []
+    for device, title in TITLES.items():
+        if device not in found:
+            parts.append(f"**{title}: not measured yet.**")
+            continue
+        links = pictures.links(found[device], folder) if folder else ""
+        parts.append(f"### {title}\n\n{section(found[device], links, full)}")
+    return "\n\n".join(parts)
+
+
+def write(found: dict[str, Results], readme: Path, folder: Path) -> list[Path]:
+    """README's generated part, and the pictures beside the results files."""
+    part = render(found, folder=folder.relative_to(readme.parent))
+    text = replace_part(readme, MARKERS, part)  # before drawing: it may refuse
+    drawn = [path for results in found.values() for path in pictures.draw(results, folder)]
+    readme.write_text(text, encoding="utf-8")
+    return [readme, *drawn]
+
+
+def read(path: Path) -> Results:
+    """A results file of the present form."""
+    results = load(path)
+    if wrong := check_results(results):
+        raise SystemExit("\n".join([f"bench report: {path} is no results file:", *wrong[:MOST]]))
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report",
+        description="Prints results as Markdown tables. Without FILE: the newest of each device.",
+    )
+    add = parser.add_argument
+    add("file", nargs="?", type=Path, metavar="FILE", help="a results file")
+    add("--full", action="store_true", help="print every row and column")
+    told = "take FILE over into bench/results, write the newest results of each device into "
+    add("--write", action="store_true", help=f"{told}README, and draw the pictures")
+    args = parser.parse_args(arguments)
+    asked = [read(args.file)] if args.file else []
+    if args.write:
+        for results in asked:
+            save(results, RESULTS / f"{name(results)}.json")
+        asked = []
+    found = asked or [read(path) for path in newest(RESULTS).values()]
+    by_device = {results["device"]: results for results in found}
+    print(render(by_device, args.full))
+    if args.write:
+        for path in write(by_device, README, RESULTS):
+            print(f"Written: {path}", file=sys.stderr)
+    return 0

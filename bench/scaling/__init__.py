@@ -1,0 +1,1 @@
+"""`python -m bench scaling`: what a layer should cost, by arithmetic."""
