@@ -116,14 +116,15 @@ struct Backward {
 
   // ---- dt
 
-  template <int kM, int kN>
-  __device__ __forceinline__ void copy(int step) const {
+  __device__ __forceinline__ void copy(int step, BlockSize tile_size) const {
+    const auto [rows, columns] = tile_size;
+    const int slot = step % kDepth;
     if (streamed())
-      copy_tile<T, kM, kBlockK<T>>(dz + step % kDepth * kM * kLineStride,
-                                   source<T>(out.dy, layer.M, layer.N), m0, step * kBlockK<T>);
-    copy_tile<T, kBlockK<T>, kN>(weight + step % kDepth * kBlockK<T> * kStride<T, kN>,
-                                 source<T>(layer.weight, layer.N, layer.K),
-                                 int64_t{step} * kBlockK<T>, k0);
+      copy_tile(dz + slot * rows * kLineStride, source<T>(out.dy, layer.M, layer.N), m0,
+                step * kBlockK<T>, rows, kBlockK<T>);
+    copy_tile(weight + slot * kBlockK<T> * (columns + kPack<T>),
+              source<T>(layer.weight, layer.N, layer.K), int64_t{step} * kBlockK<T>, k0, kBlockK<T>,
+              columns);
   }
 
   template <int kM, int kN>
@@ -133,7 +134,7 @@ struct Backward {
     static_assert(kM * Tile::kTileStride * sizeof(float) <= kDepth * kWeights * sizeof(T));
     Tile product;
     run_steps(
-        call.steps, [&](int step) { copy<kM, kN>(step); },
+        call.steps, [&](int step) { copy(step, {kM, kN}); },
         [&](int step) {
           product.step(dz + (streamed() ? step % kDepth : step) * kPanel,
                        weight + step % kDepth * kWeights);
@@ -180,10 +181,7 @@ struct Backward {
 
   __device__ __forceinline__ void run() {
     for (;;) {
-      if (call.product)
-        with_size<kAtOnce>(size, [&](auto m, auto n) {
-          begin_copies(call.steps, [&](int step) { copy<m.value, n.value>(step); });
-        });
+      if (call.product) begin_copies(call.steps, [&](int step) { copy(step, size); });
       if (tile == group && !streamed()) walk_z();
       if (!call.product) return;
       with_size<kAtOnce>(size, [&](auto m, auto n) { multiply<m.value, n.value>(); });

@@ -60,27 +60,24 @@ struct Forward {
   __device__ __forceinline__ bool streamed() const { return call.prologue.stages.count == 0; }
   __device__ __forceinline__ bool to_transform() const { return !streamed() && tile == group; }
 
-  template <int kM>
-  __device__ __forceinline__ void copy_x(int step, int slot) const {
+  __device__ __forceinline__ void copy_x(int step, int slot, int rows) const {
     const Source<T> from = source<T>(layer.x, layer.M, layer.K);
-    copy_tile<T, kM, kBlockK<T>>(x + slot * kM * kLineStride, from, m0, step * kBlockK<T>);
+    copy_tile(x + slot * rows * kLineStride, from, m0, step * kBlockK<T>, rows, kBlockK<T>);
   }
 
-  template <int kM, int kN>
-  __device__ __forceinline__ void copy(int step) const {
-    if (streamed()) copy_x<kM>(step, step % kDepth);
+  __device__ __forceinline__ void copy(int step, BlockSize tile_size) const {
+    if (streamed()) copy_x(step, step % kDepth, tile_size.m);
     const Source<T> from = source<T>(layer.weight, layer.N, layer.K);
-    copy_tile<T, kN, kBlockK<T>>(weight + step % kDepth * kN * kLineStride, from, n0,
-                                 step * kBlockK<T>);
+    copy_tile(weight + step % kDepth * tile_size.n * kLineStride, from, n0, step * kBlockK<T>,
+              tile_size.n, kBlockK<T>);
   }
 
-  template <int kM, int kN>
   __device__ __forceinline__ void begin() const {
     if (to_transform()) {
-      for (int step = 0; step < call.steps; ++step) copy_x<kM>(step, step);
+      for (int step = 0; step < call.steps; ++step) copy_x(step, step, size.m);
       cp_async_commit();
     }
-    begin_copies(call.steps, [&](int step) { copy<kM, kN>(step); });
+    begin_copies(call.steps, [&](int step) { copy(step, size); });
   }
 
   template <int kM, int kN>
@@ -90,7 +87,7 @@ struct Forward {
     static_assert(kM * Tile::kTileStride * sizeof(float) <= kDepth * kWeights * sizeof(T));
     Tile product;
     run_steps(
-        call.steps, [&](int step) { copy<kM, kN>(step); },
+        call.steps, [&](int step) { copy(step, {kM, kN}); },
         [&](int step) {
           product.step(x + (streamed() ? step % kDepth : step) * kPanel,
                        weight + step % kDepth * kWeights);
@@ -208,7 +205,7 @@ struct Forward {
   __device__ __forceinline__ void run() {
     const bool shared_rows = call.epilogue.over_rows && call.tiles > 1;
     for (;;) {
-      with_size<kAtOnce>(size, [&](auto m, auto n) { begin<m.value, n.value>(); });
+      begin();
       if (to_transform()) {
         cp_async_wait<kDepth - 1>();
         sync_threads();

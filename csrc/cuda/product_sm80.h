@@ -38,40 +38,58 @@ __device__ __forceinline__ Source<T> source(const Matrix& m, int64_t rows, int64
                           : static_cast<int>(sizeof(T))};
 }
 
-// 16 bytes, of which `count` elements exist; the others are 0.
+// The elements that exist of the 16 bytes at i, counted row by row, of the tile at (row, column).
 template <class T>
-__device__ __forceinline__ void copy_pack(T* to, const T* from, int count, int bytes) {
+struct Piece {
+  int to, count;  // where in shared memory
+  const T* from;
+};
+
+template <class T>
+__device__ __forceinline__ Piece<T> piece(const Source<T>& s, int64_t row, int column, int columns,
+                                          int i) {
+  const int packs = columns / kPack<T>, r = i / packs, c = i % packs * kPack<T>;
+  int count = row + r < s.rows ? s.columns - column - c : 0;
+  count = count < 0 ? 0 : count > kPack<T> ? kPack<T> : count;
+  const T* from = count > 0 ? s.data + (row + r) * s.stride + column + c : s.data;
+  return {r * (columns + kPack<T>)+c, count, from};
+}
+
+// copy_tile where no 16 bytes of the matrix may be taken at a time.
+template <class T>
+__device__ FUSEDRES_APART void copy_bits(T* tile, Source<T> s, int64_t row, int column, int rows,
+                                         int columns) {
   constexpr int kSize = sizeof(T);
-  if (bytes == 16) {
-    cp_async_16(to, from, count * kSize);
-  } else if (bytes == 4) {
+  for (int i = threadIdx.x; i < rows * columns / kPack<T>; i += kThreads) {
+    const auto [at, count, from] = piece(s, row, column, columns, i);
+    T* to = tile + at;
+    if (s.bytes == 4) {
 #pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-      const int left = count * kSize - i;
-      cp_async_4(to + i / kSize, left > 0 ? from + i / kSize : from,
-                 left < 0   ? 0
-                 : left > 4 ? 4
-                            : left);
+      for (int i = 0; i < 16; i += 4) {
+        const int left = count * kSize - i;
+        cp_async_4(to + i / kSize, left > 0 ? from + i / kSize : from,
+                   left < 0   ? 0
+                   : left > 4 ? 4
+                              : left);
+      }
+    } else {
+      Pack<T> pack;
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i) pack.v[i] = i < count ? from[i] : from_float<T>(0.0f);
+      *reinterpret_cast<Pack<T>*>(to) = pack;
     }
-  } else {
-    Pack<T> pack;
-#pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) pack.v[i] = i < count ? from[i] : from_float<T>(0.0f);
-    *reinterpret_cast<Pack<T>*>(to) = pack;
   }
 }
 
-// to [kRows, kColumns] = the tile at (row, column); 0 outside the matrix.
-template <class T, int kRows, int kColumns>
-__device__ __forceinline__ void copy_tile(T* to, const Source<T>& s, int64_t row, int column) {
-  constexpr int kPacks = kColumns / kPack<T>;
+// tile [rows, columns] = that of the matrix at (row, column); 0 outside the matrix.
+template <class T>
+__device__ __forceinline__ void copy_tile(T* tile, const Source<T>& s, int64_t row, int column,
+                                          int rows, int columns) {
+  if (s.bytes < 16) return copy_bits(tile, s, row, column, rows, columns);
 #pragma unroll
-  for (int i = threadIdx.x; i < kRows * kPacks; i += kThreads) {
-    const int r = i / kPacks, c = i % kPacks * kPack<T>;
-    int count = row + r < s.rows ? s.columns - column - c : 0;
-    count = count < 0 ? 0 : count > kPack<T> ? kPack<T> : count;
-    const T* from = count > 0 ? s.data + (row + r) * s.stride + column + c : s.data;
-    copy_pack(to + r * kStride<T, kColumns> + c, from, count, s.bytes);
+  for (int i = threadIdx.x; i < rows * columns / kPack<T>; i += kThreads) {
+    const auto [at, count, from] = piece(s, row, column, columns, i);
+    cp_async_16(tile + at, from, count * static_cast<int>(sizeof(T)));
   }
 }
 
@@ -80,7 +98,7 @@ __device__ __forceinline__ void copy_tile(T* to, const Source<T>& s, int64_t row
 // Has the copies of the first steps begin. copy(i) copies what step i needs.
 template <class Copy>
 __device__ __forceinline__ void begin_copies(int steps, Copy copy) {
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kDepth - 1; ++i) {
     if (i < steps) copy(i);
     cp_async_commit();

@@ -113,25 +113,25 @@ __device__ __forceinline__ RowMeans walk_row_back(const Layer& layer, const Side
                                                   const Team& team, Place at, RowStats row,
                                                   Input input, Gradient gradient, Emit emit) {
   RowMeans means = {0.0f, 0.0f};
-  const int norm = side.norm_at, count = side.stages.count, after = norm < count ? norm + 1 : 0;
   for (int pass = side.over_rows ? 0 : 1; pass < 2; ++pass) {
     float sum_g = 0.0f, sum_gc = 0.0f;
     for (at.n = team.lane * kStrip; at.n < side.width; at.n += team.size * kStrip) {
       const Strip t = side.replay > 0 ? input(at) : Strip{};
       const Tape tape = replay<T>(layer, side, at, t, row);
-      Strip to_residual = {};
-      Strip d = walk_back(layer, side.stages, count, after, at, gradient(at), tape, to_residual);
-      if (pass == 0) {
-        const Strip g = inside(at, load(layer.norm_weight, at, 1.0f) * d);
-        sum_g += sum(g);
-        sum_gc += sum(inside(at, g * tape.c));
-        continue;
+      Strip d = gradient(at), to_residual = {};
+      for (int i = side.stages.count - 1; i >= 0; --i) {
+        if (i != side.norm_at) {
+          d = stage_back(layer, side.stages.stage[i], at, d, tape, to_residual);
+        } else if (pass == 1) {
+          d = norm_back(layer, at, d, tape.c, row, means);
+        } else {
+          const Strip g = inside(at, load(layer.norm_weight, at, 1.0f) * d);
+          sum_g += sum(g);
+          sum_gc += sum(inside(at, g * tape.c));
+          break;
+        }
       }
-      if (norm < count) {
-        d = norm_back(layer, at, d, tape.c, row, means);
-        d = walk_back(layer, side.stages, norm, 0, at, d, tape, to_residual);
-      }
-      emit(at, d, to_residual);
+      if (pass == 1) emit(at, d, to_residual);
     }
     if (pass == 0) {
       means.gc = sum(team, sum_gc) / static_cast<float>(side.width);
