@@ -8,7 +8,7 @@ FORCE_ONLY_CPU=1      leave out the CUDA kernels
 FORCE_CUDA=1          fail where they cannot be built, and say why
 TORCH_CUDA_ARCH_LIST  what they are built for; default: "8.0+PTX;9.0a;10.0", as far as nvcc knows it
 FUSEDRES_CUTLASS      folder of CUTLASS' headers; default: those of the package nvidia-cutlass
-MAX_JOBS=n            compile n files at once; default: one per core
+MAX_JOBS=n            compile n files, or architectures of a file, at once; default: one per core
 """
 
 import importlib.util
@@ -17,12 +17,15 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 from setuptools import setup
 
+# A binary that tells nothing of the folders it was built in.
+MAPPED = [f"-ffile-prefix-map={top}/=" for top in (os.getcwd(), sysconfig.get_path("platlib"))]
 # No -march=native: the binary runs on every CPU of its architecture. No -ffast-math: NaN stays NaN.
 CXX_FLAGS = [
     "-O3",
@@ -32,12 +35,13 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp-simd",
+    *MAPPED,
 ]
 NVCC_FLAGS = [
     "-O3",
     "-std=c++20",
     "--expt-relaxed-constexpr",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    *(f"-Xcompiler={option}" for option in ("-fPIC", "-fvisibility=hidden", *MAPPED)),
     "-Icsrc",
 ]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
@@ -141,12 +145,15 @@ class Cuda:
             if not (fresh and made_by.exists() and made_by.read_text() == str(command)):
                 jobs.append((command, made_by))
 
+        at_once = int(os.environ["MAX_JOBS"])
+        threads = max(1, at_once // max(1, len(jobs)))  # that nvcc spreads the architectures over
+
         def make(job: tuple[list[str], Path]) -> None:
             command, made_by = job
-            print(run(*command), end="")
+            print(run(*command, f"--threads={threads}"), end="")
             made_by.write_text(str(command))
 
-        with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             list(pool.map(make, jobs))
         return objects
 
