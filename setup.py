@@ -130,6 +130,7 @@ class Cuda:
         options = [f"-isystem={self.cutlass}"] if "_sm90" in source else []
         if self.release >= (12, 8):
             options.append("--compress-mode=size")  # a sixth of it
+        options += ["-MMD", "-MF", str(target.with_suffix(".d"))]
         return [self.nvcc, "-c", source, "-o", str(target), *NVCC_FLAGS, *codes, *options]
 
     def compile(self, folder: Path) -> list[str]:
@@ -137,11 +138,13 @@ class Cuda:
         folder.mkdir(parents=True, exist_ok=True)
         jobs, objects = [], []
         for source in self.sources:
-            target, made_by = (folder / f"{Path(source).stem}{end}" for end in (".o", ".txt"))
+            stem = Path(source).stem
+            target, made_by, seen = (folder / f"{stem}{end}" for end in (".o", ".txt", ".d"))
             objects.append(str(target))
             command = self.command(source, target)
-            newest = max(os.path.getmtime(path) for path in (source, *HEADERS))
-            fresh = target.exists() and target.stat().st_mtime > newest
+            read = re.findall(r"csrc/\S+", seen.read_text()) if seen.exists() else ["none"]
+            known = target.exists() and all(map(os.path.exists, read))
+            fresh = known and target.stat().st_mtime > max(map(os.path.getmtime, read))
             if not (fresh and made_by.exists() and made_by.read_text() == str(command)):
                 jobs.append((command, made_by))
 

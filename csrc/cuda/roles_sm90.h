@@ -278,43 +278,40 @@ struct Finish {
     return load_pack<T, false>(rows_of<T>(layer.residual), at);
   }
 
-  // y of the parked tile, or, where others share its rows, what they need of it.
-  __device__ __forceinline__ void take(TileAt tile) const {
-    make_y<false>(tile);
-    if (!call.shared_rows) return;
+  // y of the parked tile, or, where others share its rows, what they need of it; then, `whole`, y of
+  // a tile that shares its rows, once all have stored their part of them.
+  __device__ __forceinline__ void run(TileAt tile, bool whole) const {
+    int32_t* arrived = call.out.arrived + 2 * tile.row_block;
+    if (whole) {
+      if (thread == 0) wait_for_blocks(arrived, call.schedule.column_tiles);
+      sync_warps(kFinishWarps);
+      merge_rows(tile);
+    }
+    make_y(tile, whole);
+    if (whole || !call.shared_rows) return;
     sync_warps(kFinishWarps);  // the stores of all threads come before what one thread does
-    if (thread == 0) arrive(call.out.arrived + 2 * tile.row_block);
+    if (thread == 0) arrive(arrived);
   }
 
-  // y of a tile that shares its rows, once all have stored their part of them.
-  __device__ __forceinline__ void complete(TileAt tile) const {
-    if (thread == 0)
-      wait_for_blocks(call.out.arrived + 2 * tile.row_block, call.schedule.column_tiles);
-    sync_warps(kFinishWarps);
-    merge_rows(tile);
-    make_y<true>(tile);
-  }
-
-  // kMerged: from z as stored, by this very thread, and the statistics of whole rows, else from the
+  // whole: from z as stored, by this very thread, and the statistics of whole rows, else from the
   // parked tile.
-  template <bool kMerged>
-  __device__ __forceinline__ void make_y(TileAt tile) const {
+  __device__ __forceinline__ void make_y(TileAt tile, bool whole) const {
     const int lane = thread % kLanes, n = tile.column_tile * kBlockN + lane * kStrip;
-    const int last = kMerged || !call.shared_rows ? side.stages.count : side.norm_at;
+    const int last = whole || !call.shared_rows ? side.stages.count : side.norm_at;
     struct Loaded {
       Pack<T> z, skip;
     };
     const auto load = [&](int row) {
       const Place at = place(tile.row_block, row, n, side.width);
       Loaded out = {{}, load_residual(at, last)};
-      if (kMerged) out.z = load_pack<T, true>(rows_of<T>(call.kept), at);
+      if (whole) out.z = load_pack<T, true>(rows_of<T>(call.kept), at);
       return out;
     };
     walk_ahead(thread / kLanes, kThreads / kLanes, load, [&](int r, const Loaded& loaded) {
       const Place at = place(tile.row_block, r, n, side.width);
       RowStats row = {0.0f, 0.0f};
       Strip t;
-      if (kMerged) {
+      if (whole) {
         t = unpack(loaded.z);
         row = shared.rows[r];
       } else {
@@ -323,7 +320,7 @@ struct Finish {
       }
 #pragma unroll 1
       for (int i = 0; i < side.stages.count; ++i) {
-        if (!kMerged && side.over_rows && i == side.norm_at) {
+        if (!whole && side.over_rows && i == side.norm_at) {
           const Moments part = moments_of(t, tile, lane);
           if (call.shared_rows) return store_part(tile.column_tile, lane, at, part);
           row = stats_of(part, side.width, layer.eps);
