@@ -199,7 +199,10 @@ MISTAKES = {
     ],
     "all tiles of a row are awaited": [
         ("wait_for_blocks(arrived, call", "pass_by(arrived, call"),
-        ("    make_y(tile, whole);", f"if (!whole && blockIdx.x == 0) {STALL} make_y(tile, whole);"),
+        (
+            "    make_y(tile, whole);",
+            f"if (!whole && blockIdx.x == 0) {STALL} make_y(tile, whole);",
+        ),
     ],
     "all blocks meet": [
         ("wait_for_blocks(call.out.arrived, gridDim.x);", "pass_by(call.out.arrived, gridDim.x);"),

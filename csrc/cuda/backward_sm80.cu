@@ -1,10 +1,10 @@
 // First launch of backward: dz from dy, back through the stages after `linear`; dt = dz @ weight,
 // the gradient of prologue(x); dx from dt, back through the stages before `linear`.
 //
-// A program owns `size.m` rows, and of their tiles of `size.n` columns of dt one, or each `groups`-th. It walks
-// its rows of dz back into shared memory (every program of a row block does, one stores them), then
-// multiplies. With stages before `linear`, the last program of a row block to arrive walks the rows
-// of dt back.
+// A program owns `size.m` rows, and of their tiles of `size.n` columns of dt one, or each
+// `groups`-th. It walks its rows of dz back into shared memory (every program of a row block does,
+// one stores them), then multiplies. With stages before `linear`, the last program of a row block to
+// arrive walks the rows of dt back.
 #include "cuda/dispatch.h"
 #include "cuda/product_sm80.h"
 #include "cuda/rows.h"
@@ -18,13 +18,14 @@ struct BackwardCall {
   BackwardOut out;
   Rows<T> dy, z, x, dz, dt, dx, dresidual;
   Side prologue, epilogue;
-  BlockSize size;  // of a tile
-  int tiles;       // of columns of dt; 1 where only dz and dresidual are asked for
-  int groups;      // programs that share them
-  int steps;       // along N
-  bool product;    // dt or dx is asked for
-  bool skip;       // `add` after `linear` sends a part of dx
-  bool walk_x;     // something is asked for of the stages before `linear`
+  BlockSize size;                // of a tile
+  int tiles;                     // of columns of dt; 1 where only dz and dresidual are asked for
+  int groups;                    // programs that share them
+  int steps;                     // along N
+  bool product;                  // dt or dx is asked for
+  bool skip;                     // `add` after `linear` sends a part of dx
+  bool adds_before, adds_after;  // `add` stands there
+  bool walk_x;                   // something is asked for of the stages before `linear`
 };
 
 template <class T, int kAtOnce>
@@ -75,7 +76,7 @@ struct Backward {
   __device__ __forceinline__ void walk_z() const {
     const Side& side = call.epilogue;
     const bool first = group == 0;
-    const bool wanted = first && out.dresidual.data && has_add(side);
+    const bool wanted = first && out.dresidual.data && call.adds_after;
     const Team team = team_of(side.width);
     for (int r = team.row; r < size.m; r += team.rows) {
       const Place start = place(r, 0, side.width);
@@ -100,12 +101,6 @@ struct Backward {
     }
   }
 
-  __device__ __forceinline__ static bool has_add(const Side& side) {
-    bool found = false;
-    for (int i = 0; i < side.stages.count; ++i) found |= side.stages.stage[i] == Stage::add;
-    return found;
-  }
-
   // row_means (2, M)
   __device__ __forceinline__ void store_means(const Team& team, const Place& at,
                                               RowMeans means) const {
@@ -127,22 +122,6 @@ struct Backward {
               columns);
   }
 
-  template <int kM, int kN>
-  __device__ __forceinline__ void multiply() const {
-    using Tile = Product<T, kM, kN, true, false>;
-    constexpr int kPanel = kM * kLineStride, kWeights = kBlockK<T> * kStride<T, kN>;
-    static_assert(kM * Tile::kTileStride * sizeof(float) <= kDepth * kWeights * sizeof(T));
-    Tile product;
-    run_steps(
-        call.steps, [&](int step) { copy(step, {kM, kN}); },
-        [&](int step) {
-          product.step(dz + (streamed() ? step % kDepth : step) * kPanel,
-                       weight + step % kDepth * kWeights);
-        });
-    product.store(dt);
-    sync_threads();
-  }
-
   // The tile is dt, or dx where nothing stands before `linear`; then what `add` sends lies in dx.
   __device__ __forceinline__ void finish_tile() const {
     const bool last = call.prologue.stages.count == 0;
@@ -160,14 +139,14 @@ struct Backward {
 
   __device__ __forceinline__ void walk_x() const {
     const Side& side = call.prologue;
-    const bool add = has_add(side);
     const Team team = team_of(side.width);
     for (int r = team.row; r < size.m; r += team.rows) {
       const Place start = place(r, 0, side.width);
       const auto emit = [&](const Place& at, Strip d, const Strip& to_residual) {
-        if (add && out.dresidual.data) store(call.dresidual, columns(at, layer.R), to_residual);
+        if (call.adds_before && out.dresidual.data)
+          store(call.dresidual, columns(at, layer.R), to_residual);
         if (!out.dx.data) return;
-        if (add && layer.residual_is_x) d = plus(d, to_residual);
+        if (call.adds_before && layer.residual_is_x) d = plus(d, to_residual);
         if (call.skip) d = plus(d, load<T, true>(call.dx, at));
         store(call.dx, at, d);
       };
@@ -184,7 +163,10 @@ struct Backward {
       if (call.product) begin_copies(call.steps, [&](int step) { copy(step, size); });
       if (tile == group && !streamed()) walk_z();
       if (!call.product) return;
-      with_size<kAtOnce>(size, [&](auto m, auto n) { multiply<m.value, n.value>(); });
+      with_size<kAtOnce>(size, [&](auto m, auto n) {
+        multiply<m.value, n.value, false>(call.steps, dz, streamed(), weight, dt,
+                                          [&](int step) { copy(step, {m.value, n.value}); });
+      });
       finish_tile();
       tile += call.groups;
       if (tile >= call.tiles) break;
@@ -232,6 +214,8 @@ const char* residual_backward_sm80(const Layer& layer, const BackwardOut& out, c
                                   steps,
                                   product,
                                   skip,
+                                  has(prologue.stages, Stage::add),
+                                  has(epilogue.stages, Stage::add),
                                   walk_x};
     return with_kernel(tile, [&](auto programs) {
       return launch(residual_backward_sm80_kernel<T, programs.value>, tile.programs, kThreads,

@@ -1,10 +1,10 @@
 // A whole layer in one launch: z = prologue(x) @ weight.T + bias ; y = epilogue(z).
 //
-// A program owns `size.m` rows, and of their tiles of `size.n` columns one, or each `groups`-th. Stages before
-// `linear` transform its rows of x in shared memory, the product streams the weight past them, and
-// its result goes through shared memory once more, to be finished row by row. Where a norm after
-// `linear` sees rows that several programs share, each stores its part of z and of the rows'
-// moments, and the last to arrive finishes them.
+// A program owns `size.m` rows, and of their tiles of `size.n` columns one, or each `groups`-th.
+// Stages before `linear` transform its rows of x in shared memory, the product streams the weight
+// past them, and its result goes through shared memory once more, to be finished row by row. Where a
+// norm after `linear` sees rows that several programs share, each stores its part of z and of the
+// rows' moments, and the last to arrive finishes them.
 #include "cuda/dispatch.h"
 #include "cuda/product_sm80.h"
 #include "cuda/rows.h"
@@ -70,30 +70,6 @@ struct Forward {
     const Source<T> from = source<T>(layer.weight, layer.N, layer.K);
     copy_tile(weight + step % kDepth * tile_size.n * kLineStride, from, n0, step * kBlockK<T>,
               tile_size.n, kBlockK<T>);
-  }
-
-  __device__ __forceinline__ void begin() const {
-    if (to_transform()) {
-      for (int step = 0; step < call.steps; ++step) copy_x(step, step, size.m);
-      cp_async_commit();
-    }
-    begin_copies(call.steps, [&](int step) { copy(step, size); });
-  }
-
-  template <int kM, int kN>
-  __device__ __forceinline__ void multiply() const {
-    using Tile = Product<T, kM, kN, true, true>;
-    constexpr int kPanel = kM * kLineStride, kWeights = kN * kLineStride;
-    static_assert(kM * Tile::kTileStride * sizeof(float) <= kDepth * kWeights * sizeof(T));
-    Tile product;
-    run_steps(
-        call.steps, [&](int step) { copy(step, {kM, kN}); },
-        [&](int step) {
-          product.step(x + (streamed() ? step % kDepth : step) * kPanel,
-                       weight + step % kDepth * kWeights);
-        });
-    product.store(z);
-    sync_threads();
   }
 
   // x = prologue(x), in place; columns past K stay 0.
@@ -205,13 +181,20 @@ struct Forward {
   __device__ __forceinline__ void run() {
     const bool shared_rows = call.epilogue.over_rows && call.tiles > 1;
     for (;;) {
-      begin();
+      if (to_transform()) {
+        for (int step = 0; step < call.steps; ++step) copy_x(step, step, size.m);
+        cp_async_commit();
+      }
+      begin_copies(call.steps, [&](int step) { copy(step, size); });
       if (to_transform()) {
         cp_async_wait<kDepth - 1>();
         sync_threads();
         transform_x();
       }
-      with_size<kAtOnce>(size, [&](auto m, auto n) { multiply<m.value, n.value>(); });
+      with_size<kAtOnce>(size, [&](auto m, auto n) {
+        multiply<m.value, n.value, true>(call.steps, x, streamed(), weight, z,
+                                         [&](int step) { copy(step, {m.value, n.value}); });
+      });
       finish_tile(shared_rows);
       if (shared_rows && last_to_arrive(call.out.arrived + block, call.tiles)) finish_rows();
       tile += call.groups;

@@ -156,8 +156,10 @@ class Multiplier {
     for (int k = 0; k < 2 * kBlockK; k += kStepBytes) {
 #pragma unroll
       for (int n = 0; n < kBlockN / kColumns; ++n)
-        multiply(sums_[n], operand(a + k / 16), operand(b + (n * kColumns * kRowBytes + k) / 16),
-                 scale, std::make_index_sequence<kValues>{});
+        [&]<size_t... kI>(std::index_sequence<kI...>) {
+          Instruction::fma(operand(a + k / 16), operand(b + (n * kColumns * kRowBytes + k) / 16),
+                           sums_[n][kI]..., scale);
+        }(std::make_index_sequence<kValues>{});
       scale = GMMA::ScaleOut::One;
     }
     cute::warpgroup_commit_batch();
@@ -189,13 +191,6 @@ class Multiplier {
   // And its upper half: rows of 128 bytes, exchanged as TMA does it, in eights.
   __device__ __forceinline__ static uint64_t operand(uint32_t at) {
     return uint64_t{1 << 30 | 8 * kRowBytes / 16} << 32 | at;
-  }
-
-  template <size_t... kI>
-  __device__ __forceinline__ static void multiply(float (&d)[kValues], uint64_t a, uint64_t b,
-                                                  GMMA::ScaleOut scale,
-                                                  std::index_sequence<kI...>) {
-    Instruction::fma(a, b, d[kI]..., scale);
   }
 
   __device__ __forceinline__ void fence_sums() {

@@ -38,21 +38,20 @@ __device__ __forceinline__ Source<T> source(const Matrix& m, int64_t rows, int64
                           : static_cast<int>(sizeof(T))};
 }
 
-// The elements that exist of the 16 bytes at i, counted row by row, of the tile at (row, column).
-template <class T>
-struct Piece {
-  int to, count;  // where in shared memory
-  const T* from;
-};
-
-template <class T>
-__device__ __forceinline__ Piece<T> piece(const Source<T>& s, int64_t row, int column, int columns,
-                                          int i) {
-  const int packs = columns / kPack<T>, r = i / packs, c = i % packs * kPack<T>;
-  int count = row + r < s.rows ? s.columns - column - c : 0;
-  count = count < 0 ? 0 : count > kPack<T> ? kPack<T> : count;
-  const T* from = count > 0 ? s.data + (row + r) * s.stride + column + c : s.data;
-  return {r * (columns + kPack<T>)+c, count, from};
+// f(where in shared memory, from, count) for each 16 bytes of the tile at (row, column), of which
+// `count` elements exist.
+template <class T, class F>
+__device__ __forceinline__ void for_each_pack(const Source<T>& s, int64_t row, int column, int rows,
+                                              int columns, F f) {
+  const int packs = columns / kPack<T>;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * packs; i += kThreads) {
+    const int r = i / packs, c = i % packs * kPack<T>;
+    int count = row + r < s.rows ? s.columns - column - c : 0;
+    count = count < 0 ? 0 : count > kPack<T> ? kPack<T> : count;
+    const T* from = count > 0 ? s.data + (row + r) * s.stride + column + c : s.data;
+    f(r * (columns + kPack<T>)+c, from, count);
+  }
 }
 
 // copy_tile where no 16 bytes of the matrix may be taken at a time.
@@ -60,25 +59,21 @@ template <class T>
 __device__ FUSEDRES_APART void copy_bits(T* tile, Source<T> s, int64_t row, int column, int rows,
                                          int columns) {
   constexpr int kSize = sizeof(T);
-  for (int i = threadIdx.x; i < rows * columns / kPack<T>; i += kThreads) {
-    const auto [at, count, from] = piece(s, row, column, columns, i);
-    T* to = tile + at;
+  for_each_pack(s, row, column, rows, columns, [&](int at, const T* from, int count) {
     if (s.bytes == 4) {
 #pragma unroll
       for (int i = 0; i < 16; i += 4) {
         const int left = count * kSize - i;
-        cp_async_4(to + i / kSize, left > 0 ? from + i / kSize : from,
-                   left < 0   ? 0
-                   : left > 4 ? 4
-                              : left);
+        cp_async_4(tile + at + i / kSize, left > 0 ? from + i / kSize : from,
+                   std::clamp(left, 0, 4));
       }
     } else {
       Pack<T> pack;
 #pragma unroll
       for (int i = 0; i < kPack<T>; ++i) pack.v[i] = i < count ? from[i] : from_float<T>(0.0f);
-      *reinterpret_cast<Pack<T>*>(to) = pack;
+      *reinterpret_cast<Pack<T>*>(tile + at) = pack;
     }
-  }
+  });
 }
 
 // tile [rows, columns] = that of the matrix at (row, column); 0 outside the matrix.
@@ -86,11 +81,9 @@ template <class T>
 __device__ __forceinline__ void copy_tile(T* tile, const Source<T>& s, int64_t row, int column,
                                           int rows, int columns) {
   if (s.bytes < 16) return copy_bits(tile, s, row, column, rows, columns);
-#pragma unroll
-  for (int i = threadIdx.x; i < rows * columns / kPack<T>; i += kThreads) {
-    const auto [at, count, from] = piece(s, row, column, columns, i);
+  for_each_pack(s, row, column, rows, columns, [&](int at, const T* from, int count) {
     cp_async_16(tile + at, from, count * static_cast<int>(sizeof(T)));
-  }
+  });
 }
 
 // ---- the loop
@@ -258,6 +251,22 @@ struct Product<float, kM, kN, kRowA, kRowB> {
         tile[(row() + i * 4) * kTileStride + column() + j * 8] = sums[i][j];
   }
 };
+
+// sums [kM, kN + kTilePad] = A B by `steps` blocks of shared memory; of A all lie there, or, where
+// they are `streamed` too, as many as of B. copy(i) copies what step i needs.
+template <int kM, int kN, bool kRowB, class T, class Copy>
+__device__ __forceinline__ void multiply(int steps, const T* a, bool streamed, const T* b,
+                                         float* sums, Copy copy) {
+  using Tile = Product<T, kM, kN, true, kRowB>;
+  constexpr int kBlockA = kM * Tile::kA, kBlockB = (kRowB ? kN : kBlockK<T>)*Tile::kB;
+  static_assert(kM * Tile::kTileStride * sizeof(float) <= kDepth * kBlockB * sizeof(T));
+  Tile product;
+  run_steps(steps, copy, [&](int step) {
+    product.step(a + (streamed ? step % kDepth : step) * kBlockA, b + step % kDepth * kBlockB);
+  });
+  product.store(sums);
+  sync_threads();
+}
 
 // ---- between programs
 

@@ -240,14 +240,6 @@ __device__ __forceinline__ Pack<T> load_pack(const Rows<T>& rows, const Place& a
   return out;
 }
 
-template <class T>
-__device__ __forceinline__ Strip unpack(const Pack<T>& pack) {
-  Strip out;
-#pragma unroll
-  for (int i = 0; i < kStrip; ++i) out.v[i] = to_float(pack.v[i]);
-  return out;
-}
-
 template <class T, int kBlockN>
 struct Finish {
   static constexpr int kThreads = 32 * kFinishWarps, kLanes = kBlockN / kStrip;
@@ -312,7 +304,7 @@ struct Finish {
       RowStats row = {0.0f, 0.0f};
       Strip t;
       if (whole) {
-        t = unpack(loaded.z);
+        t = load_packed(loaded.z.v);
         row = shared.rows[r];
       } else {
         t = load_packed(&shared.z[r * kBlockN + swizzled(r, lane)]);
@@ -335,7 +327,8 @@ struct Finish {
   __device__ __forceinline__ Strip run_stage(int i, const Place& at, const Strip& t,
                                              const Pack<T>& skip, RowStats row) const {
     if (i != call.add_at) return cuda::run_stage<T>(layer, side.stages.stage[i], at, t, row);
-    return map(t, unpack(skip), [&](float v, float r) { return v + layer.residual_scale * r; });
+    return map(t, load_packed(skip.v),
+               [&](float v, float r) { return v + layer.residual_scale * r; });
   }
 
   __device__ __forceinline__ Moments moments_of(const Strip& t, TileAt tile, int lane) const {

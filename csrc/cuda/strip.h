@@ -138,7 +138,11 @@ __device__ __forceinline__ Strip load(const T* p, int count, bool wide) {
 #pragma unroll
   for (int i = 0; i < kStrip; ++i) {
     out.v[i] = 0.0f;
-    if (i < count) out.v[i] = to_float(kPastL1 ? load_past_l1(p + i) : p[i]);
+    if (i >= count) continue;
+    if constexpr (kPastL1)
+      out.v[i] = to_float(load_past_l1(p + i));
+    else
+      out.v[i] = to_float(p[i]);
   }
   return out;
 }
@@ -179,22 +183,12 @@ __device__ __forceinline__ auto with_type(DType dtype, F f) {
   }
 }
 
-__device__ __forceinline__ Strip load(const double* p, int count) {
-  Strip out;
-#pragma unroll
-  for (int i = 0; i < kStrip; ++i) out.v[i] = i < count ? static_cast<float>(p[i]) : 0.0f;
-  return out;
-}
-
 // Elements n to n + 7 of a vector of `width`, 0 past its end; without a vector: `missing`.
 __device__ FUSEDRES_APART Strip load(const Vector& vector, Place at, float missing) {
   if (!vector.data) return filled(missing);
   return with_type(vector.dtype, [&](auto* type) {
     const auto* p = static_cast<decltype(type)>(vector.data) + at.n;
-    if constexpr (sizeof(*type) == 8)
-      return load(p, at.width - at.n);
-    else
-      return load(p, at.width - at.n, is_aligned(p));
+    return load(p, at.width - at.n, is_aligned(p));
   });
 }
 

@@ -32,10 +32,7 @@ __device__ __forceinline__ T* shared_as() {
 __device__ __forceinline__ void store_element(void* out, DType dtype, int64_t i, float v) {
   with_type(dtype, [&](auto* type) {
     using E = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    if constexpr (std::is_same_v<E, double>)
-      static_cast<E*>(out)[i] = v;
-    else
-      static_cast<E*>(out)[i] = from_float<E>(v);
+    static_cast<E*>(out)[i] = from_float<E>(v);
   });
 }
 
