@@ -11,10 +11,8 @@ namespace fusedres::cuda {
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
-// A kernel serves all of kTiles of which as many programs fit on a multiprocessor: what differs
-// between them is the product alone, and that is a small part of its code.
-
-// f(Constant<programs that fit>{}) of the kernel that has `tile`; it returns an error or nullptr.
+// f(Constant<programs>{}) of the kernel that serves all of kTiles of which as many programs fit on a
+// multiprocessor: they differ in the product alone, a small part of its code. nullptr or an error.
 template <class F>
 const char* with_kernel(const Tile& tile, F f) {
   for (const BlockSize size : kTiles)

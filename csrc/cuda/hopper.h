@@ -158,7 +158,7 @@ class Multiplier {
       for (int n = 0; n < kBlockN / kColumns; ++n)
         [&]<size_t... kI>(std::index_sequence<kI...>) {
           Instruction::fma(operand(a + k / 16), operand(b + (n * kColumns * kRowBytes + k) / 16),
-                           sums_[n][kI]..., scale);
+                           sums_[n * kValues + kI]..., scale);
         }(std::make_index_sequence<kValues>{});
       scale = GMMA::ScaleOut::One;
     }
@@ -172,7 +172,7 @@ class Multiplier {
     fence_sums();
   }
 
-  __device__ __forceinline__ float value(int i) const { return sums_[i / kValues][i % kValues]; }
+  __device__ __forceinline__ float value(int i) const { return sums_[i]; }
 
  private:
   // Not 256 columns at once: ptxas holds one instruction to the registers a block starts with.
@@ -195,11 +195,10 @@ class Multiplier {
 
   __device__ __forceinline__ void fence_sums() {
 #pragma unroll
-    for (int i = 0; i < kBlockN / kColumns * kValues; ++i)
-      cute::warpgroup_fence_operand(sums_[i / kValues][i % kValues]);
+    for (float& sum : sums_) cute::warpgroup_fence_operand(sum);
   }
 
-  float sums_[kBlockN / kColumns][kValues];
+  float sums_[kBlockN / kColumns * kValues];
 };
 
 // ---- launches
@@ -212,18 +211,9 @@ const char* launch_together(void (*kernel)(Parameters...), int64_t programs, int
   const void* entry = reinterpret_cast<const void*>(kernel);
   cudaError_t error = allow_shared(entry, shared_bytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  cudaLaunchAttribute together = {};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(programs));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &together;
-  config.numAttrs = 1;
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  error = cudaLaunchKernelExC(&config, entry, pointers);
+  error = cudaLaunchCooperativeKernel(entry, dim3(static_cast<unsigned>(programs)), dim3(threads),
+                                      pointers, shared_bytes, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -104,10 +104,9 @@ __device__ __forceinline__ Strip norm_back(const Layer& layer, const Place& at, 
   return map(g, c, [&](float v, float u) { return row.rstd * (v - means.g - u * means.gc); });
 }
 
-// Walks a row back: emit(place, d, to_residual) gets each strip's gradients of the side's
-// input and of its residual. input(at)
-// and gradient(at) give the strips of the side's input and of the gradient of its result. The first
-// of two passes sums up for a norm over rows.
+// Walks a row back: emit(place, d, to_residual) gets each strip's gradients of the side's input and
+// of its residual. input(at) and gradient(at) give the strips of the side's input and of the gradient
+// of its result. The first of two passes sums up for a norm over rows.
 template <class T, class Input, class Gradient, class Emit>
 __device__ __forceinline__ RowMeans walk_row_back(const Layer& layer, const Side& side,
                                                   const Team& team, Place at, RowStats row,

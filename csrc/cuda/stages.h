@@ -107,13 +107,9 @@ __device__ FUSEDRES_APART Strip drop_elements(const Layer& layer, Place at, Stri
   });
 }
 
-__device__ FUSEDRES_APART bool keeps_sample(const Layer& layer, int64_t m) {
+__device__ FUSEDRES_APART Strip drop_sample(const Layer& layer, Place at, Strip t) {
   const uint64_t seed = static_cast<uint64_t>(*layer.seed);
-  return philox(seed, m / layer.sample_rows, Stream::sample) >= layer.drop_path;
-}
-
-__device__ __forceinline__ Strip drop_sample(const Layer& layer, const Place& at, const Strip& t) {
-  const bool kept = keeps_sample(layer, at.m);
+  const bool kept = philox(seed, at.m / layer.sample_rows, Stream::sample) >= layer.drop_path;
   return map(t, [&](float v) { return kept ? v * layer.drop_path_scale : 0.0f; });
 }
 
@@ -196,12 +192,10 @@ __device__ __forceinline__ Strip stage_back(const Layer& layer, Stage stage, con
       return drop_sample(layer, at, d);
     case Stage::add:
       to_residual = map(d, [&](float v) { return layer.residual_scale * v; });
-      break;
-    case Stage::norm:
-    case Stage::linear:
-      break;
+      [[fallthrough]];
+    default:
+      return d;
   }
-  return d;
 }
 
 }  // namespace fusedres::cuda

@@ -28,19 +28,16 @@ struct Place {
 };
 
 template <class F>
-__device__ __forceinline__ Strip map(const Strip& t, F f) {
-  Strip out;
-#pragma unroll
-  for (int i = 0; i < kStrip; ++i) out.v[i] = f(t.v[i]);
-  return out;
-}
-
-template <class F>
 __device__ __forceinline__ Strip map(const Strip& a, const Strip& b, F f) {
   Strip out;
 #pragma unroll
   for (int i = 0; i < kStrip; ++i) out.v[i] = f(a.v[i], b.v[i]);
   return out;
+}
+
+template <class F>
+__device__ __forceinline__ Strip map(const Strip& t, F f) {
+  return map(t, t, [&](float v, float) { return f(v); });
 }
 
 // The same in two rounds of four elements, for a long f: half the code.
@@ -137,12 +134,8 @@ __device__ __forceinline__ Strip load(const T* p, int count, bool wide) {
   Strip out;
 #pragma unroll
   for (int i = 0; i < kStrip; ++i) {
-    out.v[i] = 0.0f;
-    if (i >= count) continue;
-    if constexpr (kPastL1)
-      out.v[i] = to_float(load_past_l1(p + i));
-    else
-      out.v[i] = to_float(p[i]);
+    if constexpr (kPastL1) out.v[i] = i < count ? to_float(load_past_l1(p + i)) : 0.0f;
+    if constexpr (!kPastL1) out.v[i] = i < count ? to_float(p[i]) : 0.0f;
   }
   return out;
 }

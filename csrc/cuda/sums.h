@@ -63,18 +63,18 @@ struct ColumnSums {
 
   const SumsCall<T>& call;
   const Layer& layer;
-  int at_side;      // 0: after `linear`, 1: before
+  int which;        // 0: after `linear`, 1: before
   int block, part;  // of columns, of the rows
 
   __device__ __forceinline__ ColumnSums(const SumsCall<T>& c, int s, int program)
       : call(c),
         layer(c.layer),
-        at_side(s),
+        which(s),
         block(program % c.cut.blocks[s]),
         part(program / c.cut.blocks[s]) {}
 
-  __device__ __forceinline__ const Side& side() const { return call.sides[at_side]; }
-  __device__ __forceinline__ void* wanted(int i) const { return call.wanted[at_side].out[i]; }
+  __device__ __forceinline__ const Side& side() const { return call.sides[which]; }
+  __device__ __forceinline__ void* wanted(int i) const { return call.wanted[which].out[i]; }
 
   // ---- a thread's rows. Its sums stand in shared memory (kSums, kStrip, kThreads): registers are
   // for the way back. Volatile, for else the compiler keeps them in registers all the same.
@@ -89,17 +89,17 @@ struct ColumnSums {
   __device__ __forceinline__ void add_gradients(const Place& at) const {
     const Side& s = side();
     const RowStats row = load_stats(s.over_rows ? call.out.from.stats : nullptr, layer, at);
-    const Strip t = s.replay > 0 ? load(call.input[at_side], at) : Strip{};
+    const Strip t = s.replay > 0 ? load(call.input[which], at) : Strip{};
     const Tape tape = replay<T>(layer, s, at, t, row);
-    Strip d = load(call.gradient[at_side], at), unused;
-    for (int i = s.stages.count - 1; i >= call.stop[at_side]; --i) {
+    Strip d = load(call.gradient[which], at), unused;
+    for (int i = s.stages.count - 1; i >= call.stop[which]; --i) {
       const Stage stage = s.stages.stage[i];
       if (stage == Stage::gate) add(3, d * tape.gate);
       if (stage == Stage::norm) {
         add(1, d * tape.c);
         add(2, d);
       }
-      if (i == call.stop[at_side]) break;
+      if (i == call.stop[which]) break;
       if (stage == Stage::norm)
         d = norm_back(layer, at, d, tape.c, row, load_means(at));
       else
@@ -133,8 +133,8 @@ struct ColumnSums {
 
   // partial of this side (sum_parts, kSums, columns)
   __device__ __forceinline__ float* cell(int of_part, int i, int at) const {
-    const int64_t columns = int64_t{call.cut.blocks[at_side]} * kSumTile;
-    const int64_t before = at_side == 0 ? 0 : int64_t{call.cut.blocks[0]} * kSumTile * kSums;
+    const int64_t columns = int64_t{call.cut.blocks[which]} * kSumTile;
+    const int64_t before = which == 0 ? 0 : int64_t{call.cut.blocks[0]} * kSumTile * kSums;
     return call.out.partial + call.sums_from + before * call.cut.sum_parts +
            (int64_t{of_part} * kSums + i) * columns + at;
   }
@@ -184,11 +184,10 @@ struct ColumnSums {
     int32_t* arrived = call.out.arrived + cut.tiles;
     add_rows();
     store_part();
-    if (!last_to_arrive(arrived + (at_side == 0 ? 0 : cut.blocks[0]) + block, cut.sum_parts))
-      return;
+    if (!last_to_arrive(arrived + (which == 0 ? 0 : cut.blocks[0]) + block, cut.sum_parts)) return;
     add_parts();
     if (!layer.scalar_gate || !wanted(3)) return;
-    if (last_to_arrive(arrived + cut.blocks[0] + cut.blocks[1], cut.blocks[at_side])) add_columns();
+    if (last_to_arrive(arrived + cut.blocks[0] + cut.blocks[1], cut.blocks[which])) add_columns();
   }
 };
 
