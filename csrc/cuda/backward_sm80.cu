@@ -39,7 +39,7 @@ struct Backward {
   int64_t block;  // of rows
   int group;      // the program's among those of the block
   int64_t m0;
-  int tile, k0;    // of columns
+  int tile;        // of columns
   T *dz, *weight;  // in shared memory: dz by blocks of kBlockK columns
   float* dt;       // [size.m, size.n + kTilePad], in the weight's place once the product is done
 
@@ -52,7 +52,6 @@ struct Backward {
         group(blockIdx.x % c.groups),
         m0(block * size.m),
         tile(group),
-        k0(tile * size.n),
         dz(static_cast<T*>(static_cast<void*>(shared_memory()))),
         weight(dz + (streamed() ? kDepth : c.steps) * panel()),
         dt(static_cast<float*>(static_cast<void*>(weight))) {}
@@ -60,6 +59,7 @@ struct Backward {
   // Without stages after `linear`, dz is dy.
   __device__ __forceinline__ bool streamed() const { return call.epilogue.stages.count == 0; }
 
+  __device__ __forceinline__ int k0() const { return tile * size.n; }
   __device__ __forceinline__ int panel() const { return size.m * kLineStride; }  // a block of dz
 
   __device__ __forceinline__ Place place(int row, int n, int width) const {
@@ -118,8 +118,8 @@ struct Backward {
       copy_tile(dz + slot * rows * kLineStride, source<T>(out.dy, layer.M, layer.N), m0,
                 step * kBlockK<T>, rows, kBlockK<T>);
     copy_tile(weight + slot * kBlockK<T> * (columns + kPack<T>),
-              source<T>(layer.weight, layer.N, layer.K), int64_t{step} * kBlockK<T>, k0, kBlockK<T>,
-              columns);
+              source<T>(layer.weight, layer.N, layer.K), int64_t{step} * kBlockK<T>, k0(),
+              kBlockK<T>, columns);
   }
 
   // The tile is dt, or dx where nothing stands before `linear`; then what `add` sends lies in dx.
@@ -128,7 +128,7 @@ struct Backward {
     const Rows<T>& to = last ? call.dx : call.dt;
     const Team team = team_of(size.n);
     for (int r = team.row; r < size.m; r += team.rows) {
-      const Place at = place(r, k0 + team.lane * kStrip, static_cast<int>(layer.K));
+      const Place at = place(r, k0() + team.lane * kStrip, static_cast<int>(layer.K));
       Strip d = load_packed(dt + r * (size.n + kTilePad) + team.lane * kStrip);
       if (last && call.skip) d = plus(d, load<T, true>(to, at));
       store(to, at, d);
@@ -170,7 +170,6 @@ struct Backward {
       finish_tile();
       tile += call.groups;
       if (tile >= call.tiles) break;
-      k0 = tile * size.n;
       sync_threads();  // dt has been read
     }
     if (call.walk_x && last_to_arrive(out.arrived + block, call.groups)) walk_x();

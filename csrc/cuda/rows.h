@@ -119,8 +119,9 @@ __device__ __forceinline__ RowMeans walk_row_back(const Layer& layer, const Side
       const Tape tape = replay<T>(layer, side, at, t, row);
       Strip d = gradient(at), to_residual = {};
       for (int i = side.stages.count - 1; i >= 0; --i) {
-        if (i != side.norm_at) {
-          d = stage_back(layer, side.stages.stage[i], at, d, tape, to_residual);
+        const Stage stage = side.stages.stage[i];
+        if (stage != Stage::norm) {
+          d = stage_back(layer, stage, at, d, tape, to_residual);
         } else if (pass == 1) {
           d = norm_back(layer, at, d, tape.c, row, means);
         } else {

@@ -18,7 +18,7 @@ __device__ __forceinline__ float rstd_of(float variance, float eps) {
 }
 
 // rstd of each column, for a norm over columns.
-__device__ __forceinline__ Strip column_rstd(const Layer& layer, const Place& at) {
+__device__ FUSEDRES_APART Strip column_rstd(const Layer& layer, Place at) {
   return map_in_rounds(load(layer.running_var, at, 1.0f),
                        [&](float variance) { return rstd_of(variance, layer.eps); });
 }
