@@ -178,10 +178,10 @@ class Multiplier {
   // Not 256 columns at once: ptxas holds one instruction to the registers a block starts with.
   static constexpr int kColumns = 128, kValues = 64 * kColumns / 128, kStepBytes = 32;
   static constexpr int kRowBytes = 2 * kBlockK;
-  static constexpr auto kMajor = GMMA::Major::K;
-  using Instruction = std::conditional_t<std::is_same_v<T, bfloat16>,
-                                         GMMA::MMA_64x128x16_F32BF16BF16_SS<kMajor, kMajor>,
-                                         GMMA::MMA_64x128x16_F32F16F16_SS<kMajor, kMajor> >;
+  using Instruction =
+      std::conditional_t<std::is_same_v<T, bfloat16>,
+                         GMMA::MMA_64x128x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>,
+                         GMMA::MMA_64x128x16_F32F16F16_SS<GMMA::Major::K, GMMA::Major::K> >;
 
   // Lower half of the PTX ISA's "matrix descriptor": where a row of tiles lies, in 16 bytes.
   __device__ __forceinline__ static uint32_t at(const T* tiles, int row) {

@@ -38,8 +38,7 @@ __device__ __forceinline__ Source<T> source(const Matrix& m, int64_t rows, int64
                           : static_cast<int>(sizeof(T))};
 }
 
-// f(where in shared memory, from, count) for each 16 bytes of the tile at (row, column), of which
-// `count` elements exist.
+// f(to, from, count) for each 16 bytes of the tile at (row, column), `count` elements of which exist.
 template <class T, class F>
 __device__ __forceinline__ void for_each_pack(const Source<T>& s, int64_t row, int column, int rows,
                                               int columns, F f) {

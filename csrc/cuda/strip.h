@@ -43,15 +43,14 @@ __device__ __forceinline__ Strip map(const Strip& t, F f) {
 // The same in two rounds of four elements, for a long f: half the code.
 template <class F>
 __device__ __forceinline__ Strip map_in_rounds(Strip a, Strip b, F f) {
-  constexpr int kHalf = kStrip / 2;
 #pragma unroll 1
   for (int round = 0; round < 2; ++round)
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
+    for (int i = 0; i < kStrip / 2; ++i) {
       const float out = f(a.v[i], b.v[i]);
-      a.v[i] = a.v[i + kHalf];
-      b.v[i] = b.v[i + kHalf];
-      a.v[i + kHalf] = out;
+      a.v[i] = a.v[i + kStrip / 2];
+      b.v[i] = b.v[i + kStrip / 2];
+      a.v[i + kStrip / 2] = out;
     }
   return a;
 }
