@@ -9,7 +9,7 @@ FORCE_ONLY_CPU=1      leave out the CUDA kernels
 FORCE_CUDA=1          fail where they cannot be built, and say why
 TORCH_CUDA_ARCH_LIST  what they are built for; default: "8.0+PTX;9.0a;10.0", as far as nvcc knows it
 FUSEDRES_CUTLASS      folder of CUTLASS' headers; default: those of the package nvidia-cutlass
-MAX_JOBS=n            compile n files at once; default: one per core
+MAX_JOBS=n            compile n files, or architectures of a file, at once; default: one per core
 """
 
 import importlib.util
@@ -31,6 +31,8 @@ if int(__version__.partition(".")[0]) < 77:
     needed = "needs 77 or newer: pip install 'setuptools>=77'"
     sys.exit(f"fusedres: found setuptools {__version__}, {needed}")
 
+# A binary that tells nothing of the folders it was built in.
+MAPPED = [f"-ffile-prefix-map={top}/=" for top in (os.getcwd(), sysconfig.get_path("platlib"))]
 # No -march=native: the binary runs on every CPU of its architecture. No -ffast-math: NaN stays NaN.
 CXX_FLAGS = [
     "-O3",
@@ -40,12 +42,13 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp-simd",
+    *MAPPED,
 ]
 NVCC_FLAGS = [
     "-O3",
     "-std=c++20",
     "--expt-relaxed-constexpr",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    *(f"-Xcompiler={option}" for option in ("-fPIC", "-fvisibility=hidden", *MAPPED)),
     "-Icsrc",
 ]
 CXX_PROBE = "static_assert(__cplusplus >= 202002L && __builtin_bit_cast(int, 1.0f));"
@@ -138,6 +141,7 @@ class Cuda:
         options = [f"-isystem={self.cutlass}"] if "_sm90" in source else []
         if self.release >= (12, 8):
             options.append("--compress-mode=size")  # a sixth of it
+        options += ["-MMD", "-MF", str(target.with_suffix(".d"))]
         return [self.nvcc, "-c", source, "-o", str(target), *NVCC_FLAGS, *codes, *options]
 
     def compile(self, folder: Path) -> list[str]:
@@ -145,20 +149,25 @@ class Cuda:
         folder.mkdir(parents=True, exist_ok=True)
         jobs, objects = [], []
         for source in self.sources:
-            target, made_by = (folder / f"{Path(source).stem}{end}" for end in (".o", ".txt"))
+            stem = Path(source).stem
+            target, made_by, seen = (folder / f"{stem}{end}" for end in (".o", ".txt", ".d"))
             objects.append(str(target))
             command = self.command(source, target)
-            newest = max(os.path.getmtime(path) for path in (source, *HEADERS))
-            fresh = target.exists() and target.stat().st_mtime > newest
+            read = re.findall(r"csrc/\S+", seen.read_text()) if seen.exists() else ["none"]
+            known = target.exists() and all(map(os.path.exists, read))
+            fresh = known and target.stat().st_mtime > max(map(os.path.getmtime, read))
             if not (fresh and made_by.exists() and made_by.read_text() == str(command)):
                 jobs.append((command, made_by))
 
+        at_once = int(os.environ["MAX_JOBS"])
+        threads = max(1, at_once // max(1, len(jobs)))  # that nvcc spreads the architectures over
+
         def make(job: tuple[list[str], Path]) -> None:
             command, made_by = job
-            print(run(*command), end="")
+            print(run(*command, f"--threads={threads}"), end="")
             made_by.write_text(str(command))
 
-        with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             list(pool.map(make, jobs))
         return objects
 

@@ -152,7 +152,7 @@ TABLE = {
 ],
 "csrc/cuda/backward_sm80.cu": [
     ("cuda", "every program sends the skip to every column",
-     "at.n / kN % call.groups == group", "true"),
+     "at.n / size.n % call.groups == group", "true"),
 ],
 "csrc/cuda/sums.h": [
     ("cuda", "the last part of the rows is not added", "add_up(call.cut.sum_parts,",

@@ -1,10 +1,10 @@
 // First launch of backward: dz from dy, back through the stages after `linear`; dt = dz @ weight,
 // the gradient of prologue(x); dx from dt, back through the stages before `linear`.
 //
-// A program owns kM rows, and of their tiles of kN columns of dt one, or each `groups`-th. It walks
-// its rows of dz back into shared memory (every program of a row block does, one stores them), then
-// multiplies. With stages before `linear`, the last program of a row block to arrive walks the rows
-// of dt back.
+// A program owns `size.m` rows, and of their tiles of `size.n` columns of dt one, or each
+// `groups`-th. It walks its rows of dz back into shared memory (every program of a row block does,
+// one stores them), then multiplies. With stages before `linear`, the last program of a row block to
+// arrive walks the rows of dt back.
 #include "cuda/dispatch.h"
 #include "cuda/product_sm80.h"
 #include "cuda/rows.h"
@@ -18,45 +18,49 @@ struct BackwardCall {
   BackwardOut out;
   Rows<T> dy, z, x, dz, dt, dx, dresidual;
   Side prologue, epilogue;
-  int tiles;     // of columns of dt; 1 where only dz and dresidual are asked for
-  int groups;    // programs that share them
-  int steps;     // along N
-  bool product;  // dt or dx is asked for
-  bool skip;     // `add` after `linear` sends a part of dx
-  bool walk_x;   // something is asked for of the stages before `linear`
+  BlockSize size;                // of a tile
+  int tiles;                     // of columns of dt; 1 where only dz and dresidual are asked for
+  int groups;                    // programs that share them
+  int steps;                     // along N
+  bool product;                  // dt or dx is asked for
+  bool skip;                     // `add` after `linear` sends a part of dx
+  bool adds_before, adds_after;  // `add` stands there
+  bool walk_x;                   // something is asked for of the stages before `linear`
 };
 
-template <class T, int kM, int kN>
+template <class T, int kAtOnce>
 struct Backward {
-  using Tile = Product<T, kM, kN, true, false>;
-  static constexpr int kPanel = kM * kStride<T, kBlockK<T>>, kWeights = kBlockK<T> * kStride<T, kN>;
+  static constexpr int kLineStride = kStride<T, kBlockK<T>>;
 
   const BackwardCall<T>& call;
   const Layer& layer;
   const BackwardOut& out;
+  BlockSize size;
   int64_t block;  // of rows
   int group;      // the program's among those of the block
   int64_t m0;
-  int tile, k0;    // of columns
+  int tile;        // of columns
   T *dz, *weight;  // in shared memory: dz by blocks of kBlockK columns
-  float* dt;       // [kM, kTileStride], in the weight's place once the product is done
-  static_assert(kM * Tile::kTileStride * sizeof(float) <= kDepth * kWeights * sizeof(T));
+  float* dt;       // [size.m, size.n + kTilePad], in the weight's place once the product is done
 
   __device__ __forceinline__ explicit Backward(const BackwardCall<T>& c)
       : call(c),
         layer(c.layer),
         out(c.out),
+        size(c.size),
         block(blockIdx.x / c.groups),
         group(blockIdx.x % c.groups),
-        m0(block * kM),
+        m0(block * size.m),
         tile(group),
-        k0(tile * kN),
         dz(static_cast<T*>(static_cast<void*>(shared_memory()))),
-        weight(dz + (streamed() ? kDepth : c.steps) * kPanel),
+        weight(dz + (streamed() ? kDepth : c.steps) * panel()),
         dt(static_cast<float*>(static_cast<void*>(weight))) {}
 
   // Without stages after `linear`, dz is dy.
   __device__ __forceinline__ bool streamed() const { return call.epilogue.stages.count == 0; }
+
+  __device__ __forceinline__ int k0() const { return tile * size.n; }
+  __device__ __forceinline__ int panel() const { return size.m * kLineStride; }  // a block of dz
 
   __device__ __forceinline__ Place place(int row, int n, int width) const {
     return {m0 + row, n, width, m0 + row < layer.M};
@@ -72,18 +76,18 @@ struct Backward {
   __device__ __forceinline__ void walk_z() const {
     const Side& side = call.epilogue;
     const bool first = group == 0;
-    const bool wanted = first && out.dresidual.data && has_add(side);
+    const bool wanted = first && out.dresidual.data && call.adds_after;
     const Team team = team_of(side.width);
-    for (int r = team.row; r < kM; r += team.rows) {
+    for (int r = team.row; r < size.m; r += team.rows) {
       const Place start = place(r, 0, side.width);
       const auto strip = [&](int n) {
-        return dz + n / kBlockK<T> * kPanel + r * kStride<T, kBlockK<T>> + n % kBlockK<T>;
+        return dz + n / kBlockK<T> * panel() + r * kLineStride + n % kBlockK<T>;
       };
       const auto emit = [&](const Place& at, const Strip& d, const Strip& to_residual) {
         store_packed(strip(at.n), inside(at, d));
         if (first && out.dz.data) store(call.dz, at, d);
         if (wanted) store(call.dresidual, columns(at, layer.R), to_residual);
-        if (call.skip && at.n / kN % call.groups == group)
+        if (call.skip && at.n / size.n % call.groups == group)
           store(call.dx, columns(at, layer.K), to_residual);
       };
       const RowStats row = load_stats(side.over_rows ? out.stats : nullptr, layer, start);
@@ -97,12 +101,6 @@ struct Backward {
     }
   }
 
-  __device__ __forceinline__ static bool has_add(const Side& side) {
-    bool found = false;
-    for (int i = 0; i < side.stages.count; ++i) found |= side.stages.stage[i] == Stage::add;
-    return found;
-  }
-
   // row_means (2, M)
   __device__ __forceinline__ void store_means(const Team& team, const Place& at,
                                               RowMeans means) const {
@@ -113,35 +111,25 @@ struct Backward {
 
   // ---- dt
 
-  __device__ __forceinline__ void copy(int step) const {
+  __device__ __forceinline__ void copy(int step, BlockSize tile_size) const {
+    const auto [rows, columns] = tile_size;
+    const int slot = step % kDepth;
     if (streamed())
-      copy_tile<T, kM, kBlockK<T>>(dz + step % kDepth * kPanel, source<T>(out.dy, layer.M, layer.N),
-                                   m0, step * kBlockK<T>);
-    copy_tile<T, kBlockK<T>, kN>(weight + step % kDepth * kWeights,
-                                 source<T>(layer.weight, layer.N, layer.K),
-                                 int64_t{step} * kBlockK<T>, k0);
-  }
-
-  __device__ __forceinline__ void multiply() const {
-    Tile product;
-    run_steps(
-        call.steps, [&](int step) { copy(step); },
-        [&](int step) {
-          product.step(dz + (streamed() ? step % kDepth : step) * kPanel,
-                       weight + step % kDepth * kWeights);
-        });
-    product.store(dt);
-    sync_threads();
+      copy_tile(dz + slot * rows * kLineStride, source<T>(out.dy, layer.M, layer.N), m0,
+                step * kBlockK<T>, rows, kBlockK<T>);
+    copy_tile(weight + slot * kBlockK<T> * (columns + kPack<T>),
+              source<T>(layer.weight, layer.N, layer.K), int64_t{step} * kBlockK<T>, k0(),
+              kBlockK<T>, columns);
   }
 
   // The tile is dt, or dx where nothing stands before `linear`; then what `add` sends lies in dx.
   __device__ __forceinline__ void finish_tile() const {
     const bool last = call.prologue.stages.count == 0;
     const Rows<T>& to = last ? call.dx : call.dt;
-    const Team team = team_of(kN);
-    for (int r = team.row; r < kM; r += team.rows) {
-      const Place at = place(r, k0 + team.lane * kStrip, static_cast<int>(layer.K));
-      Strip d = load_packed(dt + r * Tile::kTileStride + team.lane * kStrip);
+    const Team team = team_of(size.n);
+    for (int r = team.row; r < size.m; r += team.rows) {
+      const Place at = place(r, k0() + team.lane * kStrip, static_cast<int>(layer.K));
+      Strip d = load_packed(dt + r * (size.n + kTilePad) + team.lane * kStrip);
       if (last && call.skip) d = plus(d, load<T, true>(to, at));
       store(to, at, d);
     }
@@ -151,14 +139,14 @@ struct Backward {
 
   __device__ __forceinline__ void walk_x() const {
     const Side& side = call.prologue;
-    const bool add = has_add(side);
     const Team team = team_of(side.width);
-    for (int r = team.row; r < kM; r += team.rows) {
+    for (int r = team.row; r < size.m; r += team.rows) {
       const Place start = place(r, 0, side.width);
       const auto emit = [&](const Place& at, Strip d, const Strip& to_residual) {
-        if (add && out.dresidual.data) store(call.dresidual, columns(at, layer.R), to_residual);
+        if (call.adds_before && out.dresidual.data)
+          store(call.dresidual, columns(at, layer.R), to_residual);
         if (!out.dx.data) return;
-        if (add && layer.residual_is_x) d = plus(d, to_residual);
+        if (call.adds_before && layer.residual_is_x) d = plus(d, to_residual);
         if (call.skip) d = plus(d, load<T, true>(call.dx, at));
         store(call.dx, at, d);
       };
@@ -170,31 +158,28 @@ struct Backward {
     }
   }
 
-  __device__ __forceinline__ void begin() const {
-    begin_copies(call.steps, [&](int step) { copy(step); });
-  }
-
   __device__ __forceinline__ void run() {
-    if (call.product) begin();
-    if (!streamed()) walk_z();
-    if (!call.product) return;
     for (;;) {
-      multiply();
+      if (call.product) begin_copies(call.steps, [&](int step) { copy(step, size); });
+      if (tile == group && !streamed()) walk_z();
+      if (!call.product) return;
+      with_size<kAtOnce>(size, [&](auto m, auto n) {
+        multiply<m.value, n.value, false>(call.steps, dz, streamed(), weight, dt,
+                                          [&](int step) { copy(step, {m.value, n.value}); });
+      });
       finish_tile();
       tile += call.groups;
       if (tile >= call.tiles) break;
-      k0 = tile * kN;
       sync_threads();  // dt has been read
-      begin();
     }
     if (call.walk_x && last_to_arrive(out.arrived + block, call.groups)) walk_x();
   }
 };
 
-template <class T, int kM, int kN>
-__global__ __launch_bounds__(kThreads, at_once(kM)) void residual_backward_sm80_kernel(
+template <class T, int kAtOnce>
+__global__ __launch_bounds__(kThreads, kAtOnce) void residual_backward_sm80_kernel(
     const __grid_constant__ BackwardCall<T> call) {
-  Backward<T, kM, kN>(call).run();
+  Backward<T, kAtOnce>(call).run();
 }
 
 }  // namespace
@@ -222,14 +207,17 @@ const char* residual_backward_sm80(const Layer& layer, const BackwardOut& out, c
                                   rows_of<T>(out.dresidual),
                                   prologue,
                                   epilogue,
+                                  {tile.block_m, tile.block_n},
                                   tiles,
                                   tile.groups,
                                   steps,
                                   product,
                                   skip,
+                                  has(prologue.stages, Stage::add),
+                                  has(epilogue.stages, Stage::add),
                                   walk_x};
-    return with_tile<T>(tile, [&](auto, auto m, auto n) {
-      return launch(residual_backward_sm80_kernel<T, m.value, n.value>, tile.programs, kThreads,
+    return with_kernel(tile, [&](auto programs) {
+      return launch(residual_backward_sm80_kernel<T, programs.value>, tile.programs, kThreads,
                     tile.shared_bytes, stream, call);
     });
   });

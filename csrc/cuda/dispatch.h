@@ -1,8 +1,7 @@
-// From a dtype and a tile known at run time to the kernel made for them.
+// From a dtype and a tile known at run time to the code made for them.
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
 #include "cuda/device.h"
 #include "cuda/plan.h"
@@ -12,17 +11,26 @@ namespace fusedres::cuda {
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
-// f(T{}, Constant<m>{}, Constant<n>{}) for the one of kTiles that `tile` has; it returns an error or
-// nullptr.
-template <class T, class F>
-const char* with_tile(const Tile& tile, F f) {
-  const char* error = "no kernel has this tile: see kTiles";
-  [&]<size_t... kI>(std::index_sequence<kI...>) {
-    (void)((kTiles[kI].m == tile.block_m && kTiles[kI].n == tile.block_n &&
-            (error = f(T{}, Constant<kTiles[kI].m>{}, Constant<kTiles[kI].n>{}), true)) ||
-           ...);
-  }(std::make_index_sequence<std::size(kTiles)>{});
-  return error;
+// f(Constant<programs>{}) of the kernel that serves all of kTiles of which as many programs fit on a
+// multiprocessor: they differ in the product alone, a small part of its code. nullptr or an error.
+template <class F>
+const char* with_kernel(const Tile& tile, F f) {
+  for (const BlockSize size : kTiles)
+    if (size.m == tile.block_m && size.n == tile.block_n)
+      return at_once(size.m) == 1 ? f(Constant<1>{}) : f(Constant<2>{});
+  return "no kernel has this tile: see kTiles";
+}
+
+// f(Constant<m>{}, Constant<n>{}) for the one of the kernel's tiles that has this size.
+template <int kAtOnce, int kI = 0, class F>
+__device__ __forceinline__ void with_size(BlockSize size, F f) {
+  if constexpr (kI < std::size(kTiles)) {
+    constexpr BlockSize kSize = kTiles[kI];
+    if constexpr (at_once(kSize.m) == kAtOnce)
+      if (size.m == kSize.m && size.n == kSize.n)
+        return f(Constant<kSize.m>{}, Constant<kSize.n>{});
+    with_size<kAtOnce, kI + 1>(size, f);
+  }
 }
 
 // f(T{}) for the element type of `dtype`.

@@ -54,8 +54,8 @@ struct WeightTile {
     const auto copy = [&](int step) {
       const int slot = step % kDepth * kOperand;
       const int64_t m = begin + int64_t{step} * kBlockK<T>;
-      copy_tile<T, kBlockK<T>, kSumTile>(dz + slot, left, m, n0);
-      copy_tile<T, kBlockK<T>, kSumTile>(x + slot, right, m, k0);
+      copy_tile(dz + slot, left, m, n0, kBlockK<T>, kSumTile);
+      copy_tile(x + slot, right, m, k0, kBlockK<T>, kSumTile);
     };
     const int steps = (static_cast<int>(end - begin) + kBlockK<T> - 1) / kBlockK<T>;
     Tile product;

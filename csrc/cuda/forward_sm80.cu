@@ -1,10 +1,10 @@
 // A whole layer in one launch: z = prologue(x) @ weight.T + bias ; y = epilogue(z).
 //
-// A program owns kM rows, and of their tiles of kN columns one, or each `groups`-th. Stages before
-// `linear` transform its rows of x in shared memory, the product streams the weight past them, and
-// its result goes through shared memory once more, to be finished row by row. Where a norm after
-// `linear` sees rows that several programs share, each stores its part of z and of the rows'
-// moments, and the last to arrive finishes them.
+// A program owns `size.m` rows, and of their tiles of `size.n` columns one, or each `groups`-th.
+// Stages before `linear` transform its rows of x in shared memory, the product streams the weight
+// past them, and its result goes through shared memory once more, to be finished row by row. Where a
+// norm after `linear` sees rows that several programs share, each stores its part of z and of the
+// rows' moments, and the last to arrive finishes them.
 #include "cuda/dispatch.h"
 #include "cuda/product_sm80.h"
 #include "cuda/rows.h"
@@ -16,78 +16,60 @@ struct ForwardCall {
   Layer layer;
   ForwardOut out;
   Side prologue, epilogue;
-  int tiles;   // of columns
-  int groups;  // programs that share them
-  int steps;   // along K
+  BlockSize size;  // of a tile
+  int tiles;       // of columns
+  int groups;      // programs that share them
+  int steps;       // along K
 };
 
-template <class T, int kM, int kN>
+template <class T, int kAtOnce>
 struct Forward {
-  using Tile = Product<T, kM, kN, true, true>;
-  static constexpr int kPanel = kM * kStride<T, kBlockK<T>>, kWeights = kN * kStride<T, kBlockK<T>>;
+  static constexpr int kLineStride = kStride<T, kBlockK<T>>;
 
   const ForwardCall& call;
   const Layer& layer;
+  BlockSize size;
   int64_t block;  // of rows
   int group;      // the program's among those of the block
   int64_t m0;
   int tile, n0;   // of columns
   T *x, *weight;  // in shared memory: x by blocks of kBlockK columns
-  float* z;       // [kM, kTileStride], in the weight's place once the product is done
-  static_assert(kM * Tile::kTileStride * sizeof(float) <= kDepth * kWeights * sizeof(T));
+  float* z;       // [size.m, size.n + kTilePad], in the weight's place once the product is done
 
   __device__ __forceinline__ explicit Forward(const ForwardCall& c)
       : call(c),
         layer(c.layer),
+        size(c.size),
         block(blockIdx.x / c.groups),
         group(blockIdx.x % c.groups),
-        m0(block * kM),
+        m0(block * size.m),
         tile(group),
-        n0(tile * kN),
+        n0(tile * size.n),
         x(static_cast<T*>(static_cast<void*>(shared_memory()))),
-        weight(x + (c.prologue.stages.count > 0 ? c.steps : kDepth) * kPanel),
+        weight(x + (c.prologue.stages.count > 0 ? c.steps : kDepth) * panel()),
         z(static_cast<float*>(static_cast<void*>(weight))) {}
 
   __device__ __forceinline__ Place place(int row, int n, int width) const {
     return {m0 + row, n, width, m0 + row < layer.M};
   }
 
+  __device__ __forceinline__ int panel() const { return size.m * kLineStride; }  // a block of x
+
   // ---- the product
 
-  __device__ __forceinline__ void copy_x(int step, int slot) const {
+  __device__ __forceinline__ bool streamed() const { return call.prologue.stages.count == 0; }
+  __device__ __forceinline__ bool to_transform() const { return !streamed() && tile == group; }
+
+  __device__ __forceinline__ void copy_x(int step, int slot, int rows) const {
     const Source<T> from = source<T>(layer.x, layer.M, layer.K);
-    copy_tile<T, kM, kBlockK<T>>(x + slot * kPanel, from, m0, step * kBlockK<T>);
+    copy_tile(x + slot * rows * kLineStride, from, m0, step * kBlockK<T>, rows, kBlockK<T>);
   }
 
-  __device__ __forceinline__ void copy_weight(int step) const {
+  __device__ __forceinline__ void copy(int step, BlockSize tile_size) const {
+    if (streamed()) copy_x(step, step % kDepth, tile_size.m);
     const Source<T> from = source<T>(layer.weight, layer.N, layer.K);
-    copy_tile<T, kN, kBlockK<T>>(weight + step % kDepth * kWeights, from, n0, step * kBlockK<T>);
-  }
-
-  __device__ __forceinline__ void multiply() const {
-    const bool streamed = call.prologue.stages.count == 0;
-    const auto copy = [&](int step) {
-      if (streamed) copy_x(step, step % kDepth);
-      copy_weight(step);
-    };
-    const bool to_transform = !streamed && tile == group;
-    if (to_transform) {
-      for (int step = 0; step < call.steps; ++step) copy_x(step, step);
-      cp_async_commit();
-    }
-    begin_copies(call.steps, copy);
-    if (to_transform) {
-      cp_async_wait<kDepth - 1>();
-      sync_threads();
-      transform_x();
-    }
-    Tile product;
-    run_steps(call.steps, copy, [&](int step) {
-      product.step(x + (streamed ? step % kDepth : step) * kPanel,
-                   weight + step % kDepth * kWeights);
-    });
-    product.store(z);
-    sync_threads();
+    copy_tile(weight + step % kDepth * tile_size.n * kLineStride, from, n0, step * kBlockK<T>,
+              tile_size.n, kBlockK<T>);
   }
 
   // x = prologue(x), in place; columns past K stay 0.
@@ -95,10 +77,10 @@ struct Forward {
     const Side& side = call.prologue;
     const Stages& stages = side.stages;
     const Team team = team_of(side.width);
-    for (int r = team.row; r < kM; r += team.rows) {
+    for (int r = team.row; r < size.m; r += team.rows) {
       Place at = place(r, 0, side.width);
       const auto strip = [&](int k) {
-        return x + k / kBlockK<T> * kPanel + r * kStride<T, kBlockK<T>> + k % kBlockK<T>;
+        return x + k / kBlockK<T> * panel() + r * kLineStride + k % kBlockK<T>;
       };
       RowStats row = {0.0f, 0.0f};
       if (side.over_rows) {
@@ -125,12 +107,12 @@ struct Forward {
     const Side& side = call.epilogue;
     const Stages& stages = side.stages;
     const Rows<T> y = rows_of<T>(call.out.y), kept = rows_of<T>(stored_z(shared_rows));
-    const Team team = team_of(kN);
+    const Team team = team_of(size.n);
     const int norm = side.over_rows ? side.norm_at : stages.count;
-    const int n = team.lane * kStrip, width = side.width - n0 < kN ? side.width - n0 : kN;
-    for (int r = team.row; r < kM; r += team.rows) {
+    const int n = team.lane * kStrip, width = side.width - n0 < size.n ? side.width - n0 : size.n;
+    for (int r = team.row; r < size.m; r += team.rows) {
       const Place at = place(r, n0 + n, side.width);
-      float* strip = z + r * Tile::kTileStride + n;
+      float* strip = z + r * (size.n + kTilePad) + n;
       // A norm and its backward must see the same values.
       Strip t = as_stored<T>(plus(load_packed(strip), load(layer.bias, at, 0.0f)));
       if (kept.data) store(kept, at, t);
@@ -174,8 +156,9 @@ struct Forward {
       const float* cell = call.out.partial + i * layer.M + at.m;
       const Moments part = {load_past_l1(cell), load_past_l1(cell + plane),
                             load_past_l1(cell + 2 * plane)};
-      const int left = at.width - i * kN;
-      row = merge(row, static_cast<float>(i * kN), part, static_cast<float>(left < kN ? left : kN));
+      const int left = at.width - i * size.n;
+      row = merge(row, static_cast<float>(i * size.n), part,
+                  static_cast<float>(left < size.n ? left : size.n));
     }
     return stats_of(row, at.width, layer.eps);
   }
@@ -184,7 +167,7 @@ struct Forward {
     const Side& side = call.epilogue;
     const Rows<T> y = rows_of<T>(call.out.y), kept = rows_of<T>(stored_z(true));
     const Team team = team_of(side.width);
-    for (int r = team.row; r < kM; r += team.rows) {
+    for (int r = team.row; r < size.m; r += team.rows) {
       Place at = place(r, team.lane * kStrip, side.width);
       const RowStats row = load_merged(at);
       store_stats(call.out.stats, layer, team, at, row);
@@ -198,21 +181,34 @@ struct Forward {
   __device__ __forceinline__ void run() {
     const bool shared_rows = call.epilogue.over_rows && call.tiles > 1;
     for (;;) {
-      multiply();
+      if (to_transform()) {
+        for (int step = 0; step < call.steps; ++step) copy_x(step, step, size.m);
+        cp_async_commit();
+      }
+      begin_copies(call.steps, [&](int step) { copy(step, size); });
+      if (to_transform()) {
+        cp_async_wait<kDepth - 1>();
+        sync_threads();
+        transform_x();
+      }
+      with_size<kAtOnce>(size, [&](auto m, auto n) {
+        multiply<m.value, n.value, true>(call.steps, x, streamed(), weight, z,
+                                         [&](int step) { copy(step, {m.value, n.value}); });
+      });
       finish_tile(shared_rows);
       if (shared_rows && last_to_arrive(call.out.arrived + block, call.tiles)) finish_rows();
       tile += call.groups;
       if (tile >= call.tiles) break;
-      n0 = tile * kN;
+      n0 = tile * size.n;
       sync_threads();  // z has been read
     }
   }
 };
 
-template <class T, int kM, int kN>
-__global__ __launch_bounds__(kThreads, at_once(kM)) void residual_forward_sm80_kernel(
+template <class T, int kAtOnce>
+__global__ __launch_bounds__(kThreads, kAtOnce) void residual_forward_sm80_kernel(
     const __grid_constant__ ForwardCall call) {
-  Forward<T, kM, kN>(call).run();
+  Forward<T, kAtOnce>(call).run();
 }
 
 }  // namespace
@@ -223,13 +219,14 @@ const char* residual_forward_sm80(const Layer& layer, const ForwardOut& out, con
                             out,
                             side_of(layer, true),
                             side_of(layer, false),
+                            {tile.block_m, tile.block_n},
                             static_cast<int>(ceil_div(layer.N, tile.block_n)),
                             tile.groups,
                             static_cast<int>(ceil_div(layer.K, block_k(layer.dtype)))};
   return with_element(layer.dtype, [&](auto type) {
-    return with_tile<decltype(type)>(tile, [&](auto element, auto m, auto n) {
-      return launch(residual_forward_sm80_kernel<decltype(element), m.value, n.value>,
-                    tile.programs, kThreads, tile.shared_bytes, stream, call);
+    return with_kernel(tile, [&](auto programs) {
+      return launch(residual_forward_sm80_kernel<decltype(type), programs.value>, tile.programs,
+                    kThreads, tile.shared_bytes, stream, call);
     });
   });
 }

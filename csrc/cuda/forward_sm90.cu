@@ -48,9 +48,8 @@ __global__ __launch_bounds__(kBlockThreads, 1) void residual_forward_sm90_kernel
   } else if (warp < kFirstMultiplyWarp) {
     set_registers<Registers<kBlockN>::kFinish>();
     const Finish<T, kBlockN> finish(call, shared);
-    finish_tiles(
-        schedule, barriers, block, blocks, call.shared_rows,
-        [&](TileAt tile) { finish.take(tile); }, [&](TileAt tile) { finish.complete(tile); });
+    finish_tiles(schedule, barriers, block, blocks, call.shared_rows,
+                 [&](TileAt tile, bool whole) { finish.run(tile, whole); });
   } else {
     set_registers<Registers<kBlockN>::kMultiply>();
     Multiplier<T, kBlockN> sums;

@@ -9,14 +9,9 @@
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
 
 #include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/arch/mma_sm90.hpp>
-#include <cute/atom/mma_atom.hpp>
-#include <cute/atom/mma_traits_sm90_gmma.hpp>
-#include <cute/tensor.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
 
 #include "cuda/device.h"
 #include "cuda/schedule.h"
@@ -134,6 +129,8 @@ __device__ __forceinline__ int opaque(int v) {
 
 // ---- products
 
+namespace GMMA = cute::SM90::GMMA;
+
 // Four 8 x 8 matrices of 16-bit elements: lane 8 i + r has the address of row r of matrix i.
 __device__ __forceinline__ void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
   asm volatile(
@@ -150,52 +147,58 @@ class Multiplier {
   // Adds the product of the tiles in `slot`, or starts with it. Returns when the one before has
   // ended.
   __device__ __forceinline__ void start(const T* x, const T* weight, int slot, bool first) {
-    using namespace cute;
     const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128 % 2, 0);
-    const auto slice = mma_.get_slice(128 * warpgroup);
-    const auto a = slice.make_fragment_A(slice.partition_A(tile<kBlockM>(x)));
-    const auto b = slice.make_fragment_B(slice.partition_B(tile<kBlockN>(weight)));
-    warpgroup_fence_operand(sums_);
-    warpgroup_arrive();
-    mma_.accumulate_ = first ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
+    const uint32_t a = at(x, slot * kBlockM + 64 * warpgroup), b = at(weight, slot * kBlockN);
+    fence_sums();
+    cute::warpgroup_arrive();
+    auto scale = first ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
 #pragma unroll
-    for (int k = 0; k < size<2>(a); ++k) {
-      gemm(mma_, a(_, _, k, slot), b(_, _, k, slot), sums_);
-      mma_.accumulate_ = GMMA::ScaleOut::One;
+    for (int k = 0; k < 2 * kBlockK; k += kStepBytes) {
+#pragma unroll
+      for (int n = 0; n < kBlockN / kColumns; ++n)
+        [&]<size_t... kI>(std::index_sequence<kI...>) {
+          Instruction::fma(operand(a + k / 16), operand(b + (n * kColumns * kRowBytes + k) / 16),
+                           sums_[n * kValues + kI]..., scale);
+        }(std::make_index_sequence<kValues>{});
+      scale = GMMA::ScaleOut::One;
     }
-    warpgroup_commit_batch();
-    warpgroup_wait<1>();
-    warpgroup_fence_operand(sums_);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<1>();
+    fence_sums();
   }
 
   __device__ __forceinline__ void end() {
     cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(sums_);
+    fence_sums();
   }
 
-  __device__ __forceinline__ float value(int i) const { return sums_(i); }
+  __device__ __forceinline__ float value(int i) const { return sums_[i]; }
 
  private:
-  template <int kN>
-  using I = cute::Int<kN>;
-  using E = std::conditional_t<std::is_same_v<T, bfloat16>, cutlass::bfloat16_t, cutlass::half_t>;
   // Not 256 columns at once: ptxas holds one instruction to the registers a block starts with.
-  static constexpr auto kMajor = cute::GMMA::Major::K;
-  using Shape = cute::Shape<I<kBlockM>, I<128>, I<kBlockK> >;
-  using Mma = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<E, E, float, Shape, kMajor, kMajor>(),
-      cute::Layout<cute::Shape<I<2>, I<1>, I<1> > >{}));
-  using Sums = decltype(cute::partition_fragment_C(Mma{}, cute::Shape<I<kBlockM>, I<kBlockN> >{}));
+  static constexpr int kColumns = 128, kValues = 64 * kColumns / 128, kStepBytes = 32;
+  static constexpr int kRowBytes = 2 * kBlockK;
+  using Instruction =
+      std::conditional_t<std::is_same_v<T, bfloat16>,
+                         GMMA::MMA_64x128x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>,
+                         GMMA::MMA_64x128x16_F32F16F16_SS<GMMA::Major::K, GMMA::Major::K> >;
 
-  template <int kRows>
-  __device__ __forceinline__ static auto tile(const T* p) {
-    const auto layout = cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<E>{},
-                                            cute::Shape<I<kRows>, I<kBlockK>, I<kSlots> >{});
-    return cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<const E*>(p)), layout);
+  // Lower half of the PTX ISA's "matrix descriptor": where a row of tiles lies, in 16 bytes.
+  __device__ __forceinline__ static uint32_t at(const T* tiles, int row) {
+    return 1 << 16 | (shared_address(tiles) + row * kRowBytes) / 16 % (1 << 14);
   }
 
-  Mma mma_;
-  Sums sums_;
+  // And its upper half: rows of 128 bytes, exchanged as TMA does it, in eights.
+  __device__ __forceinline__ static uint64_t operand(uint32_t at) {
+    return uint64_t{1 << 30 | 8 * kRowBytes / 16} << 32 | at;
+  }
+
+  __device__ __forceinline__ void fence_sums() {
+#pragma unroll
+    for (float& sum : sums_) cute::warpgroup_fence_operand(sum);
+  }
+
+  float sums_[kBlockN / kColumns * kValues];
 };
 
 // ---- launches
@@ -208,18 +211,9 @@ const char* launch_together(void (*kernel)(Parameters...), int64_t programs, int
   const void* entry = reinterpret_cast<const void*>(kernel);
   cudaError_t error = allow_shared(entry, shared_bytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  cudaLaunchAttribute together = {};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(programs));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &together;
-  config.numAttrs = 1;
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  error = cudaLaunchKernelExC(&config, entry, pointers);
+  error = cudaLaunchCooperativeKernel(entry, dim3(static_cast<unsigned>(programs)), dim3(threads),
+                                      pointers, shared_bytes, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -38,41 +38,51 @@ __device__ __forceinline__ Source<T> source(const Matrix& m, int64_t rows, int64
                           : static_cast<int>(sizeof(T))};
 }
 
-// 16 bytes, of which `count` elements exist; the others are 0.
-template <class T>
-__device__ __forceinline__ void copy_pack(T* to, const T* from, int count, int bytes) {
-  constexpr int kSize = sizeof(T);
-  if (bytes == 16) {
-    cp_async_16(to, from, count * kSize);
-  } else if (bytes == 4) {
-#pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-      const int left = count * kSize - i;
-      cp_async_4(to + i / kSize, left > 0 ? from + i / kSize : from,
-                 left < 0   ? 0
-                 : left > 4 ? 4
-                            : left);
-    }
-  } else {
-    Pack<T> pack;
-#pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) pack.v[i] = i < count ? from[i] : from_float<T>(0.0f);
-    *reinterpret_cast<Pack<T>*>(to) = pack;
-  }
-}
-
-// to [kRows, kColumns] = the tile at (row, column); 0 outside the matrix.
-template <class T, int kRows, int kColumns>
-__device__ __forceinline__ void copy_tile(T* to, const Source<T>& s, int64_t row, int column) {
-  constexpr int kPacks = kColumns / kPack<T>;
-#pragma unroll
-  for (int i = threadIdx.x; i < kRows * kPacks; i += kThreads) {
-    const int r = i / kPacks, c = i % kPacks * kPack<T>;
+// f(to, from, count) for each 16 bytes of the tile at (row, column), `count` elements of which exist.
+template <class T, class F>
+__device__ __forceinline__ void for_each_pack(const Source<T>& s, int64_t row, int column, int rows,
+                                              int columns, F f) {
+  const int packs = columns / kPack<T>;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * packs; i += kThreads) {
+    const int r = i / packs, c = i % packs * kPack<T>;
     int count = row + r < s.rows ? s.columns - column - c : 0;
     count = count < 0 ? 0 : count > kPack<T> ? kPack<T> : count;
     const T* from = count > 0 ? s.data + (row + r) * s.stride + column + c : s.data;
-    copy_pack(to + r * kStride<T, kColumns> + c, from, count, s.bytes);
+    f(r * (columns + kPack<T>)+c, from, count);
   }
+}
+
+// copy_tile where no 16 bytes of the matrix may be taken at a time.
+template <class T>
+__device__ FUSEDRES_APART void copy_bits(T* tile, Source<T> s, int64_t row, int column, int rows,
+                                         int columns) {
+  constexpr int kSize = sizeof(T);
+  for_each_pack(s, row, column, rows, columns, [&](int at, const T* from, int count) {
+    if (s.bytes == 4) {
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) {
+        const int left = count * kSize - i;
+        cp_async_4(tile + at + i / kSize, left > 0 ? from + i / kSize : from,
+                   std::clamp(left, 0, 4));
+      }
+    } else {
+      Pack<T> pack;
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i) pack.v[i] = i < count ? from[i] : from_float<T>(0.0f);
+      *reinterpret_cast<Pack<T>*>(tile + at) = pack;
+    }
+  });
+}
+
+// tile [rows, columns] = that of the matrix at (row, column); 0 outside the matrix.
+template <class T>
+__device__ __forceinline__ void copy_tile(T* tile, const Source<T>& s, int64_t row, int column,
+                                          int rows, int columns) {
+  if (s.bytes < 16) return copy_bits(tile, s, row, column, rows, columns);
+  for_each_pack(s, row, column, rows, columns, [&](int at, const T* from, int count) {
+    cp_async_16(tile + at, from, count * static_cast<int>(sizeof(T)));
+  });
 }
 
 // ---- the loop
@@ -80,7 +90,7 @@ __device__ __forceinline__ void copy_tile(T* to, const Source<T>& s, int64_t row
 // Has the copies of the first steps begin. copy(i) copies what step i needs.
 template <class Copy>
 __device__ __forceinline__ void begin_copies(int steps, Copy copy) {
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kDepth - 1; ++i) {
     if (i < steps) copy(i);
     cp_async_commit();
@@ -240,6 +250,22 @@ struct Product<float, kM, kN, kRowA, kRowB> {
         tile[(row() + i * 4) * kTileStride + column() + j * 8] = sums[i][j];
   }
 };
+
+// sums [kM, kN + kTilePad] = A B by `steps` blocks of shared memory; of A all lie there, or, where
+// they are `streamed` too, as many as of B. copy(i) copies what step i needs.
+template <int kM, int kN, bool kRowB, class T, class Copy>
+__device__ __forceinline__ void multiply(int steps, const T* a, bool streamed, const T* b,
+                                         float* sums, Copy copy) {
+  using Tile = Product<T, kM, kN, true, kRowB>;
+  constexpr int kBlockA = kM * Tile::kA, kBlockB = (kRowB ? kN : kBlockK<T>)*Tile::kB;
+  static_assert(kM * Tile::kTileStride * sizeof(float) <= kDepth * kBlockB * sizeof(T));
+  Tile product;
+  run_steps(steps, copy, [&](int step) {
+    product.step(a + (streamed ? step % kDepth : step) * kBlockA, b + step % kDepth * kBlockB);
+  });
+  product.store(sums);
+  sync_threads();
+}
 
 // ---- between programs
 

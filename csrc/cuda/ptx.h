@@ -23,6 +23,7 @@ struct float16 {
 };
 
 __device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(double v) { return static_cast<float>(v); }
 __device__ __forceinline__ float to_float(bfloat16 v) {
   return __uint_as_float(static_cast<uint32_t>(v.bits) << 16);
 }

@@ -240,14 +240,6 @@ __device__ __forceinline__ Pack<T> load_pack(const Rows<T>& rows, const Place& a
   return out;
 }
 
-template <class T>
-__device__ __forceinline__ Strip unpack(const Pack<T>& pack) {
-  Strip out;
-#pragma unroll
-  for (int i = 0; i < kStrip; ++i) out.v[i] = to_float(pack.v[i]);
-  return out;
-}
-
 template <class T, int kBlockN>
 struct Finish {
   static constexpr int kThreads = 32 * kFinishWarps, kLanes = kBlockN / kStrip;
@@ -278,44 +270,41 @@ struct Finish {
     return load_pack<T, false>(rows_of<T>(layer.residual), at);
   }
 
-  // y of the parked tile, or, where others share its rows, what they need of it.
-  __device__ __forceinline__ void take(TileAt tile) const {
-    make_y<false>(tile);
-    if (!call.shared_rows) return;
+  // y of the parked tile, or, where others share its rows, what they need of it; then, `whole`, y of
+  // a tile that shares its rows, once all have stored their part of them.
+  __device__ __forceinline__ void run(TileAt tile, bool whole) const {
+    int32_t* arrived = call.out.arrived + 2 * tile.row_block;
+    if (whole) {
+      if (thread == 0) wait_for_blocks(arrived, call.schedule.column_tiles);
+      sync_warps(kFinishWarps);
+      merge_rows(tile);
+    }
+    make_y(tile, whole);
+    if (whole || !call.shared_rows) return;
     sync_warps(kFinishWarps);  // the stores of all threads come before what one thread does
-    if (thread == 0) arrive(call.out.arrived + 2 * tile.row_block);
+    if (thread == 0) arrive(arrived);
   }
 
-  // y of a tile that shares its rows, once all have stored their part of them.
-  __device__ __forceinline__ void complete(TileAt tile) const {
-    if (thread == 0)
-      wait_for_blocks(call.out.arrived + 2 * tile.row_block, call.schedule.column_tiles);
-    sync_warps(kFinishWarps);
-    merge_rows(tile);
-    make_y<true>(tile);
-  }
-
-  // kMerged: from z as stored, by this very thread, and the statistics of whole rows, else from the
+  // whole: from z as stored, by this very thread, and the statistics of whole rows, else from the
   // parked tile.
-  template <bool kMerged>
-  __device__ __forceinline__ void make_y(TileAt tile) const {
+  __device__ __forceinline__ void make_y(TileAt tile, bool whole) const {
     const int lane = thread % kLanes, n = tile.column_tile * kBlockN + lane * kStrip;
-    const int last = kMerged || !call.shared_rows ? side.stages.count : side.norm_at;
+    const int last = whole || !call.shared_rows ? side.stages.count : side.norm_at;
     struct Loaded {
       Pack<T> z, skip;
     };
     const auto load = [&](int row) {
       const Place at = place(tile.row_block, row, n, side.width);
       Loaded out = {{}, load_residual(at, last)};
-      if (kMerged) out.z = load_pack<T, true>(rows_of<T>(call.kept), at);
+      if (whole) out.z = load_pack<T, true>(rows_of<T>(call.kept), at);
       return out;
     };
     walk_ahead(thread / kLanes, kThreads / kLanes, load, [&](int r, const Loaded& loaded) {
       const Place at = place(tile.row_block, r, n, side.width);
       RowStats row = {0.0f, 0.0f};
       Strip t;
-      if (kMerged) {
-        t = unpack(loaded.z);
+      if (whole) {
+        t = load_packed(loaded.z.v);
         row = shared.rows[r];
       } else {
         t = load_packed(&shared.z[r * kBlockN + swizzled(r, lane)]);
@@ -323,7 +312,7 @@ struct Finish {
       }
 #pragma unroll 1
       for (int i = 0; i < side.stages.count; ++i) {
-        if (!kMerged && side.over_rows && i == side.norm_at) {
+        if (!whole && side.over_rows && i == side.norm_at) {
           const Moments part = moments_of(t, tile, lane);
           if (call.shared_rows) return store_part(tile.column_tile, lane, at, part);
           row = stats_of(part, side.width, layer.eps);
@@ -338,7 +327,8 @@ struct Finish {
   __device__ __forceinline__ Strip run_stage(int i, const Place& at, const Strip& t,
                                              const Pack<T>& skip, RowStats row) const {
     if (i != call.add_at) return cuda::run_stage<T>(layer, side.stages.stage[i], at, t, row);
-    return map(t, unpack(skip), [&](float v, float r) { return v + layer.residual_scale * r; });
+    return map(t, load_packed(skip.v),
+               [&](float v, float r) { return v + layer.residual_scale * r; });
   }
 
   __device__ __forceinline__ Moments moments_of(const Strip& t, TileAt tile, int lane) const {

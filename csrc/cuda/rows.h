@@ -112,14 +112,18 @@ __device__ __forceinline__ RowMeans walk_row_back(const Layer& layer, const Side
                                                   const Team& team, Place at, RowStats row,
                                                   Input input, Gradient gradient, Emit emit) {
   RowMeans means = {0.0f, 0.0f};
-  const int norm = side.norm_at, count = side.stages.count, after = norm < count ? norm + 1 : 0;
+  const int norm = side.norm_at, count = side.stages.count;
   for (int pass = side.over_rows ? 0 : 1; pass < 2; ++pass) {
     float sum_g = 0.0f, sum_gc = 0.0f;
     for (at.n = team.lane * kStrip; at.n < side.width; at.n += team.size * kStrip) {
       const Strip t = side.replay > 0 ? input(at) : Strip{};
       const Tape tape = replay<T>(layer, side, at, t, row);
-      Strip to_residual = {};
-      Strip d = walk_back(layer, side.stages, count, after, at, gradient(at), tape, to_residual);
+      Strip d = gradient(at), to_residual = {};
+      const auto back = [&](int last, int first) {
+        for (int i = last - 1; i >= first; --i)
+          d = stage_back(layer, side.stages.stage[i], at, d, tape, to_residual);
+      };
+      back(count, norm < count ? norm + 1 : 0);
       if (pass == 0) {
         const Strip g = inside(at, load(layer.norm_weight, at, 1.0f) * d);
         sum_g += sum(g);
@@ -128,7 +132,7 @@ __device__ __forceinline__ RowMeans walk_row_back(const Layer& layer, const Side
       }
       if (norm < count) {
         d = norm_back(layer, at, d, tape.c, row, means);
-        d = walk_back(layer, side.stages, norm, 0, at, d, tape, to_residual);
+        back(norm, 0);
       }
       emit(at, d, to_residual);
     }

@@ -137,21 +137,20 @@ FUSEDRES_HD void multiply_tiles(const Schedule& s, Barriers<B>& b, int block, in
   }
 }
 
-// take(tile) reads the parked tile; complete(tile), where blocks share rows, does what takes whole
-// rows, one tile later.
-template <class B, class Take, class Complete>
+// finish(tile, false) reads the parked tile; finish(tile, true), where blocks share rows, does what
+// takes whole rows, one tile later.
+template <class B, class Finish>
 FUSEDRES_HD void finish_tiles(const Schedule& s, Barriers<B>& b, int block, int blocks,
-                              bool shared_rows, Take take, Complete complete) {
+                              bool shared_rows, Finish finish) {
   uint32_t parity = 0;
   const int end = s.tiles + (shared_rows ? blocks : 0);  // with a turn for the last tile's rows
-  for (int tile = block; tile < end; tile += blocks, parity ^= 1) {
-    if (tile < s.tiles) {
-      b.parked.wait(parity);
-      take(s.at(tile));
-      b.unparked.arrive();
+  for (int tile = block; tile < end; tile += blocks, parity ^= 1)
+    for (int whole = 0; whole <= (shared_rows ? 1 : 0); ++whole) {  // one call of a long `finish`
+      if (whole ? tile == block : tile >= s.tiles) continue;
+      if (!whole) b.parked.wait(parity);
+      finish(s.at(tile - whole * blocks), whole);
+      if (!whole) b.unparked.arrive();
     }
-    if (shared_rows && tile > block) complete(s.at(tile - blocks));
-  }
 }
 
 // ---- the plan

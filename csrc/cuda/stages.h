@@ -18,9 +18,9 @@ __device__ __forceinline__ float rstd_of(float variance, float eps) {
 }
 
 // rstd of each column, for a norm over columns.
-__device__ __forceinline__ Strip column_rstd(const Layer& layer, const Place& at) {
-  return map(load(layer.running_var, at, 1.0f),
-             [&](float variance) { return rstd_of(variance, layer.eps); });
+__device__ FUSEDRES_APART Strip column_rstd(const Layer& layer, Place at) {
+  return map_in_rounds(load(layer.running_var, at, 1.0f),
+                       [&](float variance) { return rstd_of(variance, layer.eps); });
 }
 
 __device__ __forceinline__ Strip normalise(const Layer& layer, const Place& at, const Strip& t,
@@ -71,9 +71,9 @@ __device__ __forceinline__ Strip activate(Act act, Strip t) {
   with_activation(act, [&](auto activation) {
     using F = decltype(activation);
     if constexpr (std::is_same_v<F, Sin>)
-      t = map(t, [](float v) { return sin_of(v, 0); });
+      t = map_in_rounds(t, [](float v) { return sin_of(v, 0); });
     else
-      t = map(t, [](float v) { return F::value(v); });
+      t = map_in_rounds(t, [](float v) { return F::value(v); });
   });
   return t;
 }
@@ -83,9 +83,9 @@ __device__ FUSEDRES_APART Strip activate_grad(Act act, Strip d, Strip h) {
   with_activation(act, [&](auto activation) {
     using F = decltype(activation);
     if constexpr (std::is_same_v<F, Sin>)
-      d = map(d, h, [](float g, float v) { return g * sin_of(v, 1); });
+      d = map_in_rounds(d, h, [](float g, float v) { return g * sin_of(v, 1); });
     else
-      d = map(d, h, [](float g, float v) { return g * F::grad(v); });
+      d = map_in_rounds(d, h, [](float g, float v) { return g * F::grad(v); });
   });
   return d;
 }
@@ -100,16 +100,14 @@ __device__ __forceinline__ Strip multiply_gate(const Layer& layer, const Place& 
 // What is dropped is 0 even if it was NaN.
 __device__ FUSEDRES_APART Strip drop_elements(const Layer& layer, Place at, Strip t) {
   const uint64_t seed = static_cast<uint64_t>(*layer.seed);
-  const uint64_t first = static_cast<uint64_t>(at.m) * at.width + at.n;
-#pragma unroll
-  for (int i = 0; i < kStrip; ++i) {
-    const bool kept = philox(seed, first + i, Stream::element) >= layer.dropout;
-    t.v[i] = kept ? t.v[i] * layer.dropout_scale : 0.0f;
-  }
-  return t;
+  uint64_t element = static_cast<uint64_t>(at.m) * at.width + at.n;
+  return map_in_rounds(t, [&](float v) {
+    const bool kept = philox(seed, element++, Stream::element) >= layer.dropout;
+    return kept ? v * layer.dropout_scale : 0.0f;
+  });
 }
 
-__device__ __forceinline__ Strip drop_sample(const Layer& layer, const Place& at, const Strip& t) {
+__device__ FUSEDRES_APART Strip drop_sample(const Layer& layer, Place at, Strip t) {
   const uint64_t seed = static_cast<uint64_t>(*layer.seed);
   const bool kept = philox(seed, at.m / layer.sample_rows, Stream::sample) >= layer.drop_path;
   return map(t, [&](float v) { return kept ? v * layer.drop_path_scale : 0.0f; });
@@ -179,32 +177,25 @@ __device__ __forceinline__ Tape replay(const Layer& layer, const Side& side, con
   return tape;
 }
 
-// The gradient of what stages `first` to `last` - 1, none of them a norm, act on, from d, that of
-// their result. An `add` on the way sets `to_residual`, the gradient of the residual.
-__device__ __forceinline__ Strip walk_back(const Layer& layer, const Stages& stages, int last,
-                                           int first, const Place& at, Strip d, const Tape& tape,
-                                           Strip& to_residual) {
-  for (int i = last - 1; i >= first; --i) switch (stages.stage[i]) {
-      case Stage::act:
-        d = activate_grad(layer.act, d, tape.act);
-        break;
-      case Stage::gate:
-        d = multiply_gate(layer, at, d);
-        break;
-      case Stage::dropout:
-        d = drop_elements(layer, at, d);
-        break;
-      case Stage::droppath:
-        d = drop_sample(layer, at, d);
-        break;
-      case Stage::add:
-        to_residual = map(d, [&](float v) { return layer.residual_scale * v; });
-        break;
-      case Stage::norm:
-      case Stage::linear:
-        break;
-    }
-  return d;
+// The gradient of what `stage`, not a norm, acts on, from d, that of its result. `add` sets
+// `to_residual`, the gradient of the residual.
+__device__ __forceinline__ Strip stage_back(const Layer& layer, Stage stage, const Place& at,
+                                            const Strip& d, const Tape& tape, Strip& to_residual) {
+  switch (stage) {
+    case Stage::act:
+      return activate_grad(layer.act, d, tape.act);
+    case Stage::gate:
+      return multiply_gate(layer, at, d);
+    case Stage::dropout:
+      return drop_elements(layer, at, d);
+    case Stage::droppath:
+      return drop_sample(layer, at, d);
+    case Stage::add:
+      to_residual = map(d, [&](float v) { return layer.residual_scale * v; });
+      [[fallthrough]];
+    default:
+      return d;
+  }
 }
 
 }  // namespace fusedres::cuda

@@ -28,19 +28,36 @@ struct Place {
 };
 
 template <class F>
-__device__ __forceinline__ Strip map(const Strip& t, F f) {
-  Strip out;
-#pragma unroll
-  for (int i = 0; i < kStrip; ++i) out.v[i] = f(t.v[i]);
-  return out;
-}
-
-template <class F>
 __device__ __forceinline__ Strip map(const Strip& a, const Strip& b, F f) {
   Strip out;
 #pragma unroll
   for (int i = 0; i < kStrip; ++i) out.v[i] = f(a.v[i], b.v[i]);
   return out;
+}
+
+template <class F>
+__device__ __forceinline__ Strip map(const Strip& t, F f) {
+  return map(t, t, [&](float v, float) { return f(v); });
+}
+
+// The same in two rounds of four elements, for a long f: half the code.
+template <class F>
+__device__ __forceinline__ Strip map_in_rounds(Strip a, Strip b, F f) {
+#pragma unroll 1
+  for (int round = 0; round < 2; ++round)
+#pragma unroll
+    for (int i = 0; i < kStrip / 2; ++i) {
+      const float out = f(a.v[i], b.v[i]);
+      a.v[i] = a.v[i + kStrip / 2];
+      b.v[i] = b.v[i + kStrip / 2];
+      a.v[i + kStrip / 2] = out;
+    }
+  return a;
+}
+
+template <class F>
+__device__ __forceinline__ Strip map_in_rounds(const Strip& t, F f) {
+  return map_in_rounds(t, t, [&](float v, float) { return f(v); });
 }
 
 __device__ __forceinline__ Strip operator*(const Strip& a, const Strip& b) {
@@ -116,8 +133,8 @@ __device__ __forceinline__ Strip load(const T* p, int count, bool wide) {
   Strip out;
 #pragma unroll
   for (int i = 0; i < kStrip; ++i) {
-    out.v[i] = 0.0f;
-    if (i < count) out.v[i] = to_float(kPastL1 ? load_past_l1(p + i) : p[i]);
+    if constexpr (kPastL1) out.v[i] = i < count ? to_float(load_past_l1(p + i)) : 0.0f;
+    if constexpr (!kPastL1) out.v[i] = i < count ? to_float(p[i]) : 0.0f;
   }
   return out;
 }
@@ -158,22 +175,12 @@ __device__ __forceinline__ auto with_type(DType dtype, F f) {
   }
 }
 
-__device__ __forceinline__ Strip load(const double* p, int count) {
-  Strip out;
-#pragma unroll
-  for (int i = 0; i < kStrip; ++i) out.v[i] = i < count ? static_cast<float>(p[i]) : 0.0f;
-  return out;
-}
-
 // Elements n to n + 7 of a vector of `width`, 0 past its end; without a vector: `missing`.
 __device__ FUSEDRES_APART Strip load(const Vector& vector, Place at, float missing) {
   if (!vector.data) return filled(missing);
   return with_type(vector.dtype, [&](auto* type) {
     const auto* p = static_cast<decltype(type)>(vector.data) + at.n;
-    if constexpr (sizeof(*type) == 8)
-      return load(p, at.width - at.n);
-    else
-      return load(p, at.width - at.n, is_aligned(p));
+    return load(p, at.width - at.n, is_aligned(p));
   });
 }
 

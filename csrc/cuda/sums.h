@@ -32,10 +32,7 @@ __device__ __forceinline__ T* shared_as() {
 __device__ __forceinline__ void store_element(void* out, DType dtype, int64_t i, float v) {
   with_type(dtype, [&](auto* type) {
     using E = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    if constexpr (std::is_same_v<E, double>)
-      static_cast<E*>(out)[i] = v;
-    else
-      static_cast<E*>(out)[i] = from_float<E>(v);
+    static_cast<E*>(out)[i] = from_float<E>(v);
   });
 }
 
@@ -58,7 +55,7 @@ __device__ __forceinline__ float add_up(int count, Get get) {
   return total;
 }
 
-template <class T, int kSide>
+template <class T>
 struct ColumnSums {
   static constexpr int kLanes = kSumTile / kStrip;  // that share a row
   static constexpr int kRows = kThreads / kLanes;   // at a time
@@ -66,16 +63,18 @@ struct ColumnSums {
 
   const SumsCall<T>& call;
   const Layer& layer;
+  int which;        // 0: after `linear`, 1: before
   int block, part;  // of columns, of the rows
 
-  __device__ __forceinline__ ColumnSums(const SumsCall<T>& c, int program)
+  __device__ __forceinline__ ColumnSums(const SumsCall<T>& c, int s, int program)
       : call(c),
         layer(c.layer),
-        block(program % c.cut.blocks[kSide]),
-        part(program / c.cut.blocks[kSide]) {}
+        which(s),
+        block(program % c.cut.blocks[s]),
+        part(program / c.cut.blocks[s]) {}
 
-  __device__ __forceinline__ const Side& side() const { return call.sides[kSide]; }
-  __device__ __forceinline__ void* wanted(int i) const { return call.wanted[kSide].out[i]; }
+  __device__ __forceinline__ const Side& side() const { return call.sides[which]; }
+  __device__ __forceinline__ void* wanted(int i) const { return call.wanted[which].out[i]; }
 
   // ---- a thread's rows. Its sums stand in shared memory (kSums, kStrip, kThreads): registers are
   // for the way back. Volatile, for else the compiler keeps them in registers all the same.
@@ -90,21 +89,21 @@ struct ColumnSums {
   __device__ __forceinline__ void add_gradients(const Place& at) const {
     const Side& s = side();
     const RowStats row = load_stats(s.over_rows ? call.out.from.stats : nullptr, layer, at);
-    const Strip t = s.replay > 0 ? load(call.input[kSide], at) : Strip{};
+    const Strip t = s.replay > 0 ? load(call.input[which], at) : Strip{};
     const Tape tape = replay<T>(layer, s, at, t, row);
-    Strip d = load(call.gradient[kSide], at), unused;
-    for (int i = s.stages.count - 1; i >= call.stop[kSide]; --i) {
+    Strip d = load(call.gradient[which], at), unused;
+    for (int i = s.stages.count - 1; i >= call.stop[which]; --i) {
       const Stage stage = s.stages.stage[i];
       if (stage == Stage::gate) add(3, d * tape.gate);
       if (stage == Stage::norm) {
         add(1, d * tape.c);
         add(2, d);
       }
-      if (i == call.stop[kSide]) break;
+      if (i == call.stop[which]) break;
       if (stage == Stage::norm)
         d = norm_back(layer, at, d, tape.c, row, load_means(at));
       else
-        d = walk_back(layer, s.stages, i + 1, i, at, d, tape, unused);
+        d = stage_back(layer, stage, at, d, tape, unused);
     }
   }
 
@@ -134,8 +133,8 @@ struct ColumnSums {
 
   // partial of this side (sum_parts, kSums, columns)
   __device__ __forceinline__ float* cell(int of_part, int i, int at) const {
-    const int64_t columns = int64_t{call.cut.blocks[kSide]} * kSumTile;
-    const int64_t before = kSide == 0 ? 0 : int64_t{call.cut.blocks[0]} * kSumTile * kSums;
+    const int64_t columns = int64_t{call.cut.blocks[which]} * kSumTile;
+    const int64_t before = which == 0 ? 0 : int64_t{call.cut.blocks[0]} * kSumTile * kSums;
     return call.out.partial + call.sums_from + before * call.cut.sum_parts +
            (int64_t{of_part} * kSums + i) * columns + at;
   }
@@ -185,10 +184,10 @@ struct ColumnSums {
     int32_t* arrived = call.out.arrived + cut.tiles;
     add_rows();
     store_part();
-    if (!last_to_arrive(arrived + (kSide == 0 ? 0 : cut.blocks[0]) + block, cut.sum_parts)) return;
+    if (!last_to_arrive(arrived + (which == 0 ? 0 : cut.blocks[0]) + block, cut.sum_parts)) return;
     add_parts();
     if (!layer.scalar_gate || !wanted(3)) return;
-    if (last_to_arrive(arrived + cut.blocks[0] + cut.blocks[1], cut.blocks[kSide])) add_columns();
+    if (last_to_arrive(arrived + cut.blocks[0] + cut.blocks[1], cut.blocks[which])) add_columns();
   }
 };
 

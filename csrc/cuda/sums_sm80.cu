@@ -14,10 +14,8 @@ __global__ __launch_bounds__(kThreads, 2) void residual_sums_sm80_kernel(
   const int before = after - cut.blocks[0] * cut.sum_parts;
   if (after < 0)
     WeightTile<T>(call, program).run();
-  else if (before < 0)
-    ColumnSums<T, 0>(call, after).run();
   else
-    ColumnSums<T, 1>(call, before).run();
+    ColumnSums<T>(call, before < 0 ? 0 : 1, before < 0 ? after : before).run();
 }
 
 }  // namespace

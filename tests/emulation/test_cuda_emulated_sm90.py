@@ -228,13 +228,16 @@ MISTAKES = {
     "all threads have stored": [
         ("    sync_warps(kFinishWarps);  // the stores", "    //"),
         (
-            "    make_y<false>(tile);",
-            f"if (thread > 31 && blockIdx.x == 0) {STALL} make_y<false>(tile);",
+            "    make_y(tile, whole);",
+            f"if (!whole && thread > 31 && blockIdx.x == 0) {STALL} make_y(tile, whole);",
         ),
     ],
     "all tiles of a row are awaited": [
-        ("wait_for_blocks(call.out.arrived + 2", "pass_by(call.out.arrived + 2"),
-        ("    make_y<false>(tile);", f"if (blockIdx.x == 0) {STALL} make_y<false>(tile);"),
+        ("wait_for_blocks(arrived, call", "pass_by(arrived, call"),
+        (
+            "    make_y(tile, whole);",
+            f"if (!whole && blockIdx.x == 0) {STALL} make_y(tile, whole);",
+        ),
     ],
     "all blocks meet": [
         ("wait_for_blocks(call.out.arrived, gridDim.x);", "pass_by(call.out.arrived, gridDim.x);"),

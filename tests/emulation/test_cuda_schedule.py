@@ -27,13 +27,13 @@ BREAKS = {
     "multiply frees what it has read": ("if (k > 0) b.emptied[before]", "b.emptied[ring.slot]"),
     "multiply waits for the survey": ("b.surveyed.wait(parity);", ""),
     "multiply waits for finish": ("b.unparked.wait(parity ^ 1);", ""),
-    "finish waits for multiply": ("b.parked.wait(parity);", ""),
+    "finish waits for multiply": ("if (!whole) b.parked.wait(parity);", ""),
     "the ring turns": ("slot = 0, parity ^= 1;", "slot = 0;"),
     "all who read a slot free it": ("kMultiplyWarps + (survey_rows ? kSurveyWarps : 0)", "2"),
     "blocks share out the tiles": ("for (int tile = block; ", "for (int tile = 0; "),
     "tiles are posted before they are waited for": (
-        "complete(s.at(tile - blocks))",
-        "complete(s.at(std::min(tile, s.tiles - 1)))",
+        "finish(s.at(tile - whole * blocks), whole)",
+        "finish(s.at(std::min(tile, s.tiles - 1)), whole)",
     ),
     "the last tile is completed": ("(shared_rows ? blocks : 0)", "0"),
 }

@@ -133,16 +133,16 @@ void run_finish(Block& block, int b) {
   const int columns = walk->schedule.column_tiles;
   finish_tiles(
       walk->schedule, block.barriers, b, walk->blocks, walk->shared_rows,
-      [&](TileAt at) {
-        const int tile = at.row_block * columns + at.column_tile;
-        emulator::maybe_yield();
-        check(block.parked == tile && block.parks == kMultiplyWarps, "takes another tile", tile);
-        ++block.takes;
-        ++walk->taken[tile];
-        emulator::arrive(&walk->arrived[at.row_block]);
-      },
-      [&](TileAt at) {
+      [&](TileAt at, bool whole) {
         const int tile = at.row_block * columns + at.column_tile, all = columns * kFinishWarps;
+        if (!whole) {
+          emulator::maybe_yield();
+          check(block.parked == tile && block.parks == kMultiplyWarps, "takes another tile", tile);
+          ++block.takes;
+          ++walk->taken[tile];
+          emulator::arrive(&walk->arrived[at.row_block]);
+          return;
+        }
         wait_until([&] { return walk->arrived[at.row_block] >= all; });
         if (emulator::arrive(&walk->seen[at.row_block]) == all - 1)
           walk->arrived[at.row_block] = walk->seen[at.row_block] = 0;
