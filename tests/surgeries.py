@@ -1,13 +1,12 @@
 """Surgery (NUMERICS 13): what PyTorch programs do to modules, done to the eager layer and to ours.
 
-A `Case` is plain data and its repr is code: a model, one call's tensors and a few operations of
-`OPERATIONS`. `check(case)` runs it three times, through eager modules, through ours and through
-eager ones in float64 (the truth), and raises a `Difference` where ours can be told from eager.
-`python tests/surgeries.py 10000` tries that many and counts the differences by their kind.
+A `Case` is plain data and its repr is code: a model, one call's tensors and a few operations.
+`check(case)` runs it through eager modules, through ours and through eager ones in float64 (the
+truth), and raises a `Difference` where ours can be told from eager. `PYTHONPATH=. python
+tests/surgeries.py 10000` tries that many cases and counts the differences by kind.
 """
 
 import copy
-import io
 import math
 import pickle
 import random
@@ -16,13 +15,12 @@ import warnings
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.modules import module as hooks
+from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
@@ -36,26 +34,33 @@ from fusedres.spec import NORMS, ORDERS, STAGES, make_spec
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NORM_CLASSES = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm1d}
-NORM_TYPES = tuple(NORM_CLASSES.values())
 ACT_CLASSES = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "tanh": nn.Tanh,
+    name: getattr(nn, torch_name)
+    for name, torch_name in zip(
+        ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh"),
+        ("ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "Softplus", "Tanh"),
+        strict=True,
+    )
 }
+TARGETS = {"norm": (*NORM_CLASSES.values(),), "act": (*ACT_CLASSES.values(),), "linear": nn.Linear}
 LAYOUTS = {
     "contiguous": lambda t: t,
-    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
-    "every other row": lambda t: t.repeat_interleave(2, 0)[::2] if t.dim() > 1 else t,
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
     "sliced": lambda t: torch.cat((t, t), -1)[..., : t.shape[-1]],
+}
+HOOKS = {  # name: (its registration, which argument it looks at, whether it changes that)
+    "look forward": ("forward_hook", 2, False),
+    "forward": ("forward_hook", 2, True),
+    "pre": ("forward_pre_hook", 1, True),
+    "look backward": ("full_backward_hook", 2, False),
+    "backward": ("full_backward_hook", 1, True),
+    "backward pre": ("full_backward_pre_hook", 1, True),
 }
 
 
 class Difference(AssertionError):
-    """Ours can be told from eager; the first word says by what."""
+    """Ours can be told from eager; the first words say by what."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,14 @@ class Case:
     training: bool = True
     warm: bool = False  # a call before the operations
     operations: tuple = ()  # (name, where, choice), ...
+
+    @property
+    def order(self):
+        order = self.settings.get("order", "prenorm" if self.kind == "mlp" else "note")
+        return (MLP_ORDERS if self.kind == "mlp" else ORDERS).get(order, order).split("-")
+
+
+# --- models ---
 
 
 def numbers(shape, draw):
@@ -97,32 +110,31 @@ class EagerResidualMLP(FusedResidualMLP):
         self.fc1.__class__ = self.fc2.__class__ = Residual
 
     def forward(self, x, residual=None):
-        given = residual is not None and residual.shape[-1] == self.out_features
-        if self.adds and self.shortcut is not None and not (given and self._default_shortcut):
-            residual = self.shortcut(x if residual is None else residual)
-        elif self.adds and residual is None:
-            residual = x
+        if self.adds and residual is None:
+            residual = x if self.shortcut is None else self.shortcut(x)
         return self.fc2(self.fc1(x), residual)
 
 
-def build(case, ours):
+def build(case, ours=False):
     K, N, s = case.K, case.N, {**case.settings, "dtype": case.dtype}
+    where = {"dtype": case.dtype}
     if case.kind == "sequential":
-        norm, act, dtype = NORM_CLASSES[s["norm"]], ACT_CLASSES[s["activation"]], case.dtype
-        stages, width = [], K
-        for stage in s["order"].split("-"):
+        act, stages, width = ACT_CLASSES[s["activation"]], [], K
+        for stage in case.order:
             if stage == "linear":
-                stages.append(nn.Linear(K, width := N, bias=s["bias"], dtype=dtype))
+                stages.append(nn.Linear(K, width := N, bias=s["bias"], **where))
+            elif stage == "norm":
+                stages.append(NORM_CLASSES[s["norm"]](width, eps=1e-5, **where))
             else:
-                stages.append(norm(width, eps=1e-5, dtype=dtype) if stage == "norm" else act())
-        model = nn.Sequential(*stages, nn.Linear(N, N, dtype=dtype), act())
+                stages.append(act())
+        model = nn.Sequential(*stages, nn.Linear(N, N, **where), act())
     elif case.kind == "mlp":
         model = (FusedResidualMLP if ours else EagerResidualMLP)(K, 2 * K, N, **s)
     else:
-        layer = FusedResidual if ours else Residual
         if s.get("shortcut") == "module":
-            width = make_spec(s["order"]).width("add", K, N)
-            s["shortcut"] = nn.Sequential(nn.Linear(K, width, dtype=case.dtype), nn.Tanh())
+            width = make_spec("-".join(case.order)).width("add", K, N)
+            s["shortcut"] = nn.Sequential(nn.Linear(K, width, **where), nn.Tanh())
+        layer = FusedResidual if ours else Residual
         model = layer(K, N, **s)
         if case.kind == "stack":
             model = nn.Sequential(model, layer(N, N, **s))
@@ -130,6 +142,525 @@ def build(case, ours):
     if ours and case.kind == "sequential":
         fusedres.convert(model)
     return model
+
+
+class Twice(nn.Module):
+    def forward(self, t):
+        many = isinstance(t, tuple)
+        return tuple(v if v is None else 2 * v for v in t) if many else 2 * t
+
+
+class Wrapped(nn.Module):
+    """Calls another module."""
+
+    def __init__(self, module, by=nn.Module.__call__):
+        super().__init__()
+        self.module, self.by = module, by
+
+    def forward(self, *args):
+        return self.by(self.module, *args)
+
+
+class Lora(nn.Linear):
+    """A low-rank addition to another linear, as a subclass or a wrapper without `weight`."""
+
+    def __init__(self, base, has_weight):
+        nn.Module.__init__(self)
+        self.base, w = base, base.weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        if has_weight:
+            self.weight, self.bias = base.weight, base.bias
+        self.A = nn.Parameter(w.new_empty(2, base.in_features))
+        self.B = nn.Parameter(w.new_empty(base.out_features, 2))
+        fill(self)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.A.T @ self.B.T
+
+
+class SameLinear(nn.Linear):
+    pass
+
+
+class OtherLinear(nn.Linear):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+class Float32Norm(nn.LayerNorm):
+    """As models in half precision have it."""
+
+    def forward(self, x):
+        wide = torch.promote_types(x.dtype, F32)
+        w, b = self.weight.to(wide), self.bias.to(wide)
+        return nn.functional.layer_norm(x.to(wide), x.shape[-1:], w, b, self.eps).type_as(x)
+
+
+NEW_NORMS = {
+    **NORM_CLASSES,
+    "rms of eps 0.5": lambda C, **where: nn.RMSNorm(C, 0.5, **where),
+    "plain layer": lambda C, **where: nn.LayerNorm(C, elementwise_affine=False, **where),
+    "layer without bias": lambda C, **where: nn.LayerNorm(C, bias=False, **where),
+    "plain batch": lambda C, **where: nn.BatchNorm1d(C, affine=False, **where),
+    "batch without statistics": lambda C, **w: nn.BatchNorm1d(C, track_running_stats=False, **w),
+    "group": lambda C, **where: nn.GroupNorm(1, C, **where),
+    "float32": Float32Norm,
+}
+
+
+# --- operations ---
+
+
+class At(NamedTuple):
+    """Where an operation acts: on an attribute of a module, or on the model of a run."""
+
+    parent: Any
+    name: str
+
+    @property
+    def thing(self):
+        return getattr(self.parent, self.name)
+
+    def put(self, thing):
+        setattr(self.parent, self.name, thing)
+
+
+OPERATIONS = {}
+
+
+def on(target, *choices):
+    """Makes a method (run, choice, at) an operation. `target`: "root" (the model or the call),
+    "module", "child", "parameter", "norm", "linear" or "act".
+    """
+
+    def register(f):
+        f.target, f.choices = target, choices
+        OPERATIONS[f.__name__] = f
+        return f
+
+    return register
+
+
+def places(model, target):
+    """Where in a model an operation for `target` can be done."""
+    if target == "root":
+        return [""]
+    if target == "parameter":
+        return [name for name, _ in model.named_parameters()]
+    kind = TARGETS.get(target, nn.Module)
+    names = [name for name, m in model.named_modules() if isinstance(m, kind)]
+    return [name for name in names if name or target == "module"]
+
+
+class Operations:
+    """The methods that `on` registers; the rest of a run is below."""
+
+    @on("norm", 0.5, 1e-3)
+    def eps(self, value, at):
+        at.thing.eps = value
+
+    @on("norm", None, 0.5, 0.0)
+    def momentum(self, value, at):
+        at.thing.momentum = value
+
+    @on("norm", "track_running_stats", "running_mean", "num_batches_tracked")
+    def statistics(self, choice, at):
+        norm = at.thing
+        if choice == "track_running_stats":
+            norm.track_running_stats = False
+        elif isinstance(norm, nn.BatchNorm1d):
+            norm.num_batches_tracked = None
+            if choice == "running_mean":
+                norm.running_mean = norm.running_var = None
+
+    @on(
+        "act",
+        *{"negative_slope": 0.25, "alpha": 0.5, "beta": 2.0, "threshold": 1.0}.items(),
+        *{"approximate": "tanh", "inplace": True}.items(),
+    )
+    def activation(self, choice, at):
+        if hasattr(at.thing, choice[0]):
+            setattr(at.thing, *choice)
+
+    @on("module", True, False)
+    def mode(self, training, at):
+        at.thing.train(training)
+
+    # hooks
+
+    def hook_of(self, choice):
+        _, argument, changes = HOOKS[choice]
+
+        def hook(module, *args):
+            kind = type(module).__name__.replace("Fused", "").replace("Eager", "")
+            value = args[argument - 1]
+            tensors = value if isinstance(value, tuple) else (value,)
+            told = [t if t is None else (t.dtype, *t.shape) for t in tensors]
+            self.log.append((kind, choice, *told))
+            return Twice()(value) if changes else None
+
+        return hook
+
+    @on("module", *HOOKS)
+    def hook(self, choice, at):
+        getattr(at.thing, f"register_{HOOKS[choice][0]}")(self.hook_of(choice))
+
+    @on("root", *HOOKS)
+    def global_hook(self, choice, _):
+        register = getattr(global_hooks, f"register_module_{HOOKS[choice][0]}")
+        self.exits.callback(register(self.hook_of(choice)).remove)
+
+    @on("parameter", "before", "after")
+    def tensor_hook(self, choice, at):
+        if choice == "before":
+            at.thing.register_hook(lambda g: 2 * g)
+        else:
+            at.thing.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2))
+
+    # parameters
+
+    @on("parameter", False, True)
+    def pruned(self, remove, at):
+        mask = numbers(at.thing.shape, 7) > 0
+        prune.custom_from_mask(*at, mask.to(at.thing.dtype))
+        if remove:
+            prune.remove(*at)
+
+    @on("parameter", False, True)
+    def parametrized(self, remove, at):
+        parametrize.register_parametrization(*at, Twice())
+        if remove:
+            parametrize.remove_parametrizations(*at)
+
+    @on("linear", "weight_norm", "spectral_norm", "old weight_norm", "old spectral_norm")
+    def reparametrized(self, choice, at):
+        by = getattr(nn.utils if "old" in choice else parametrizations, choice.split(" ")[-1])
+        for draw, (name, t) in enumerate(by(at.thing).named_buffers()):
+            if name.endswith(("_u", "_v")):
+                t.copy_(nn.functional.normalize(numbers(t.shape, draw), dim=0))
+
+    @on("parameter", "tensor", "constant", "view")
+    def hyper(self, choice, at):
+        """A plain tensor instead of a parameter."""
+        t = (2 * at.thing.detach()).requires_grad_(choice != "constant")
+        delattr(*at)
+        self.leaves[f"hyper {at.name}"] = t
+        at.put(t.view(-1).view(t.shape) if choice == "view" else t)
+
+    @on("parameter", "this", "all", "all but norms", "all but this")
+    def frozen(self, choice, at):
+        for name, p in self.model.named_parameters():
+            this = p is at.thing
+            kept = {"this": not this, "all but this": this, "all but norms": "norm" in name}
+            if not kept.get(choice, False):
+                p.requires_grad_(False)
+
+    @on("root", 0, 1)
+    def tied(self, which, _):
+        """The weight of one linear layer is another's, too."""
+        linears = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        if len(linears) > 1:
+            linears[which].weight = linears[1 - which].weight
+
+    @on("module", F32, BF16, F16, F64)
+    def cast(self, dtype, at):
+        self.rounded(at.thing, dtype)
+        if at.parent is self:
+            for name in ("x", "residual"):
+                t = getattr(self, name)
+                if t is not None:
+                    t = self.rounded(t.detach(), dtype).requires_grad_(t.requires_grad)
+                    setattr(self, name, t)
+
+    @on("parameter", BF16, F32)
+    def cast_parameter(self, dtype, at):
+        at.thing.data = self.rounded(at.thing.data, dtype)
+
+    @on("parameter", False, True)
+    def assigned(self, missing, at):
+        """Parameters on meta, loaded by assignment, maybe without this one."""
+        state = {key: t.clone() for key, t in self.model.state_dict().items()}
+        if missing:
+            paths = {m: path for path, m in self.model.named_modules()}
+            state.pop(f"{paths[at.parent]}.{at.name}".lstrip("."), None)
+        self.model.to("meta").load_state_dict(state, strict=False, assign=True)
+
+    # children
+
+    @on("linear", False, True)
+    def lora(self, has_weight, at):
+        at.put(Lora(at.thing, has_weight))
+
+    @on("linear", "new", "without bias", "subclass", "other forward")
+    def new_linear(self, choice, at):
+        kind = {"subclass": SameLinear, "other forward": OtherLinear}.get(choice, nn.Linear)
+        N, K = at.thing.weight.shape
+        at.put(fill(kind(K, N, choice != "without bias", dtype=at.thing.weight.dtype)))
+
+    @on("norm", *NEW_NORMS)
+    def new_norm(self, choice, at):
+        w = getattr(at.thing, "weight", None)
+        if w is not None:
+            at.put(fill(NEW_NORMS[choice](len(w), dtype=w.dtype)))
+
+    @on("child", "identity", "none", "wrapped", "forward")
+    def replaced(self, choice, at):
+        if choice == "forward":
+            forward = at.thing.forward
+            at.thing.forward = lambda *args: -forward(*args)
+        else:
+            at.put({"identity": nn.Identity(), "wrapped": Wrapped(at.thing)}.get(choice))
+
+    # the whole model
+
+    @on("root", "deepcopy", "pickle", "load", "swap", "overwrite")
+    def copied(self, choice, at):
+        if choice in ("deepcopy", "pickle"):
+            by = copy.deepcopy if choice == "deepcopy" else lambda m: pickle.loads(pickle.dumps(m))
+            return at.put(by(self.model))
+        state = {key: t.clone() for key, t in self.model.state_dict().items()}
+        if choice != "load":
+            way = getattr(torch.__future__, f"set_{choice}_module_params_on_conversion")
+            way(True)
+            self.exits.callback(way, False)
+            self.rounded(self.model, F64)
+            self.rounded(self.model, self.case.dtype)
+        return self.model.load_state_dict(state)
+
+    @on("root", "convert", "revert")
+    def converted(self, choice, _):
+        if self.ours:
+            getattr(fusedres, choice)(self.model)
+
+    # the call
+
+    def within(self, manager):
+        call = self.call
+
+        def inside(*args):
+            with manager():
+                return call(*args)
+
+        self.call = inside
+
+    @on("root", True, False)
+    def checkpoint(self, reentrant, _):
+        call = self.call
+        self.call = lambda *args: recompute(call, *args, use_reentrant=reentrant)
+
+    @on("root", (BF16, {}), (F16, {}), (BF16, {"enabled": False}), (BF16, {"cache_enabled": False}))
+    def autocast(self, choice, _):
+        dtype, how = choice
+        if how.get("enabled", True):
+            self.dtypes.add(dtype)
+        self.within(lambda: nullcontext() if self.truth else torch.autocast("cpu", dtype, **how))
+
+    @on("root", "no_grad", "inference_mode")
+    def grad_mode(self, name, _):
+        self.within(getattr(torch, name))
+
+    @on("root", F64, BF16, "meta")
+    def defaults(self, choice, _):
+        """Another default dtype or device."""
+
+        def manager():
+            if isinstance(choice, str):
+                return torch.device(choice)
+            exits = ExitStack()
+            exits.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(choice)
+            return exits
+
+        self.within(manager)
+
+    @on("root", None, 1)
+    def functional(self, most, _):
+        """With other tensors for its parameters."""
+        call = self.call
+
+        def replaced(model, *args):
+            new = {f"module.{name}": 2 * p for name, p in [*model.named_parameters()][:most]}
+            return functional_call(Wrapped(model, call), new, args)
+
+        self.call = replaced
+
+    @on("root", "error", "different")
+    def vmap(self, randomness, _):
+        call = self.call
+
+        def mapped(model, x, r):
+            if len(x) == 0:  # torch cannot reshape these
+                return call(model, x, r)
+            dims = 0, None if r is None else 0
+            return torch.vmap(lambda x, r: call(model, x, r), dims, randomness=randomness)(x, r)
+
+        self.call = mapped
+
+    @on("root", "x", "residual", "y")
+    def edited(self, what, _):
+        """In place, between forward and backward."""
+        call = self.call
+
+        def edit(model, x, r):
+            y = call(model, x, r)
+            if what == "y":
+                return y.mul_(2)
+            with torch.no_grad():
+                if (x if what == "x" else r) is not None:
+                    (x if what == "x" else r).mul_(2)
+            return y
+
+        self.call = edit
+
+    @on("root", "bytes", "flops")
+    def measured(self, what, _):
+        """What is kept for backward, and what is counted as work."""
+        call, kept = self.call, {}
+
+        def pack(t):
+            kept[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
+            return t
+
+        def keep(model, x, r):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                y = call(model, x, r)
+            alive = {
+                t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
+            }
+            self.kept = sum(size for at, size in kept.items() if at not in alive)
+            return y
+
+        def count(*args):
+            with FlopCounterMode(display=False) as counter:
+                y = call(*args)
+            self.log.append(f"{counter.get_total_flops()} flops")
+            return y
+
+        self.call = keep if what == "bytes" else count
+
+    @on("root", "penalty", "twice", "accumulate", "train", "func.grad", "func.jvp")
+    def differentiated(self, how, _):
+        """Other ways to gradients than one backward."""
+
+        def penalty():
+            y = self.forward()
+            (dx,) = torch.autograd.grad(y, self.x, self.cotangent(y), create_graph=True)
+            (y.square().sum() + dx.square().sum()).backward()
+            return y
+
+        def train():
+            y = self.backward()
+            torch.optim.SGD(self.model.parameters(), lr=2**-6).step()
+            return y
+
+        def f(params, x):
+            args = (x,) if self.residual is None else (x, self.residual)
+            y = functional_call(self.model, params, args)
+            return (y * self.cotangent(y)).sum(), y
+
+        def transform():
+            named = self.model.named_parameters()
+            params = {name: p.detach() for name, p in named if p.requires_grad}
+            if how == "func.jvp":
+                tangents = params, numbers(self.x.shape, 103).to(self.x.dtype)
+                *_, dy, y = torch.func.jvp(f, (params, self.x), tangents, has_aux=True)
+                self.out["jvp"] = dy
+                return y
+            (dparams, self.out["dx"]), y = torch.func.grad(f, (0, 1), has_aux=True)(params, self.x)
+            self.out.update({f"d{name}": g for name, g in dparams.items()})
+            return y
+
+        self.steps = 2 if how in ("accumulate", "train") else 1
+        ways = {"penalty": penalty, "train": train, "accumulate": self.backward}
+        ways["twice"] = lambda: self.backward(times=2)
+        self.step = ways.get(how, transform)
+
+
+# --- a run ---
+
+
+class Run(Operations):
+    """One of the three, and what comes out; the truth may be `nudge` of its operands away."""
+
+    def __init__(self, case, ours=False, truth=False, nudge=0.0):
+        self.case, self.ours, self.truth, self.nudge = case, ours, truth, nudge
+        self.model = build(case, ours)
+        if truth:
+            self.model.double()
+            for draw, p in enumerate(self.model.parameters()):
+                p.data *= 1 + nudge * numbers(p.shape, draw).sign()
+        r = case.residual
+        self.x = self.leaf((*case.lead, case.K), case.x, 100)
+        self.residual = r and self.leaf((*case.lead, r["features"]), r, 101)
+        self.call = lambda model, x, r: model(x) if r is None else model(x, r)
+        self.steps, self.step = 1, self.backward
+        self.log, self.kept, self.dtypes = [], 0, set()
+        self.out, self.leaves, self.exits = {}, {}, ExitStack()
+
+    def leaf(self, shape, how, draw):
+        dtype, t = how.get("dtype") or self.case.dtype, numbers(shape, draw)
+        large = {"mean": 10 * t + 2000, "huge": (1e4 if dtype == F16 else 1e20) * t}
+        t = large.get(how.get("values"), t).to(dtype)
+        if self.truth:
+            nudge = math.copysign(min(abs(self.nudge), torch.finfo(dtype).eps), self.nudge)
+            t = t.double() * (1 + nudge * numbers(shape, draw).sign())
+        t = LAYOUTS[how.get("layout", "contiguous")](t)
+        return t.requires_grad_(how.get("grad", True))
+
+    def rounded(self, t, dtype):
+        """A module or tensor in `dtype`; for the truth only rounded to it."""
+        self.dtypes.add(dtype)
+        return t.to(dtype).double() if self.truth else t.to(dtype)
+
+    def forward(self):
+        return self.call(self.model, self.x, self.residual)
+
+    def backward(self, times=1):
+        y = self.forward()
+        self.log.append(f"y requires a gradient: {y.requires_grad}")
+        for i in range(times if y.requires_grad else 0):
+            y.backward(self.cotangent(y), retain_graph=i + 1 < times)
+        return y
+
+    def cotangent(self, y):
+        return numbers(y.shape, 102).to(y.dtype)
+
+    def operate(self, name, where, choice):
+        parent, _, last = where.rpartition(".")
+        try:
+            at = At(self.model.get_submodule(parent), last) if where else At(self, "model")
+            at.thing  # noqa: B018
+        except AttributeError:  # an operation before this one took it away
+            return self.log.append(f"{where} is gone")
+        return OPERATIONS[name](self, choice, at)
+
+    def results(self):
+        """Tensors by name, or the error that was raised."""
+        try:
+            with self.exits, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if self.case.warm:
+                    torch.manual_seed(0)
+                    self.backward()
+                    self.model.zero_grad()
+                    self.x.grad = None
+                    if self.residual is not None:
+                        self.residual.grad = None
+                for operation in self.case.operations:
+                    self.operate(*operation)
+                for i in range(self.steps):
+                    torch.manual_seed(i)
+                    y = self.step()
+        except Exception as error:  # its frames hold contexts open, a checkpoint's for one
+            error.__context__ = error.__cause__ = None
+            return error.with_traceback(None)
+        out = {"y": y, "x afterwards": self.x, **self.out, **dict(self.model.named_buffers())}
+        leaves = {"x": self.x, "residual": self.residual, **self.leaves}
+        for name, t in (leaves | dict(self.model.named_parameters())).items():
+            if t is not None and t.grad is not None:
+                out[f"d{name}"] = t.grad
+        self.dtypes |= {t.dtype for t in (*out.values(), *self.model.parameters())}
+        return {name: t.detach().clone() for name, t in out.items()}
 
 
 class Kinks(TorchFunctionMode):
@@ -148,600 +679,6 @@ class Kinks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Run:
-    """One of the three: what operations change, and what comes out."""
-
-    def __init__(self, case, ours=False, truth=False, nudge=0.0):
-        self.case, self.ours, self.truth, self.nudge = case, ours, truth, nudge
-        self.model = build(case, ours)
-        if truth:
-            self.model.double()
-            for draw, p in enumerate(self.model.parameters()):
-                p.data *= 1 + nudge * numbers(p.shape, draw).sign()
-        self.x = self.leaf((*case.lead, case.K), case.x, 100)
-        r = case.residual
-        self.residual = r and self.leaf((*case.lead, r["features"]), r, 101)
-        self.call = lambda model, x, r: model(x) if r is None else model(x, r)
-        self.steps, self.step = 1, self.backward
-        self.log, self.kept, self.dtypes = [], None, set()
-        self.out, self.leaves, self.exits = {}, {}, ExitStack()
-
-    def leaf(self, shape, how, draw):
-        dtype, values = how.get("dtype") or self.case.dtype, how.get("values", "normal")
-        t = numbers(shape, draw)
-        if values != "normal":
-            large = {"mean": 10 * t + 2000, "huge": (1e4 if dtype == F16 else 1e20) * t}
-            t = large[values]
-        t = t.to(dtype)
-        if self.truth:
-            nudge = math.copysign(min(abs(self.nudge), torch.finfo(dtype).eps), self.nudge)
-            t = t.double() * (1 + nudge * numbers(shape, draw).sign())
-        t = LAYOUTS[how.get("layout", "contiguous")](t)
-        return t.requires_grad_(how.get("grad", True))
-
-    def forward(self):
-        return self.call(self.model, self.x, self.residual)
-
-    def backward(self):
-        y = self.forward()
-        self.log.append(f"y requires a gradient: {y.requires_grad}")
-        if y.requires_grad:
-            y.backward(self.cotangent(y))
-        return y
-
-    def cotangent(self, y):
-        return numbers(y.shape, 102).to(y.dtype)
-
-    def cast(self, t, dtype):
-        """A module or tensor in `dtype`; for the truth only rounded to it."""
-        self.dtypes.add(dtype)
-        return t.to(dtype).double() if self.truth else t.to(dtype)
-
-    def results(self):
-        """This run's tensors by name, or the error it raised."""
-        try:
-            with self.exits, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                if self.case.warm:
-                    torch.manual_seed(0)
-                    self.backward()
-                    for t in (self.x, self.residual, *self.model.parameters()):
-                        if t is not None:
-                            t.grad = None
-                for name, where, choice in self.case.operations:
-                    self.operate(name, where, choice)
-                for i in range(self.steps):
-                    torch.manual_seed(i)
-                    y = self.step()
-        except Exception as error:  # its frames hold contexts open, a checkpoint's for one
-            error.__context__ = error.__cause__ = None
-            return error.with_traceback(None)
-        out = {"y": y, "x afterwards": self.x, **self.out}
-        leaves = {"x": self.x, "residual": self.residual, **self.leaves}
-        for name, t in (*leaves.items(), *self.model.named_parameters()):
-            if t is not None and t.grad is not None:
-                out[f"d{name}"] = t.grad
-        out |= dict(self.model.named_buffers())
-        self.dtypes |= {t.dtype for t in (*out.values(), *self.model.parameters())}
-        return {name: t.detach().clone() for name, t in out.items()}
-
-    def operate(self, name, where, choice):
-        operation, (parent, _, last) = OPERATIONS[name], where.rpartition(".")
-        if operation.target == "root":
-            return operation(self, choice)
-        try:
-            if operation.target == "module":
-                return operation(self, self.model.get_submodule(where), choice)
-            at = self.model.get_submodule(parent)
-            getattr(at, last)
-        except AttributeError:  # an operation before this one took it away
-            return self.log.append(f"{where} is gone")
-        return operation(self, at, last, choice)
-
-
-OPERATIONS: dict[str, Any] = {}
-
-
-def operation(target, *choices):
-    """Registers f(run, [module | parent, name], choice); `target` says what it is done to."""
-
-    def register(f):
-        f.target, f.choices = target, choices
-        OPERATIONS[f.__name__] = f
-        return f
-
-    return register
-
-
-# --- settings ---
-
-
-@operation("norm", 0.5, 1e-3)
-def eps(run, parent, name, value):
-    getattr(parent, name).eps = value
-
-
-@operation("norm", None, 0.5, 0.0)
-def momentum(run, parent, name, value):
-    getattr(parent, name).momentum = value
-
-
-@operation("norm", "track_running_stats", "no statistics", "training only")
-def statistics(run, parent, name, choice):
-    norm = getattr(parent, name)
-    if choice == "track_running_stats":
-        norm.track_running_stats = False
-    elif isinstance(norm, nn.BatchNorm1d):
-        norm.num_batches_tracked = None
-        if choice == "no statistics":
-            norm.running_mean = norm.running_var = None
-
-
-@operation(
-    "act",
-    *{
-        "negative_slope": 0.25,
-        "alpha": 0.5,
-        "beta": 2.0,
-        "threshold": 1.0,
-        "approximate": "tanh",
-        "inplace": True,
-    }.items(),
-)
-def activation(run, parent, name, choice):
-    if hasattr(getattr(parent, name), choice[0]):
-        setattr(getattr(parent, name), *choice)
-
-
-@operation("module", True, False)
-def mode(run, module, training):
-    module.train(training)
-
-
-# --- hooks ---
-
-
-def _twice(value):
-    many = isinstance(value, tuple)
-    return tuple(v if v is None else 2 * v for v in value) if many else 2 * value
-
-
-def _told(run, module, what, tensors):
-    kind = type(module).__name__.replace("Fused", "").replace("Eager", "")
-    tensors = tensors if isinstance(tensors, tuple) else (tensors,)
-    run.log.append((kind, what, *(t if t is None else (t.dtype, tuple(t.shape)) for t in tensors)))
-
-
-HOOKS = {  # name: (its registration, which argument is looked at, whether it is changed)
-    "look forward": ("forward_hook", 2, False),
-    "forward": ("forward_hook", 2, True),
-    "pre": ("forward_pre_hook", 1, True),
-    "backward": ("full_backward_hook", 1, True),
-    "look backward": ("full_backward_hook", 2, False),
-    "backward pre": ("full_backward_pre_hook", 1, True),
-}
-
-
-def _hook(run, choice):
-    _, argument, changes = HOOKS[choice]
-
-    def hook(*args):
-        _told(run, args[0], choice, args[argument])
-        return _twice(args[argument]) if changes else None
-
-    return hook
-
-
-@operation("module", *HOOKS)
-def hook(run, module, choice):
-    getattr(module, f"register_{HOOKS[choice][0]}")(_hook(run, choice))
-
-
-@operation("root", *HOOKS)
-def global_hook(run, choice):
-    handle = getattr(hooks, f"register_module_{HOOKS[choice][0]}")(_hook(run, choice))
-    run.exits.callback(handle.remove)
-
-
-# --- parameters ---
-
-
-@operation("parameter", "", "remove")
-def pruned(run, parent, name, choice):
-    mask = (numbers(getattr(parent, name).shape, 7) > 0).to(getattr(parent, name).dtype)
-    prune.custom_from_mask(parent, name, mask)
-    if choice == "remove":
-        prune.remove(parent, name)
-
-
-class Twice(nn.Module):
-    def forward(self, t):
-        return 2 * t
-
-
-@operation("parameter", "", "remove")
-def parametrized(run, parent, name, choice):
-    parametrize.register_parametrization(parent, name, Twice())
-    if choice == "remove":
-        parametrize.remove_parametrizations(parent, name)
-
-
-@operation("linear", "weight_norm", "spectral_norm", "old weight_norm", "old spectral_norm")
-def reparametrized(run, parent, name, choice):
-    by = getattr(nn.utils if "old" in choice else parametrizations, choice.split(" ")[-1])
-    linear = by(getattr(parent, name))
-    for draw, (buffer, t) in enumerate(linear.named_buffers()):
-        if buffer[-2:] in ("_u", "_v"):
-            t.copy_(nn.functional.normalize(numbers(t.shape, draw), dim=0))
-
-
-@operation("parameter", "before", "after")
-def tensor_hook(run, parent, name, choice):
-    parameter = getattr(parent, name)
-    if choice == "before":
-        parameter.register_hook(_twice)
-    else:
-        parameter.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2))
-
-
-@operation("parameter", "tensor", "constant", "view")
-def hyper(run, parent, name, choice):
-    """A plain tensor instead of a parameter."""
-    t = (2 * getattr(parent, name).detach()).requires_grad_(choice != "constant")
-    delattr(parent, name)
-    if choice != "constant":
-        run.leaves[f"hyper {name}"] = t
-    setattr(parent, name, t.view(-1).view(t.shape) if choice == "view" else t)
-
-
-@operation("parameter", "this", "all", "all but norms", "all but this")
-def frozen(run, parent, name, choice):
-    this = getattr(parent, name)
-    if choice == "this":
-        return this.requires_grad_(False)
-    for path, p in run.model.named_parameters():
-        if not ((choice == "all but this" and p is this) or (choice[-1] == "s" and "norm" in path)):
-            p.requires_grad_(False)
-
-
-@operation("root", 0, 1)
-def tied(run, which):
-    """The weight of one linear layer is another's, too."""
-    linears = [m for m in run.model.modules() if isinstance(m, nn.Linear)]
-    if len(linears) > 1:
-        linears[which].weight = linears[1 - which].weight
-
-
-@operation("module", F32, BF16, F16, F64)
-def cast(run, module, dtype):
-    run.cast(module, dtype)
-    if module is run.model:
-        run.x, run.residual = (
-            t if t is None else run.cast(t.detach(), dtype).requires_grad_(t.requires_grad)
-            for t in (run.x, run.residual)
-        )
-
-
-@operation("parameter", BF16, F32)
-def cast_parameter(run, parent, name, dtype):
-    getattr(parent, name).data = run.cast(getattr(parent, name).data, dtype)
-
-
-@operation("parameter", "none missing", "this missing")
-def assigned(run, parent, name, choice):
-    """Meta parameters, loaded by assignment."""
-    state = {key: t.clone() for key, t in run.model.state_dict(keep_vars=False).items()}
-    if choice == "this missing":
-        where = next(path for path, m in run.model.named_modules() if m is parent)
-        state.pop(f"{where}.{name}".lstrip("."), None)
-    run.model.to("meta").load_state_dict(state, strict=False, assign=True)
-
-
-# --- children ---
-
-
-class Lora(nn.Module):
-    def __init__(self, base, delegates):
-        super().__init__()
-        self.base_layer, weight, self.delegates = base, base.weight, delegates
-        for name, rows, columns in (("A", 2, base.in_features), ("B", base.out_features, 2)):
-            self.register_parameter(name, nn.Parameter(weight.new_empty(rows, columns)))
-        fill(self)
-
-    def __getattr__(self, name):
-        if name in ("weight", "bias", "in_features", "out_features") and self.delegates:
-            return getattr(self.base_layer, name)
-        return super().__getattr__(name)
-
-    def forward(self, x):
-        return self.base_layer(x) + x @ self.A.T @ self.B.T
-
-
-@operation("linear", False, True)
-def lora(run, parent, name, delegates):
-    setattr(parent, name, Lora(getattr(parent, name), delegates))
-
-
-class Wrapped(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args):
-        return self.module(*args)
-
-
-class SameLinear(nn.Linear):
-    pass
-
-
-class OtherLinear(nn.Linear):
-    def forward(self, x):
-        return -super().forward(x)
-
-
-@operation("linear", "new", "without bias", "subclass", "other forward")
-def new_linear(run, parent, name, choice):
-    kind = {"subclass": SameLinear, "other forward": OtherLinear}.get(choice, nn.Linear)
-    old = getattr(parent, name)
-    if isinstance(old, nn.Linear):
-        K, N, bias = old.in_features, old.out_features, choice != "without bias"
-        setattr(parent, name, fill(kind(K, N, bias, dtype=old.weight.dtype)))
-
-
-class Float32Norm(nn.LayerNorm):
-    """As models in half precision have it."""
-
-    def forward(self, x):
-        if x.dtype == F64:
-            return super().forward(x)
-        w, b = (p if p is None else p.float() for p in (self.weight, self.bias))
-        return nn.functional.layer_norm(x.float(), x.shape[-1:], w, b, self.eps).type_as(x)
-
-
-NEW_NORMS = {
-    "layer": nn.LayerNorm,
-    "rms": nn.RMSNorm,
-    "rms of eps 0.5": lambda C, **where: nn.RMSNorm(C, 0.5, **where),
-    "batch": nn.BatchNorm1d,
-    "plain layer": lambda C, **where: nn.LayerNorm(C, elementwise_affine=False, **where),
-    "layer without bias": lambda C, **where: nn.LayerNorm(C, bias=False, **where),
-    "plain batch": lambda C, **where: nn.BatchNorm1d(C, affine=False, **where),
-    "batch without statistics": lambda C, **w: nn.BatchNorm1d(C, track_running_stats=False, **w),
-    "group": lambda C, **where: nn.GroupNorm(1, C, **where),
-    "float32": Float32Norm,
-}
-
-
-@operation("norm", *NEW_NORMS)
-def new_norm(run, parent, name, choice):
-    old = getattr(parent, name)
-    if isinstance(getattr(old, "weight", None), torch.Tensor):
-        setattr(parent, name, fill(NEW_NORMS[choice](len(old.weight), dtype=old.weight.dtype)))
-
-
-@operation("child", "identity", "none", "wrapped", "forward")
-def replaced(run, parent, name, choice):
-    child = getattr(parent, name)
-    if choice == "forward":
-        forward = child.forward
-        child.forward = lambda *args: -forward(*args)
-    else:
-        news = {"identity": nn.Identity(), "wrapped": Wrapped(child), "none": None}
-        setattr(parent, name, news[choice])
-
-
-# --- the whole model ---
-
-
-def _pickled(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return pickle.loads(pickle.dumps(torch.load(file, weights_only=False)))
-
-
-@operation("root", "deepcopy", "pickle")
-def copied(run, by):
-    run.model = copy.deepcopy(run.model) if by == "deepcopy" else _pickled(run.model)
-
-
-@operation("root", "load", "swap", "overwrite")
-def loaded(run, choice):
-    state = {key: t.clone() for key, t in run.model.state_dict().items()}
-    setting = {"swap": "swap_module_params", "overwrite": "overwrite_module_params"}.get(choice)
-    if setting:
-        getattr(torch.__future__, f"set_{setting}_on_conversion")(True)
-        run.exits.callback(getattr(torch.__future__, f"set_{setting}_on_conversion"), False)
-        run.cast(run.model, F64)
-        run.cast(run.model, run.case.dtype)
-    run.model.load_state_dict(state)
-
-
-@operation("root", "convert", "revert")
-def converted(run, choice):
-    if run.ours:
-        getattr(fusedres, choice)(run.model)
-
-
-# --- the call ---
-
-
-def around_call(*choices):
-    """An operation f(run, choice) that makes a call(model, x, residual) of the one there is."""
-
-    def register(f):
-        def wrap(run, choice):
-            run.call = f(run, run.call, choice)
-
-        wrap.__name__ = f.__name__
-        return operation("root", *choices)(wrap)
-
-    return register
-
-
-def _inside(manager):
-    """A call inside of a context manager."""
-
-    @wraps(manager)
-    def wrap(run, call, choice):
-        def inside(model, x, r):
-            with manager(run, choice):
-                return call(model, x, r)
-
-        return inside
-
-    return wrap
-
-
-@around_call(True, False)
-def checkpoint(run, call, reentrant):
-    return lambda *args: recompute(call, *args, use_reentrant=reentrant)
-
-
-@around_call((BF16, {}), (F16, {}), (BF16, {"enabled": False}), (BF16, {"cache_enabled": False}))
-@_inside
-def autocast(run, choice):
-    dtype, how = choice
-    if how.get("enabled", True):
-        run.dtypes.add(dtype)
-    return nullcontext() if run.truth else torch.autocast("cpu", dtype, **how)
-
-
-@around_call("no_grad", "inference_mode")
-@_inside
-def grad_mode(run, name):
-    return getattr(torch, name)()
-
-
-@around_call(F64, BF16, "meta")
-@_inside
-def defaults(run, choice):
-    """Another default dtype or device."""
-    exits = ExitStack()
-    if isinstance(choice, str):
-        exits.enter_context(torch.device(choice))
-    else:
-        exits.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(choice)
-    return exits
-
-
-@around_call("all", "first")
-def functional(run, call, choice):
-    """With other tensors for parameters."""
-
-    class Called(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, *args):
-            return call(self.model, *args)
-
-    def replaced(model, x, r):
-        names = [name for name, _ in model.named_parameters()]
-        names = names[:1] if choice == "first" else names
-        new = {f"model.{name}": 2 * model.get_parameter(name) for name in names}
-        return functional_call(Called(model), new, (x, r))
-
-    return replaced
-
-
-@around_call("error", "different")
-def vmap(run, call, randomness):
-    def mapped(model, x, r):
-        if len(x) == 0:  # torch cannot reshape these
-            return call(model, x, r)
-        dims = 0, None if r is None else 0
-        f = torch.func.vmap(lambda x, r: call(model, x, r), dims, randomness=randomness)
-        return f(x, r)
-
-    return mapped
-
-
-@around_call("x", "residual", "y")
-def edited(run, call, what):
-    """In place, between forward and backward."""
-
-    def edit(model, x, r):
-        y = call(model, x, r)
-        with torch.no_grad() if what != "y" else nullcontext():
-            t = {"x": x, "y": y, "residual": r}[what]
-            return t.mul_(2) if what == "y" else y if t is None else (t.mul_(2), y)[1]
-
-    return edit
-
-
-@around_call("bytes", "flops")
-def measured(run, call, what):
-    """What is kept for backward, and what is counted as work."""
-
-    def keep(model, x, r):
-        kept, alive = {}, [*model.parameters(), *model.buffers()]
-
-        def pack(t):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = call(model, x, r)
-        there = {t.untyped_storage().data_ptr() for t in alive}
-        run.kept = sum(size for at, size in kept.items() if at not in there and x.numel())
-        return y
-
-    def count(model, x, r):
-        with FlopCounterMode(display=False) as counter:
-            y = call(model, x, r)
-        run.log.append(f"{counter.get_total_flops()} flops")
-        return y
-
-    return keep if what == "bytes" else count
-
-
-@operation("root", "penalty", "twice", "accumulate", "train", "func.grad", "func.jvp")
-def differentiated(run, how):
-    """Other ways to gradients than one backward."""
-
-    def penalty():
-        y = run.forward()
-        (dx,) = torch.autograd.grad(y, run.x, run.cotangent(y), create_graph=True)
-        (y.square().sum() + dx.square().sum()).backward()
-        return y
-
-    def twice():
-        y = run.forward()
-        y.backward(run.cotangent(y), retain_graph=True)
-        y.backward(run.cotangent(y))
-        return y
-
-    def train():
-        y = run.backward()
-        torch.optim.SGD(run.model.parameters(), lr=2**-6).step()
-        return y
-
-    def transform():
-        names = [name for name, p in run.model.named_parameters() if p.requires_grad]
-        params = {name: run.model.get_parameter(name).detach() for name in names}
-
-        def f(params, x):
-            r = run.residual
-            y = functional_call(run.model, params, (x,) if r is None else (x, r))
-            return (y * run.cotangent(y)).sum(), y
-
-        if how == "func.jvp":
-            tangents = params, numbers(run.x.shape, 103).to(run.x.dtype)
-            *_, run.out["jvp"], y = torch.func.jvp(f, (params, run.x), tangents, has_aux=True)
-            return y
-        (dparams, run.out["dx"]), y = torch.func.grad(f, (0, 1), has_aux=True)(params, run.x)
-        run.out.update({f"d{name}": g for name, g in dparams.items()})
-        return y
-
-    run.steps = 2 if how in ("accumulate", "train") else 1
-    ways = {"penalty": penalty, "twice": twice, "train": train, "accumulate": run.backward}
-    run.step = ways.get(how, transform)
-
-
 # --- comparing ---
 
 MAY_WORK = (  # what eager refuses and ours need not
@@ -753,13 +690,13 @@ MAY_WORK = (  # what eager refuses and ours need not
 
 
 def check(case, ours=None):
-    """Raises a Difference; `ours` makes another run than FusedResidual's, to check this check."""
+    """Raises a Difference. `ours(case, True)` makes our run, or another one to check this check."""
     eager, fused = Run(case), (ours or Run)(case, True)
     expected, came = eager.results(), fused.results()
+    if not isinstance(expected, Exception) and any(p.is_meta for p in eager.model.parameters()):
+        return  # torch let it slip
     if isinstance(expected, Exception) or isinstance(came, Exception):
         return compare_errors(case, expected, came)
-    if any(p.is_meta for p in eager.model.parameters()):  # torch's own slip
-        return None
     if eager.log != fused.log:
         raise Difference(f"log: {fused.log}, eager {eager.log}")
     if came.keys() != expected.keys():
@@ -769,21 +706,31 @@ def check(case, ours=None):
             a, b = getattr(came[name], what), getattr(t, what)
             if a != b:
                 raise Difference(f"{what} of {name}: {a}, eager {b}")
-    if (fused.kept or 0) > (eager.kept or 0) + 64:  # statistics of a row, a seed
+    if (
+        counts_bytes(case, eager.dtypes) and fused.kept > eager.kept + 64
+    ):  # statistics of a row, a seed
         raise Difference(f"bytes: {fused.kept} kept, eager {eager.kept}")
     with Kinks() as kinks:
         true = Run(case, truth=True).results()
     if isinstance(true, Exception):
         return compare_errors(case, true, came)
     rounding = max(torch.finfo(dtype).eps for dtype in eager.dtypes if dtype.is_floating_point)
-    results = came, expected, true, rounding, case.x.get("values") == "huge"
+    results = case, rounding, came, expected, true
     wrong = [name for name in true if compare(name, *results)]
     if wrong and kinks.nearest > 1000 * rounding:
         others = [Run(case, truth=True, nudge=by * rounding / 2).results() for by in (1, -1)]
-        for name in wrong:
-            error = compare(name, *results, others)
+        for error in (compare(name, *results, others) for name in wrong):
             if error:
                 raise error
+
+
+def counts_bytes(case, dtypes):
+    """Whether no trick lets eager keep less: a result for its argument, a sum for its terms, a
+    narrower copy.
+    """
+    plain = case.settings.get("activation", "relu") in ("gelu", "silu", "mish", "sin", None)
+    one_dtype = sum(dtype.is_floating_point for dtype in dtypes) == 1
+    return plain and one_dtype and "add" not in case.order[:-1] and "layout" not in case.x
 
 
 def compare_errors(case, expected, came):
@@ -803,7 +750,7 @@ def compare_errors(case, expected, came):
     raise Difference(f"error: {words[0]}, eager {words[1]}")
 
 
-def compare(name, came, expected, true, rounding, huge, others=()):
+def compare(name, case, rounding, came, expected, true, others=()):
     """A Difference, unless as near to the truth as eager, with the same NaN and Inf.
 
     `others` are the truth of other operands that round to the same: eager may be lucky.
@@ -812,14 +759,14 @@ def compare(name, came, expected, true, rounding, huge, others=()):
     if not came.is_floating_point():
         same = torch.equal(came, expected)
         return None if same else Difference(f"value of {name}: {came}, eager {expected}")
+    true = true.double()
+    if case.x.get("values") == "huge":  # where a square overflows is eager's luck, too
+        right = (came - true).abs() <= 1e-2 * true.abs()
+        expected = torch.where(expected.isfinite() & came.isfinite() | right, expected, came)
     for what in (torch.isnan, torch.isposinf, torch.isneginf):
         a, b = what(came), what(expected)
-        if huge:  # eager's own NaN depend on the width, where a variance overflows
-            a, b = ~came.isfinite() & b, b
         if not torch.equal(a, b):
-            counts = f"{a.sum()}, eager {b.sum()}"
-            return Difference(f"{what.__name__} of {name}: {counts}")
-    true = true.double()
+            return Difference(f"{what.__name__} of {name}: {a.sum()}, eager {b.sum()}")
     finite = came.isfinite() & true.isfinite()
     if not finite.any():
         return None
@@ -840,40 +787,28 @@ def compare(name, came, expected, true, rounding, huge, others=()):
 
 
 def draw_settings(pick, kind, kinks):
-    acts = ACT_CLASSES if kind == "sequential" else fusedres.ACTIVATIONS
-    acts = [act for act in acts if kinks or act not in KINKS]
-    if kind == "sequential":
-        stages, norms, acts = ["linear"], NORMS, [*acts]
-        others = ("norm", "act")
-    else:
-        stages, norms, acts = ["linear"], (*NORMS, *NORMS, None), [*acts, None]
-        others = [stage for stage in STAGES if stage != "linear" and pick((True, False))]
-    for stage in others:
+    """Of a layer, a stack, an MLP or a Sequential; activations with a kink if `kinks`."""
+    acts = ACT_CLASSES if kind == "sequential" else (*fusedres.ACTIVATIONS, None)
+    others = [stage for stage in STAGES if stage != "linear" and pick((True, False))]
+    stages = ["linear"]
+    for stage in ("norm", "act") if kind == "sequential" else others:
         stages.insert(pick(range(len(stages) + 1)), stage)
     order = "-".join(stages)
     if kind == "mlp" or (kind != "sequential" and pick((True, False))):
         order = pick(tuple(MLP_ORDERS if kind == "mlp" else ORDERS))
-    s = {"order": order, "norm": pick(norms), "activation": pick(acts), "bias": pick((True, False))}
+    s = {
+        "order": order,
+        "norm": pick(NORMS if kind == "sequential" else (*NORMS, *NORMS, None)),
+        "activation": pick([act for act in acts if kinks or act not in KINKS]),
+        "bias": pick((True, False)),
+    }
     if kind != "sequential":
         s["gate"] = pick((None, "scalar", "channel"))
         s["dropout"], s["drop_path"] = pick((0.0, 0.0, 0.4)), pick((0.0, 0.0, 0.4))
         s["residual_scale"] = pick((1.0, 1.0, -0.5))
-    if kind == "layer" and "add" in ORDERS.get(order, order):
+    if kind == "layer" and "add" in Case(settings=s).order:
         s["shortcut"] = pick((None, None, "identity", "linear", "pad", "module"))
     return s
-
-
-def places(model, target):
-    """Where in a model an operation for `target` can be done."""
-    if target == "root":
-        return [""]
-    if target == "parameter":
-        return [name for name, _ in model.named_parameters()]
-    if target == "module":
-        return [name for name, _ in model.named_modules()]
-    kinds = {"norm": NORM_TYPES, "linear": nn.Linear, "act": tuple(ACT_CLASSES.values())}
-    kind = kinds.get(target, nn.Module)
-    return [name for name, m in model.named_modules() if name and isinstance(m, kind)]
 
 
 def draw_case(pick):
@@ -902,6 +837,8 @@ def draw_case(pick):
     ):
         if pick(range(chance)) == 0:
             x[name] = pick(values)
+    if x.get("values") == "huge" or not case.lead:
+        x.pop("layout", None)
     if "shortcut" in s and pick((True, False)):
         other = {"features": pick((K, N)), "dtype": pick((None, None, F32))}
         residual = {**other, "grad": pick((True, False))}
