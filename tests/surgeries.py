@@ -144,10 +144,15 @@ def build(case, ours=False):
     return model
 
 
+def twice(t):
+    if isinstance(t, tuple):
+        return tuple(v if v is None else 2 * v for v in t)
+    return 2 * t
+
+
 class Twice(nn.Module):
     def forward(self, t):
-        many = isinstance(t, tuple)
-        return tuple(v if v is None else 2 * v for v in t) if many else 2 * t
+        return 2 * t
 
 
 class Wrapped(nn.Module):
@@ -297,7 +302,7 @@ class Operations:
             tensors = value if isinstance(value, tuple) else (value,)
             told = [t if t is None else (t.dtype, *t.shape) for t in tensors]
             self.log.append((kind, choice, *told))
-            return Twice()(value) if changes else None
+            return twice(value) if changes else None
 
         return hook
 
@@ -518,7 +523,8 @@ class Operations:
         call, kept = self.call, {}
 
         def pack(t):
-            kept[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
+            storage = t.untyped_storage()
+            kept[storage.data_ptr()] = min(t.nbytes, storage.nbytes())
             return t
 
         def keep(model, x, r):
@@ -599,7 +605,7 @@ class Run(Operations):
 
     def leaf(self, shape, how, draw):
         dtype, t = how.get("dtype") or self.case.dtype, numbers(shape, draw)
-        large = {"mean": 10 * t + 2000, "huge": (1e4 if dtype == F16 else 1e20) * t}
+        large = {"mean": 10 * t + 2000, "huge": 1e20 * t}
         t = large.get(how.get("values"), t).to(dtype)
         if self.truth:
             nudge = math.copysign(min(abs(self.nudge), torch.finfo(dtype).eps), self.nudge)
@@ -736,15 +742,17 @@ def counts_bytes(case, dtypes):
 def compare_errors(case, expected, came):
     """Errors on both sides, of compatible kinds."""
     error, other = isinstance(expected, Exception), isinstance(came, Exception)
-    compatible = [type(expected), RuntimeError, ValueError, TypeError]
-    if isinstance(expected, TypeError):
-        compatible.append(AttributeError)
-    if error and other and isinstance(came, tuple(compatible)):
+    done = [(name, choice) for name, _, choice in case.operations]
+    # eager may have kept something made of x or the residual where ours kept them
+    edited = ("edited", "x") in done or (("edited", "residual") in done and case.order[-1] != "add")
+    if other and edited and "inplace" in str(came):
         return
-    if error and not other and any(words in str(expected) for words in MAY_WORK):
+    if error and any(words in str(expected) for words in MAY_WORK) and not other:
         return
-    edits_x = any(name == "edited" and choice == "x" for name, _, choice in case.operations)
-    if other and "inplace" in str(came) and edits_x:  # eager may have kept a function of x instead
+    if not error and ("assigned", True) in done:  # torch let it slip
+        return
+    compatible = isinstance(came, (type(expected), RuntimeError, ValueError, TypeError))
+    if error and other and (compatible or "NoneType" in str(came)):
         return
     words = [repr(e)[:200] if isinstance(e, Exception) else "no error" for e in (came, expected)]
     raise Difference(f"error: {words[0]}, eager {words[1]}")
@@ -762,7 +770,8 @@ def compare(name, case, rounding, came, expected, true, others=()):
     true = true.double()
     if case.x.get("values") == "huge":  # where a square overflows is eager's luck, too
         right = (came - true).abs() <= 1e-2 * true.abs()
-        expected = torch.where(expected.isfinite() & came.isfinite() | right, expected, came)
+        one = came.isfinite() ^ expected.isfinite()
+        expected = torch.where(one & (right | ~came.isfinite()), came, expected)
     for what in (torch.isnan, torch.isposinf, torch.isneginf):
         a, b = what(came), what(expected)
         if not torch.equal(a, b):
@@ -837,8 +846,12 @@ def draw_case(pick):
     ):
         if pick(range(chance)) == 0:
             x[name] = pick(values)
-    if x.get("values") == "huge" or not case.lead:
+    if x.get("values") == "huge" or not lead:
         x.pop("layout", None)
+    if F16 in (dtype, x.get("dtype")):
+        x.pop("values", None)
+    if x.get("values") == "huge":  # others have squares or cubes inside, which overflow first
+        s["activation"] = "gelu"
     if "shortcut" in s and pick((True, False)):
         other = {"features": pick((K, N)), "dtype": pick((None, None, F32))}
         residual = {**other, "grad": pick((True, False))}
