@@ -525,10 +525,15 @@ class Operations:
         def pack(t):
             storage = t.untyped_storage()
             kept[storage.data_ptr()] = min(t.nbytes, storage.nbytes())
-            return t
+            return t, t._version
+
+        def unpack(saved):
+            if saved[0]._version != saved[1]:  # torch asks only where there are no such hooks
+                raise RuntimeError("inplace edit of what was saved")
+            return saved[0]
 
         def keep(model, x, r):
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                 y = call(model, x, r)
             alive = {
                 t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
@@ -738,7 +743,8 @@ def counts_bytes(case, dtypes):
     """
     plain = case.settings.get("activation", "relu") in ("gelu", "silu", "mish", "sin", None)
     one_dtype = sum(dtype.is_floating_point for dtype in dtypes) == 1
-    return plain and one_dtype and "add" not in case.order[:-1] and "layout" not in case.x
+    add_last = "add" not in case.order[:-1]
+    return plain and one_dtype and add_last and "layout" not in case.x and 0 not in case.lead
 
 
 def compare_errors(case, expected, came):
@@ -751,8 +757,8 @@ def compare_errors(case, expected, came):
         return
     if error and any(words in str(expected) for words in MAY_WORK) and not other:
         return
-    if not error and ("assigned", True) in done:  # torch let it slip
-        return
+    if not error and (("assigned", True) in done or "bias has dtype" in str(came)):
+        return  # torch let a meta tensor slip, or added a bias of another dtype: some paths do
     compatible = isinstance(came, (type(expected), RuntimeError, ValueError, TypeError))
     if error and other and (compatible or "NoneType" in str(came)):
         return
