@@ -143,6 +143,7 @@ class FusedResidualMLP(nn.Module):
             "backend": backend,
             **where,
         }
+        self.backend = backend
         self.fc1 = FusedResidual(K, H, order=first, dropout=hidden_dropout, **settings)
         self.fc2 = FusedResidual(
             H,
@@ -189,7 +190,7 @@ class FusedResidualMLP(nn.Module):
             return source
         if isinstance(shortcut, nn.Linear):
             checks.check_shortcut_input(source, shortcut.in_features)
-        return project(shortcut, source, self.fc2.backend)
+        return project(shortcut, source, self.backend)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(f"FusedResidualMLP: {checks.SCRIPT}")

@@ -221,7 +221,7 @@ def _of_mlp(
         residual = mlp.out_features
         called = customised(shortcut, "linear") or watched()
         if called is None:
-            calls.insert(0, _linear_shortcut(context, shortcut, source, mlp.fc2.backend))
+            calls.insert(0, _linear_shortcut(context, shortcut, source, mlp.backend))
         notes.append(f"the shortcut is a call of its own{f': {called}' if called else ''}")
         third = context.dtype
     context = replace(context, x_dtype=hidden, residual_dtype=third)
