@@ -139,10 +139,10 @@ CALLS = {
         ValueError,
         [OP, "residual", "(1, 6)", "(4, 6)"],
     ),
-    "residual in half": (
-        call(x, w, residual=x.half()),
+    "residual of integers": (
+        call(x, w, residual=x.int()),
         TypeError,
-        [OP, "residual", "torch.float16", "torch.float32"],
+        [OP, "residual", "torch.int32", "torch.float32"],
     ),
     "residual is a number": (
         call(x, w, residual=1),
