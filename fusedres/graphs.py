@@ -23,11 +23,12 @@ from .spec import Spec
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="fusedres")
 
 
-def wants_plain_ops() -> bool:
+_tracing_state = torch._C._get_tracing_state
+
+
+def wants_plain_ops(exporting: bool) -> bool:
     """Whether a tool is tracing that knows no ops but torch's."""
-    if torch._C._get_tracing_state() is not None:
-        return True
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return _tracing_state() is not None or (exporting and torch.onnx.is_in_onnx_export())
 
 
 LAYER_SCHEMA = f"({ops.OPERANDS}, str recipe, str backend) -> Tensor[]"
@@ -42,7 +43,8 @@ def _run(*call: Any) -> list[Tensor]:
 
 def _run_recording(*call: Any) -> list[Tensor]:
     register_flops()
-    y, stats, _ = FusedResidualFunction.apply(*call)
+    out = FusedResidualFunction.apply(*call)
+    y, stats = out[:2] if isinstance(out, tuple) else (out, None)
     return [y] if stats is None else [y, stats]
 
 

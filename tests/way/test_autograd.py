@@ -329,7 +329,7 @@ def test_keeps_no_more_than_eager(settings, frozen, autocast, own):
         inputs = (leaf * 1, r * 1) if own else (leaf * 1,)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             counts.append(kept_bytes(lambda: layer(*inputs), *layer.parameters()))  # noqa: B023
-    assert counts[0] <= counts[1] + 8 + 2 * K  # two stand-ins and the cast of the bias
+    assert counts[0] <= counts[1] + 10 + 2 * K  # stand-ins, the cast of the bias
 
 
 def test_a_variance_that_overflows_is_nan(native):
