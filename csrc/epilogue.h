@@ -13,7 +13,7 @@
 #ifdef __CUDACC__
 #define FUSEDRES_HD __host__ __device__ __forceinline__
 #else
-#define FUSEDRES_HD inline
+#define FUSEDRES_HD FUSEDRES_INLINE
 #endif
 
 namespace fusedres {

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/product.h"
+#include "cpu/kernels.h"
 #include "cuda/family.h"
 #include "params.h"
 
@@ -20,34 +20,14 @@ namespace cuda = fusedres::cuda;
 
 namespace {
 
-std::string simd() {
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ < 12)
-  return "x86-64 (its compiler makes no AVX clones, g++ 12 does)";  // as in cpu/stages.h
-#elif defined(__x86_64__)
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
-  return "x86-64";
-#elif defined(__aarch64__)
-  return "aarch64 (NEON)";
-#else
-  return "compiler default";
-#endif
-}
-
 std::map<std::string, std::string> build_info() {
   return {
       {"compiler", __VERSION__},
       {"c++", std::to_string(__cplusplus)},
-      {"simd", simd()},
+      {"simd", fusedres::cpu::instruction_set()},
       {"cuda", FUSEDRES_CUDA},
       {"hopper", fusedres::cuda::built_for_hopper() ? "built" : "left out"},
   };
-}
-
-// The CPU's plan for a layer of M rows, N outputs and K inputs.
-std::map<std::string, std::string> plan(int64_t M, int64_t N, int64_t K, bool float32) {
-  const bool onednn = float32 && fusedres::cpu::prefer_onednn(M, N, K);
-  return {{"product", onednn ? "oneDNN" : "ATen"}, {"rows", "one pass, row in L1"}};
 }
 
 fusedres::DType dtype_of(const std::string& name) {
@@ -59,6 +39,15 @@ fusedres::DType dtype_of(const std::string& name) {
   const auto found = names.find(name);
   if (found == names.end()) throw std::invalid_argument("dtype " + name + " is none of ours");
   return found->second;
+}
+
+// The CPU's plan for a layer of M rows, N outputs and K inputs.
+std::map<std::string, std::string> plan(int64_t M, int64_t N, int64_t K, const std::string& dtype) {
+  const fusedres::DType product = dtype_of(dtype);
+  if (fusedres::cpu::own_product(M, N, K, product))
+    return {{"product", "own"}, {"rows", "with the product, block by block"}};
+  const bool onednn = product == fusedres::DType::float32 && fusedres::cpu::prefer_onednn(M, N, K);
+  return {{"product", onednn ? "oneDNN" : "ATen"}, {"rows", "one pass, row in L1"}};
 }
 
 // Why the CUDA kernels cannot run a layer of any number of rows on a GPU whose blocks may have
@@ -100,7 +89,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and the planner of fusedres' C++ kernels";
   m.def("build_info", &build_info,
         "Compiler, language level, SIMD level of this machine, CUDA version, Hopper's kernels.");
-  m.def("plan", &plan, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("float32") = true);
+  m.def("plan", &plan, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("dtype") = "float32");
   m.def("cuda_why_not", &cuda_why_not, py::arg("recipe"), py::arg("dtype"), py::arg("N"),
         py::arg("K"), py::arg("shared_limit"), py::arg("gradients"));
   m.def("cuda_plan", &cuda_plan, py::arg("recipe"), py::arg("dtype"), py::arg("M"), py::arg("N"),

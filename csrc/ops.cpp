@@ -1,7 +1,9 @@
 // The ops fusedres::residual_forward and fusedres::residual_backward on CPU tensors.
 //
-//   z = prologue(x) @ weight.T        vendor library; saved for backward
-//   y = epilogue(z + bias)            cpu/forward.cpp, one pass; but for fp32, z has the bias
+//   y = epilogue(prologue(x) @ weight.T + bias)
+//
+// By passes over blocks of rows (cpu/kernels.h), with the product in them; where the weight is too
+// large for that, the library multiplies the whole matrix between two passes.
 //
 // This file, cuda_ops.cpp and their headers alone know torch, through its stable ABI: one binary
 // loads on every torch from 2.11 on.
@@ -18,39 +20,93 @@ namespace {
 
 // ---- forward
 
+template <class A>
+constexpr ScalarType kExact = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
+bool own_product(const Call& c) {
+  return cpu::own_product(c.M(), c.N(), c.K(), dtype_of(c.weight));
+}
+
+// The prologue's values for `side`, whose statistics are known or, in forward, found.
+template <class A>
+Tensor make_operand(const Call& c, const Side<A>& side) {
+  Tensor operand = empty({c.M(), c.K()}, c.product_dtype());
+  cpu::Forward<A> pass;
+  pass.before = &side.program;
+  pass.product = dtype_of(c.weight);
+  pass.x = rows_of(c.x);
+  pass.operand = rows_of(operand);
+  run(pass, c.M());
+  return operand;
+}
+
 // y, and what backward needs if `save`: see Saved.
 template <class A>
 std::vector<Tensor> forward(const Call& c, bool save) {
   const Recipe& r = c.recipe;
-  const ScalarType exact = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  Optional stats;
+  const int64_t M = c.M();
+  const bool own = own_product(c), keeps_z = save && r.saves_z();
+  const bool early = c.bias && bias_in_product(dtype_of(c.weight));
+  Optional stats, operand, z;
   const auto keep_statistics = [&](const Side<A>& side) {
-    if (!side.batch_norm) return;
-    stats = empty({2, side.program.width}, exact);
+    stats = empty({2, side.program.width}, kExact<A>);
     A* data = static_cast<A*>(stats->data_ptr());
     std::copy(side.mean.begin(), side.mean.end(), data);
     std::copy(side.var.begin(), side.var.end(), data + side.program.width);
   };
 
-  Tensor operand = c.x;
+  cpu::Forward<A> pass;
+  pass.product = dtype_of(c.weight);
+  pass.x = rows_of(c.x);
+  std::optional<Side<A>> before, after;
   if (!r.prologue.empty()) {
-    Side<A> side(c, true, c.x);
-    operand = side.forward(c.product_dtype());
-    keep_statistics(side);
-  } else if (c.casts()) {
-    operand = torch::stable::to(c.x, c.product_dtype());
+    before.emplace(c, true, c.x);
+    pass.before = &before->program;
+    if (before->batch_norm) {
+      run(pass, M, *before);
+      keep_statistics(*before);
+    }
+  } else if (c.casts() && (save || !own)) {
+    operand =
+        own ? empty({M, c.K()}, c.product_dtype()) : torch::stable::to(c.x, c.product_dtype());
+    if (own) pass.operand = rows_of(*operand);
   }
-  const bool early = bias_in_product(dtype_of(c.weight));
-  const Tensor z = multiply(operand, transposed(c.weight), early ? c.bias : std::nullopt);
-  std::vector<Tensor> out = {z};
-  if (!r.epilogue.empty() || (c.bias && !early) || z.scalar_type() != c.y_dtype()) {
-    Side<A> side(c, false, z);
-    out[0] = side.forward(c.y_dtype());
-    keep_statistics(side);
+
+  std::optional<PackedWeight<A>> weight;
+  std::vector<A> bias;
+  const bool batch = r.batch_stats && !r.epilogue.empty() && !c.in_prologue(Stage::norm);
+  if (own) {
+    weight.emplace(c.weight, true);
+    pass.weight = weight->packed;
+    if (early) pass.early_bias = (bias = values<A>(*c.bias)).data();
+    if (keeps_z || batch) z = empty({M, c.N()}, c.product_dtype());
+    if (z) pass.z = rows_of(*z);
+  } else {
+    const Tensor left = before ? make_operand(c, *before) : operand ? *operand : c.x;
+    z = multiply(left, transposed(c.weight), early ? c.bias : std::nullopt);
+    pass.before = nullptr;
+    pass.x = rows_of(*z);
   }
-  if (save && r.saves_z()) out.push_back(z);
+
+  Tensor y = z ? *z : c.x;
+  if (!r.epilogue.empty() || (c.bias && !early)) {
+    after.emplace(c, false, y);
+    pass.after = &after->program;
+    if (after->batch_norm) {
+      run(pass, M, *after);
+      keep_statistics(*after);
+      pass = {.after = pass.after, .product = pass.product, .x = rows_of(*z)};
+    }
+  }
+  if (own || after || y.scalar_type() != c.y_dtype()) {
+    y = empty({M, c.N()}, c.y_dtype());
+    pass.y = rows_of(y);
+    run(pass, M);
+  }
+  std::vector<Tensor> out = {y};
+  if (keeps_z) out.push_back(*z);
   if (stats) out.push_back(*stats);
-  if (save && c.casts()) out.push_back(operand);
+  if (save && c.casts()) out.push_back(*operand);
   return out;
 }
 
@@ -73,92 +129,78 @@ void residual_forward(StableIValue* stack) {
 
 // ---- backward
 
+// One call's gradients, side by side.
 template <class A>
 struct Gradients {
+  const Call& c;
+  const int64_t needs;
   Optional of[kInputs];
-};
 
-// Backward through one side: column sums wanted of it go to `grads`; returns its input's gradient.
-template <class A>
-Optional backward_side(const Call& c, Side<A>& side, const Tensor& dy, int64_t needs,
-                       std::optional<ScalarType> input_dtype, bool want_bias, const Rows& skip,
-                       double skip_scale, const Optional& dresidual, Gradients<A>& grads) {
-  const Recipe& r = c.recipe;
-  Program<A>& p = side.program;
-  const int64_t C = p.width;
-  const Chunks chunks(p.M, C);
-  const auto wants = [&](Input input, Stage stage) {
-    const auto& stages = *p.stages;
-    return (needs >> input & 1) && std::find(stages.begin(), stages.end(), stage) != stages.end();
-  };
-  Backward<A> b;
-  b.program = p;
-  b.dy = rows_of(dy);
-  b.skip = skip;
-  b.skip_scale = skip_scale;
-
-  std::vector<A> norm_sums;
-  if (side.batch_norm) {
-    norm_sums = column_sums<A>(chunks, 2, C, [&](A* sums, int64_t begin, int64_t end) {
-      cpu::norm_gradient_sums(b, sums, sums + C, begin, end);
-    });
-    b.dh_sum = norm_sums.data();
-    b.dhc_sum = norm_sums.data() + C;
-    if (wants(kNormWeight, Stage::norm))
-      grads.of[kNormWeight] = vector_like(b.dhc_sum, C, *c.norm_weight);
-    if (wants(kNormBias, Stage::norm)) grads.of[kNormBias] = vector_like(b.dh_sum, C, *c.norm_bias);
+  bool wants(Input input) const { return (needs >> input & 1) != 0; }
+  bool wants(Input input, Stage stage, bool prologue) const {
+    return wants(input) && c.recipe.has(stage) && c.in_prologue(stage) == prologue;
   }
 
-  const bool want_norm = !side.batch_norm;
-  const bool want[4] = {want_norm && wants(kNormWeight, Stage::norm),
-                        want_norm && wants(kNormBias, Stage::norm), wants(kGate, Stage::gate),
-                        want_bias};
-  Optional dinput;
-  if (input_dtype) {
-    dinput = empty({p.M, C}, *input_dtype);
-    b.dinput = rows_of(*dinput);
+  // Stages [first, last) of `side`, with the sums that are wanted of them.
+  cpu::Walk<A> walk(const Side<A>& side, bool prologue, size_t first, size_t last) const {
+    const std::vector<Stage>& stages = *side.program.stages;
+    const auto holds = [&](Stage stage) {
+      const auto begin = stages.begin();
+      return std::find(begin + first, begin + last, stage) != begin + last;
+    };
+    cpu::Walk<A> walk;
+    walk.program = side.program;
+    walk.first = first;
+    walk.last = last;
+    A* const wanted = &BackwardPass<A>::wanted;
+    if (!side.batch_norm && wants(kNormWeight, Stage::norm, prologue)) walk.dgamma = wanted;
+    if (!side.batch_norm && wants(kNormBias, Stage::norm, prologue)) walk.dbeta = wanted;
+    if (wants(kGate, Stage::gate, prologue) && holds(Stage::gate)) walk.dgate = wanted;
+    if (!prologue && first == 0 && wants(kBias)) walk.dbias = wanted;
+    return walk;
   }
-  if (dresidual && c.recipe.has(Stage::add)) b.dresidual = rows_of(*dresidual);
-  const int64_t vectors = want[0] + want[1] + want[2] + want[3];
-  const std::vector<A> sums =
-      column_sums<A>(chunks, vectors, C, [&](A* partial, int64_t begin, int64_t end) {
-        Backward<A> mine = b;
-        A** targets[4] = {&mine.dgamma, &mine.dbeta, &mine.dgate, &mine.dbias};
-        for (int i = 0; i < 4; ++i)
-          if (want[i]) {
-            *targets[i] = partial;
-            partial += C;
-          }
-        cpu::backward_rows(mine, begin, end);
-      });
-  const A* next = sums.data();
-  const auto take = [&](const Tensor& like) {
-    const Tensor t = vector_like(next, C, like);
-    next += C;
-    return t;
-  };
-  if (want[0]) grads.of[kNormWeight] = take(*c.norm_weight);
-  if (want[1]) grads.of[kNormBias] = take(*c.norm_bias);
-  if (want[2]) {
-    if (r.scalar_gate) {
+
+  // From stages after a batch norm to the end: the sums over all rows that its gradient needs.
+  cpu::Walk<A> walk_to_batch_norm(const Side<A>& side, bool prologue) const {
+    cpu::Walk<A> tail = walk(side, prologue, side.norm() + 1, side.program.stages->size());
+    tail.dgamma = tail.dbeta = &BackwardPass<A>::wanted;
+    return tail;
+  }
+
+  // Takes over the sums of a walk that has been run; null: there is none.
+  void take(const std::optional<cpu::Walk<A>>& walk, bool prologue) {
+    if (!walk) return;
+    const int64_t C = walk->program.width;
+    const auto put = [&](Input input, Stage stage, const A* sums) {
+      if (sums && wants(input, stage, prologue)) of[input] = vector_like(sums, C, operand(input));
+    };
+    put(kNormWeight, Stage::norm, walk->dgamma);
+    put(kNormBias, Stage::norm, walk->dbeta);
+    if (walk->dgate && c.recipe.scalar_gate) {
       A total = 0;
-      for (int64_t n = 0; n < C; ++n) total += next[n];
-      grads.of[kGate] = vector_like(&total, 1, *c.gate);
-      next += C;
+      for (int64_t n = 0; n < C; ++n) total += walk->dgate[n];
+      of[kGate] = vector_like(&total, 1, *c.gate);
     } else {
-      grads.of[kGate] = take(*c.gate);
+      put(kGate, Stage::gate, walk->dgate);
     }
+    if (walk->dbias) of[kBias] = vector_like(walk->dbias, C, c.bias ? *c.bias : c.weight);
   }
-  if (want[3]) grads.of[kBias] = take(c.bias ? *c.bias : c.weight);
-  return dinput;
-}
+
+ private:
+  const Tensor& operand(Input input) const {
+    return input == kNormWeight ? *c.norm_weight : input == kNormBias ? *c.norm_bias : *c.gate;
+  }
+};
 
 template <class A>
 std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved, int64_t needs) {
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
-  const auto wants = [&](Input input) { return (needs >> input & 1) != 0; };
-  Gradients<A> grads;
+  const int64_t M = c.M();
+  const ScalarType product = c.product_dtype();
+  const bool own = own_product(c);
+  Gradients<A> grads{c, needs, {}};
+  const auto wants = [&](Input input) { return grads.wants(input); };
   const auto load_statistics = [&](Side<A>& side) {
     if (!side.batch_norm) return;
     const A* data = static_cast<const A*>(saved.stats->data_ptr());
@@ -172,74 +214,117 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
   const bool skip_to_x = adds_after && !c.residual && wants(kX);
   const bool last = adds_after && r.epilogue.back() == Stage::add;
   if (c.residual && wants(kResidual))
-    grads.of[kResidual] = empty({c.M(), c.residual->size(1)}, *c.residual);
+    grads.of[kResidual] = empty({M, c.residual->size(1)}, *c.residual);
   Optional skip;
-  if (skip_to_x) skip = last ? dy : empty({c.M(), std::min(c.K(), c.N())}, x);
+  if (skip_to_x) skip = last ? dy : empty({M, std::min(c.K(), c.N())}, x);
   const Optional dresidual = skip_to_x && !last ? skip : grads.of[kResidual];
 
   const bool before = !r.prologue.empty();
-  const bool want_operand =
-      wants(kX) || (before && (wants(kNormWeight) || wants(kNormBias) || wants(kGate)));
-  const bool prologue_residual = before && c.in_prologue(Stage::add);
-  const bool want_dz = want_operand || wants(kWeight) || (prologue_residual && wants(kResidual));
+  const bool prologue_residual = before && c.in_prologue(Stage::add) && wants(kResidual);
+  const bool want_operand = wants(kX) || prologue_residual ||
+                            (before && (wants(kNormWeight) || wants(kNormBias) || wants(kGate)));
+  const bool want_dz = want_operand || wants(kWeight);
 
-  const ScalarType product = c.product_dtype();
-  Tensor dz = dy;  // an empty epilogue's dz
+  // dy -> back through the epilogue -> dz -> @ weight -> back through the prologue -> dx: in one pass
+  // where the product is ours, but for a batch norm's sums, which need all rows.
+  BackwardPass<A> pass, rest;
+  pass.pass.product = rest.pass.product = dtype_of(c.weight);
+  pass.pass.dy = rows_of(dy);
+  std::optional<Side<A>> after, prologue;
+  std::vector<A> of_norm;  // the sums that the norm's gradient needs
+  const auto set_norm_sums = [&](cpu::Walk<A>& walk, const cpu::Walk<A>& tail) {
+    const int64_t C = tail.program.width;
+    of_norm.assign(tail.dbeta, tail.dbeta + C);
+    of_norm.insert(of_norm.end(), tail.dgamma, tail.dgamma + C);
+    walk.dh_sum = of_norm.data();
+    walk.dhc_sum = of_norm.data() + C;
+  };
+
   const bool changes = !r.epilogue.empty() || dy.scalar_type() != product;
+  Tensor dz = dy;
+  Optional dh;
   if (changes || wants(kBias)) {
-    Side<A> side(c, false, saved.z ? *saved.z : dy);
-    load_statistics(side);
-    const auto dtype = want_dz && changes ? std::optional(product) : std::nullopt;
-    const Optional d = backward_side(c, side, dy, needs, dtype, wants(kBias), Rows{}, 1.0,
-                                     prologue_residual ? Optional() : dresidual, grads);
-    if (d) dz = *d;
+    after.emplace(c, false, saved.z ? *saved.z : dy);
+    load_statistics(*after);
+    const bool batch = after->batch_norm, all = want_dz || wants(kBias);
+    if (batch ? all : want_dz && changes && (wants(kWeight) || !own))
+      dz = empty({M, c.N()}, product);
+    const bool stored = dz.get() != dy.get();
+    pass.after = grads.walk(*after, false, 0, batch ? after->norm() + 1 : r.epilogue.size());
+    if (dresidual && adds_after) pass.after->dresidual = rows_of(*dresidual);
+    if (batch) {  // dh lies where dz will, if that rounds no more
+      BackwardPass<A> tail;
+      tail.pass = pass.pass;
+      tail.after = grads.walk_to_batch_norm(*after, false);
+      tail.after->dresidual = pass.after->dresidual;
+      if (all) {
+        dh = product == kExact<A> ? dz : empty({M, c.N()}, kExact<A>);
+        pass.pass.dy = tail.pass.dz = rows_of(*dh);
+      }
+      tail.run(M);
+      grads.take(tail.after, false);
+      set_norm_sums(*pass.after, *tail.after);
+      if (!all) pass.after.reset();
+    }
+    if (stored) pass.pass.dz = rows_of(dz);
   }
 
-  std::optional<Side<A>> prologue;
-  if (before && (wants(kWeight) || want_operand || (prologue_residual && wants(kResidual)))) {
+  if (before && want_dz) {
     prologue.emplace(c, true, x);
     load_statistics(*prologue);
   }
-  if (wants(kWeight)) {
-    Tensor operand = saved.operand ? *saved.operand : x;
-    if (before) {
-      Side<A> side(c, true, x);  // the operand is recomputed, with the statistics of forward
-      load_statistics(side);
-      side.batch_norm = false;
-      operand = side.forward(product);
+  if (!want_operand) {
+    if (pass.after) pass.run(M);
+  } else {
+    const bool batch = prologue && prologue->batch_norm, at_once = own && !batch;
+    std::optional<PackedWeight<A>> weight;
+    if (own) {
+      weight.emplace(c.weight, false);
+      pass.pass.weight = weight->packed;
     }
-    grads.of[kWeight] = multiply(transposed(dz), operand);
-  }
-  if (want_operand || (prologue_residual && wants(kResidual))) {
-    Tensor doperand = multiply(dz, c.weight);
-    const Rows skip_rows = skip ? Rows{skip->data_ptr(), skip->stride(0),
-                                       std::min(skip->size(1), c.K()), dtype_of(*skip)}
-                                : Rows{};
-    const double scale = last ? r.residual_scale : 1.0;
-    if (before) {
-      const auto dtype = wants(kX) ? std::optional(x.scalar_type()) : std::nullopt;
-      grads.of[kX] = backward_side(c, *prologue, doperand, needs, dtype, false, skip_rows, scale,
-                                   prologue_residual ? grads.of[kResidual] : Optional(), grads);
-    } else {
-      grads.of[kX] = doperand;
-      if (c.casts()) grads.of[kX] = empty({c.M(), c.K()}, x);
-      if (skip ||
-          c.casts()) {  // dx = doperand + scale * skip, in place where it may be: dx is ours
-        static const std::vector<Stage> none;
-        Backward<A> b;
-        b.program.stages = &none;
-        b.program.recipe = &r;
-        b.program.M = c.M();
-        b.program.width = c.K();
-        b.dy = rows_of(doperand);
-        b.dinput = rows_of(*grads.of[kX]);
-        b.skip = skip_rows;
-        b.skip_scale = scale;
-        for_each_chunk(Chunks(c.M(), c.K()), [&](int64_t, int64_t begin, int64_t end) {
-          cpu::backward_rows(b, begin, end);
-        });
+    Optional doperand;
+    if (!at_once) {
+      if (own) {
+        doperand = empty({M, c.K()}, product);
+        pass.pass.dx = rows_of(*doperand);
+      }
+      if (own || pass.after) pass.run(M);
+      if (!own) doperand = multiply(dz, c.weight);
+      rest.pass.dy = rows_of(*doperand);
+    }
+    BackwardPass<A>& end = at_once ? pass : rest;
+    if (prologue) {
+      end.before = grads.walk(*prologue, true, 0, r.prologue.size());
+      if (prologue_residual) end.before->dresidual = rows_of(*grads.of[kResidual]);
+      if (batch) {
+        BackwardPass<A> tail;
+        tail.pass = rest.pass;
+        tail.before = grads.walk_to_batch_norm(*prologue, true);
+        tail.run(M);
+        grads.take(tail.before, true);
+        set_norm_sums(*end.before, *tail.before);
       }
     }
+    if (skip) {
+      end.pass.skip = rows_of(*skip);
+      end.pass.skip.features = std::min(skip->size(1), c.K());
+      end.pass.skip_scale = last ? r.residual_scale : 1.0;
+    }
+    if (wants(kX)) {
+      const bool ours = doperand && x.scalar_type() == product;  // to be written over
+      grads.of[kX] = ours ? *doperand : empty({M, c.K()}, x);
+      end.pass.dx = rows_of(*grads.of[kX]);
+    }
+    if (at_once || prologue || skip || c.casts()) end.run(M);
+    grads.take(end.before, true);
+  }
+  grads.take(pass.after, false);
+
+  if (wants(kWeight)) {
+    const Tensor operand = prologue        ? make_operand(c, *prologue)
+                           : saved.operand ? *saved.operand
+                                           : x;
+    grads.of[kWeight] = own ? weight_gradient<A>(dz, operand) : multiply(transposed(dz), operand);
   }
   std::vector<Tensor> out;
   for (int i = 0; i < kInputs; ++i)

@@ -6,6 +6,10 @@
 #include <string>
 #include <vector>
 
+// For element maths in headers. Files that are compiled for several instruction sets include them,
+// so that no function of theirs may stand by itself: the linker would keep one for all.
+#define FUSEDRES_INLINE inline __attribute__((always_inline))
+
 namespace fusedres {
 
 enum class Stage { norm, act, linear, gate, dropout, droppath, add };
@@ -65,41 +69,6 @@ struct Rows {
   int64_t stride = 0;
   int64_t features = 0;
   DType dtype = DType::float32;
-};
-
-// The stages on one side of `linear`, over M rows of `width` features. `A`: float; double for fp64.
-template <class A>
-struct Program {
-  const std::vector<Stage>* stages = nullptr;
-  const Recipe* recipe = nullptr;
-  int64_t M = 0, width = 0;
-  Rows input;                      // x before linear, x @ weight.T after it
-  const A* bias = nullptr;         // (width) or null: added to the input first
-  Rows residual;                   // what `add` adds; features beyond its own count as 0
-  bool residual_is_input = false;  // `add` adds this program's own input (an `add` before linear)
-  const A* gamma = nullptr;        // (width) or null: 1
-  const A* beta = nullptr;         // (width) or null: 0
-  const A* gate = nullptr;         // (1) or (width)
-  const A* mean = nullptr;         // (width), batch norm
-  const A* rstd = nullptr;         // (width), batch norm
-  uint64_t seed = 0;
-  int64_t sample_rows = 1;
-};
-
-template <class A>
-struct Backward {
-  Program<A> program;
-  Rows dy;    // (M, width)
-  Rows skip;  // (M, skip.features), added to dinput times skip_scale; data may be null
-  double skip_scale = 1;
-  Rows dinput;          // written where data is not null
-  Rows dresidual;       // written where data is not null
-  A* dgamma = nullptr;  // column sums, each (width) or null
-  A* dbeta = nullptr;
-  A* dgate = nullptr;
-  A* dbias = nullptr;   // column sums of dinput
-  A* dh_sum = nullptr;  // batch statistics only: sum over rows of dh, and of dh * c
-  A* dhc_sum = nullptr;
 };
 
 }  // namespace fusedres

@@ -1,6 +1,6 @@
-// One side of `linear` in one call: its parameters as accumulate values, its batch statistics, its
-// row pass. Rows are cut into chunks whose number depends on the shape only, and the chunks' column
-// sums are added in order, so results do not depend on the number of threads.
+// What ops.cpp makes passes of: one side of `linear` with its parameters as accumulate values, rows
+// cut into chunks, packed weights. The number of chunks depends on the shape only, and the chunks'
+// column sums are added in order, so results do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "call.h"
-#include "cpu/rows.h"
+#include "cpu/kernels.h"
 
 namespace fusedres {
 
@@ -16,47 +16,72 @@ namespace fusedres {
 
 struct Chunks {
   int64_t rows, count, size;
-  Chunks(int64_t M, int64_t width) : rows(M) {
-    constexpr int64_t kMost = 64;
+
+  // For a pass over rows of `width` elements, with a product of `inner` by `width` or without.
+  Chunks(int64_t M, int64_t width, int64_t inner) : rows(M) {
+    constexpr int64_t kMost = 64, kLeast = 32;
     constexpr int64_t kElements = 8192;  // in a chunk, so that small calls stay on one thread
-    const int64_t least = std::max<int64_t>(1, kElements / std::max<int64_t>(1, width));
-    size = std::max(least, (M + kMost - 1) / kMost);
-    count = (M + size - 1) / size;
+    constexpr int64_t kProducts = 16;    // multiply-adds that cost as much as an element
+    const int64_t cost = std::max<int64_t>(1, width * (1 + inner / kProducts));
+    const int64_t least = std::max(inner ? kLeast : 1, kElements / cost);
+    count = 1;
+    while (count < kMost && count * 2 * least <= M) count *= 2;
+    size = (M + count - 1) / count;
+    count = size ? (M + size - 1) / size : 0;
   }
   int64_t begin(int64_t chunk) const { return chunk * size; }
   int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * size); }
 };
 
+// f(i) for i in [0, count), on all threads.
 template <class F>
-void for_each_chunk(const Chunks& chunks, const F& f) {
+void in_parallel(int64_t count, const F& f) {
   const auto run = [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk)
-      f(chunk, chunks.begin(chunk), chunks.end(chunk));
+    for (int64_t i = first; i < last; ++i) f(i);
   };
-  if (chunks.count <= 1) return run(0, chunks.count);
-  torch::stable::parallel_for(0, chunks.count, 1, run);
+  if (count <= 1) return run(0, count);
+  torch::stable::parallel_for(0, count, 1, run);
 }
 
-// `count` vectors of sums a chunk, added chunk by chunk in order: sums[j * width + n].
-template <class A, class F>
-std::vector<A> column_sums(const Chunks& chunks, int64_t count, int64_t width, const F& f) {
-  const int64_t stride = count * width;
-  std::vector<A> partial(std::max<int64_t>(1, chunks.count) * stride);
-  for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-    f(&partial[chunk * stride], begin, end);
-  });
-  for (int64_t chunk = 1; chunk < chunks.count; ++chunk)
-    for (int64_t i = 0; i < stride; ++i) partial[i] += partial[chunk * stride + i];
-  partial.resize(stride);
-  return partial;
+template <class F>
+void for_each_chunk(const Chunks& chunks, const F& f) {
+  in_parallel(chunks.count, [&](int64_t i) { f(i, chunks.begin(i), chunks.end(i)); });
 }
+
+// ---- packed weights
+
+// weight.T (forward) or weight (backward) as the right side of a product.
+template <class A>
+struct PackedWeight {
+  cpu::Packed packed;
+  PackedWeight(const Tensor& weight, bool transposed) {
+    const cpu::Kernels<A>& kernels = cpu::kernels<A>();
+    const int64_t N = weight.size(0), K = weight.size(1);
+    const Tensor columns = adjacent_columns(weight);
+    packed = {nullptr, transposed ? K : N, transposed ? N : K, dtype_of(weight)};
+    memory_.emplace(empty({kernels.packed_bytes(packed)}, ScalarType::Byte));
+    packed.data = memory_->data_ptr();
+    const int64_t panels = (packed.width + kernels.panel - 1) / kernels.panel;
+    constexpr int64_t kAtOnce = 1 << 15;  // elements that are not worth another thread
+    const int64_t share =
+        std::max<int64_t>(1, kAtOnce / std::max<int64_t>(1, packed.inner * kernels.panel));
+    in_parallel((panels + share - 1) / share, [&](int64_t i) {
+      kernels.pack(rows_of(columns), transposed, packed, i * share,
+                   std::min(panels, (i + 1) * share));
+    });
+  }
+
+ private:
+  Optional memory_;
+};
 
 // ---- one side of `linear`
 
 template <class A>
 struct Side {
-  Program<A> program;
+  cpu::Program<A> program;
   std::vector<A> bias, gamma, beta, gate, mean, rstd, var;
+  bool batch_norm;  // this side normalises by this batch's statistics
 
   Side(const Call& c, bool prologue, const Tensor& input) {
     const Recipe& r = c.recipe;
@@ -86,48 +111,18 @@ struct Side {
       program.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(c.seed->data_ptr()));
     batch_norm = here(Stage::norm) && r.norm == Norm::batch && r.batch_stats;
   }
+  Side(const Side&) = delete;
 
-  bool batch_norm;  // this side normalises by this batch's statistics
+  size_t norm() const {
+    return std::find(program.stages->begin(), program.stages->end(), Stage::norm) -
+           program.stages->begin();
+  }
 
   void set_statistics(std::vector<A> batch_mean, std::vector<A> batch_var) {
     mean = std::move(batch_mean);
     var = std::move(batch_var);
     program.mean = mean.data();
     set_rstd();
-  }
-
-  // Mean and biased variance down the rows, from sums about the first row in double. That row is
-  // one of the values, so (mean - shift)^2 <= M var, and the difference below loses at most a
-  // factor M of double's precision.
-  void compute_statistics() {
-    const int64_t C = program.width;
-    std::vector<A> shift(C), batch_mean(C), batch_var(C);
-    std::vector<double> row(2 * C);
-    cpu::column_statistics(program, shift.data(), row.data(), row.data() + C, 0,
-                           std::min<int64_t>(1, program.M));
-    std::copy(row.begin(), row.begin() + C, shift.begin());
-    const auto sums = column_sums<double>(
-        Chunks(program.M, C), 2, C, [&](double* partial, int64_t begin, int64_t end) {
-          cpu::column_statistics(program, shift.data(), partial, partial + C, begin, end);
-        });
-    const double rows = static_cast<double>(std::max<int64_t>(1, program.M));
-    for (int64_t n = 0; n < C; ++n) {
-      const double d = sums[n] / rows;
-      batch_mean[n] = static_cast<A>(shift[n] + d);
-      const double variance = sums[C + n] / rows - d * d;
-      batch_var[n] = static_cast<A>(variance < 0 ? 0.0 : variance);  // NaN stays NaN
-    }
-    set_statistics(std::move(batch_mean), std::move(batch_var));
-  }
-
-  Tensor forward(ScalarType dtype) {
-    if (batch_norm) compute_statistics();
-    Tensor out = empty({program.M, program.width}, dtype);
-    const Rows rows = rows_of(out);
-    for_each_chunk(Chunks(program.M, program.width), [&](int64_t, int64_t begin, int64_t end) {
-      cpu::forward_rows(program, rows, begin, end);
-    });
-    return out;
   }
 
  private:
@@ -144,5 +139,133 @@ struct Side {
     program.rstd = rstd.data();
   }
 };
+
+// ---- passes
+
+template <class A>
+void run(const cpu::Forward<A>& pass, int64_t M) {
+  const int64_t width = pass.weight.data ? pass.weight.width : pass.x.features;
+  const int64_t inner = pass.weight.data ? pass.weight.inner : 0;
+  for_each_chunk(Chunks(M, width, inner), [&](int64_t, int64_t begin, int64_t end) {
+    cpu::kernels<A>().forward(pass, begin, end, nullptr);
+  });
+}
+
+// The same up to the norm of `side`, whose mean and biased variance down the rows it then knows.
+template <class A>
+void run(const cpu::Forward<A>& pass, int64_t M, Side<A>& side) {
+  const int64_t C = side.program.width;
+  const Chunks chunks(M, C, pass.weight.data ? pass.weight.inner : 0);
+  std::vector<double> found(2 * C * std::max<int64_t>(1, chunks.count));
+  for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    cpu::kernels<A>().forward(pass, begin, end, &found[2 * C * chunk]);
+  });
+  for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {  // as in cpu/forward.h
+    const double seen = chunks.begin(chunk), more = chunks.end(chunk) - seen, all = seen + more;
+    for (int64_t n = 0; n < C; ++n) {
+      const double* const next = &found[2 * C * chunk + n];
+      const double d = next[0] - found[n];
+      found[n] += d * (more / all);
+      found[C + n] += next[C] + d * d * (seen * more / all);
+    }
+  }
+  std::vector<A> mean(C), var(C);
+  for (int64_t n = 0; n < C; ++n) {
+    mean[n] = static_cast<A>(found[n]);
+    var[n] = static_cast<A>(found[C + n] / static_cast<double>(std::max<int64_t>(1, M)));
+  }
+  side.set_statistics(std::move(mean), std::move(var));
+}
+
+// A backward pass and its walks. A walk's sum that is wanted points anywhere before `run`, and to
+// the sum over all rows after it.
+template <class A>
+struct BackwardPass {
+  cpu::Backward<A> pass;
+  std::optional<cpu::Walk<A>> after, before;
+
+  static inline A wanted;
+
+  void run(int64_t M) {
+    pass.after = after ? &*after : nullptr;
+    pass.before = before ? &*before : nullptr;
+    const int64_t stride = point(after, before, nullptr);
+    const int64_t width = std::max(pass.dy.features, pass.weight.width);
+    const Chunks chunks(M, width, pass.weight.data ? pass.weight.inner : 0);
+    sums_.resize(stride * std::max<int64_t>(1, chunks.count));
+    for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+      cpu::Backward<A> mine = pass;
+      auto my_after = after, my_before = before;
+      point(my_after, my_before, &sums_[stride * chunk]);
+      mine.after = after ? &*my_after : nullptr;
+      mine.before = before ? &*my_before : nullptr;
+      cpu::kernels<A>().backward(mine, begin, end);
+    });
+    for (int64_t chunk = 1; chunk < chunks.count; ++chunk)
+      for (int64_t i = 0; i < stride; ++i) sums_[i] += sums_[chunk * stride + i];
+    point(after, before, sums_.data());
+  }
+
+ private:
+  // Lets the wanted sums point into `at`, one after the other; returns how long they are.
+  static int64_t point(std::optional<cpu::Walk<A>>& after, std::optional<cpu::Walk<A>>& before,
+                       A* at) {
+    int64_t used = 0;
+    for (auto* walk : {&after, &before}) {
+      if (!*walk) continue;
+      for (A** sum : {&(*walk)->dgamma, &(*walk)->dbeta, &(*walk)->dgate, &(*walk)->dbias}) {
+        if (!*sum) continue;
+        if (at) *sum = at + used;
+        used += (*walk)->program.width;
+      }
+    }
+    return used;
+  }
+
+  std::vector<A> sums_;
+};
+
+// dz.T @ x as a (N, K) tensor of dz's dtype. By strips of columns and, where there are many rows,
+// parts of them: in powers of two, so that threads have equal shares.
+template <class A>
+Tensor weight_gradient(const Tensor& dz, const Tensor& x) {
+  constexpr int64_t kTasks = 16, kColumns = 32, kRows = 512;
+  const cpu::Kernels<A>& kernels = cpu::kernels<A>();
+  const int64_t M = x.size(0), N = dz.size(1), K = x.size(1);
+  Tensor out = empty({N, K}, dz);
+  int64_t parts = 1, strips = 1;
+  while (parts < kTasks && 2 * parts * std::max(kRows, 2 * K) <= M) parts *= 2;
+  while (strips * parts < kTasks && 2 * strips * kColumns <= N) strips *= 2;
+  cpu::WeightGradient<A> g;
+  g.dz = rows_of(dz);
+  g.x = rows_of(x);
+  g.product = dtype_of(dz);
+  const Rows dweight = rows_of(out);
+  Optional memory;
+  if (parts == 1) {
+    g.dweight = dweight;
+  } else {
+    g.part_stride = (K + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+    memory = empty({parts * N * g.part_stride},
+                   std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+    g.part = static_cast<A*>(memory->data_ptr());
+  }
+  const int64_t columns = (N + strips - 1) / strips, rows = (M / parts + 1) / 2 * 2;
+  in_parallel(strips * parts, [&](int64_t task) {
+    const int64_t part = task / strips, begin = task % strips * columns;
+    cpu::WeightGradient<A> mine = g;
+    if (g.part) mine.part += part * N * g.part_stride;
+    kernels.weight_gradient(mine, part * rows, part + 1 < parts ? (part + 1) * rows : M, begin,
+                            std::min(N, begin + columns));
+  });
+  if (parts > 1) {
+    g.dweight = dweight;
+    const Chunks chunks(N, parts * K, 0);
+    for_each_chunk(chunks, [&](int64_t, int64_t begin, int64_t end) {
+      kernels.add_parts(g, parts, begin, end);
+    });
+  }
+  return out;
+}
 
 }  // namespace fusedres

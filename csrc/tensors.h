@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/product.h"
+#include "cpu/kernels.h"
 #include "cpu/storage.h"
 #include "params.h"
 

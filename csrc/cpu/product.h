@@ -1,20 +1,283 @@
-// Which library multiplies fp32 matrices on a CPU.
+// A product on a block of rows: c (+)= a @ b, b in panels of a tile's columns.
+//
+//   tile: kTileRows x (up to kTileVectors vectors) of sums in registers; one step of the inner sum
+//         loads a row of the panel and broadcasts an element of each row of `a`
+//   unit: what one step takes from a row of `a`: a float, a double, or a pair of bf16
+//
+// Sums go along the inner dimension in an order of their own, so that a row's result depends on
+// that row alone.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
-namespace fusedres::cpu {
+#include "cpu/rows.h"
 
-// torch multiplies fp32 through MKL on x86. MKL runs its widest code on Intel CPUs only; elsewhere
-// oneDNN does at least as well on large products and costs some 15 us more a call, hence the bound.
-// Measured: bench/NOTES.md.
-inline bool prefer_onednn(int64_t M, int64_t N, int64_t K) {
-#if defined(__x86_64__)
-  static const bool intel = __builtin_cpu_is("intel");
-  return !intel && M * N * K >= (int64_t{1} << 26);
-#else
-  return M * N * K < 0;
-#endif
+namespace fusedres::cpu::FUSEDRES_ISA {
+
+struct Pair {  // two bf16, adjacent along the inner dimension
+  uint32_t bits;
+};
+
+template <class Unit>
+using Sum = std::conditional_t<std::is_same_v<Unit, Pair>, float, Unit>;
+
+constexpr int64_t kTileRows = FUSEDRES_TILE_ROWS;
+constexpr int64_t kTileVectors = FUSEDRES_TILE_VECTORS;
+// Units that are summed up from 0 before they go to c: for accuracy, and so that the panel's part
+// is still in the cache for the next rows.
+constexpr int64_t kInner = 256;
+
+template <class T>
+struct Vector {
+  static constexpr int64_t kLanes = FUSEDRES_VECTOR_BYTES / sizeof(T);
+  static constexpr int64_t kPanel = kTileVectors * kLanes;
+  typedef T Aligned __attribute__((vector_size(FUSEDRES_VECTOR_BYTES)));
+  typedef T Anywhere __attribute__((vector_size(FUSEDRES_VECTOR_BYTES), aligned(sizeof(T))));
+};
+
+template <class Unit>
+inline int64_t units(int64_t inner) {
+  return std::is_same_v<Unit, Pair> ? (inner + 1) / 2 : inner;
 }
 
-}  // namespace fusedres::cpu
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// ---- the tile
+
+template <class Unit, int kRows, int kColumns>
+FUSEDRES_TILE void tile(const Unit* a, int64_t row, int64_t step, const Unit* b, int64_t inner,
+                        Sum<Unit>* c, int64_t stride, bool add) {
+  using V = Vector<Sum<Unit>>;
+  using Aligned = typename V::Aligned;
+  using Anywhere = typename V::Anywhere;
+  Aligned sums[kRows][kColumns];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; ++j) sums[i][j] = Aligned{};
+  for (int64_t k = 0; k < inner; ++k) {
+    Aligned panel[kColumns];
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; ++j) panel[j] = *(const Aligned*)(b + j * V::kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#ifdef FUSEDRES_PAIRS
+      if constexpr (std::is_same_v<Unit, Pair>) {
+        const auto both = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i * row].bits));
+#pragma GCC unroll 16
+        for (int j = 0; j < kColumns; ++j)
+          sums[i][j] = _mm512_dpbf16_ps(sums[i][j], both, (__m512bh)panel[j]);
+        continue;
+      } else
+#endif
+      {
+        const Aligned one = a[i * row] - Aligned{};
+#pragma GCC unroll 16
+        for (int j = 0; j < kColumns; ++j) sums[i][j] += one * panel[j];
+      }
+    }
+    a += step;
+    b += kColumns * V::kLanes;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; ++j) {
+      auto* const to = (Anywhere*)(c + i * stride + j * V::kLanes);
+      *to = add ? *to + sums[i][j] : sums[i][j];
+    }
+}
+
+template <class Unit>
+using TileFunction = void (*)(const Unit*, int64_t, int64_t, const Unit*, int64_t, Sum<Unit>*,
+                              int64_t, bool);
+
+template <class Unit, int kRows, int... kColumns>
+constexpr TileFunction<Unit> tile_of(int vectors, std::integer_sequence<int, kColumns...>) {
+  TileFunction<Unit> found = nullptr;
+  ((vectors == kColumns + 1 ? void(found = tile<Unit, kRows, kColumns + 1>) : void()), ...);
+  return found;
+}
+
+template <class Unit, int... kRows>
+constexpr TileFunction<Unit> tile_of(int rows, int vectors, std::integer_sequence<int, kRows...>) {
+  TileFunction<Unit> found = nullptr;
+  ((rows == kRows + 1 ? void(found = tile_of<Unit, kRows + 1>(
+                                 vectors, std::make_integer_sequence<int, kTileVectors>{}))
+                      : void()),
+   ...);
+  return found;
+}
+
+template <class Unit>
+struct Tiles {
+  TileFunction<Unit> of[kTileRows][kTileVectors];
+  constexpr Tiles() : of() {
+    for (int r = 0; r < kTileRows; ++r)
+      for (int v = 0; v < kTileVectors; ++v)
+        of[r][v] = tile_of<Unit>(r + 1, v + 1, std::make_integer_sequence<int, kTileRows>{});
+  }
+};
+
+// Where the units of `a` are: (i, k) at data + i / kTileRows * tile + i % kTileRows * row + k * step.
+template <class Unit>
+struct Left {
+  const Unit* data;
+  int64_t row, step, tile;
+};
+
+template <class Unit>
+inline Left<Unit> row_major(const Unit* data, int64_t stride) {
+  return {data, stride, 1, kTileRows * stride};
+}
+
+// c (rows, width), its rows `stride` apart and as long as whole vectors, (+)= a @ b.
+template <class Unit>
+inline void multiply(const Left<Unit>& a, int64_t rows, const Unit* b, int64_t inner, int64_t width,
+                     Sum<Unit>* c, int64_t stride, bool add) {
+  using V = Vector<Sum<Unit>>;
+  static constexpr Tiles<Unit> tiles;
+  for (int64_t k = 0; k < inner || k == 0; k += kInner) {
+    const int64_t count = std::min(kInner, inner - k);
+    for (int64_t n = 0; n < width; n += V::kPanel) {
+      const int64_t vectors = std::min(kTileVectors, (width - n + V::kLanes - 1) / V::kLanes);
+      const Unit* panel = b + n * inner + k * vectors * V::kLanes;
+      for (int64_t m = 0; m < rows; m += kTileRows)
+        tiles.of[std::min(kTileRows, rows - m) - 1][vectors - 1](
+            a.data + m / kTileRows * a.tile + k * a.step, a.row, a.step, panel, count,
+            c + m * stride + n, stride, add || k > 0);
+    }
+  }
+}
+
+// ---- packing
+
+// Elements [0, n) of row m as units; an odd last bf16 has 0 beside it.
+template <class Unit>
+inline void load_units(const Rows& rows, int64_t m, int64_t n, Unit* out) {
+  if constexpr (std::is_same_v<Unit, Pair>) {
+    const auto* in = static_cast<const uint16_t*>(rows.data) + m * rows.stride;
+    for (int64_t k = 0; k < n / 2; ++k) out[k].bits = in[2 * k] | uint32_t{in[2 * k + 1]} << 16;
+    if (n % 2) out[n / 2].bits = in[n - 1];
+  } else {
+    with_row<Unit>(rows, m, [&](const auto* in) {
+#pragma omp simd
+      for (int64_t k = 0; k < n; ++k) out[k] = to_float(in[k]);
+    });
+  }
+}
+
+// Units k of columns [n, n + count) of a matrix whose rows go along the inner dimension.
+template <class Unit>
+inline void load_across(const Rows& rows, int64_t k, int64_t inner, int64_t n, int64_t count,
+                        Unit* out) {
+  if constexpr (std::is_same_v<Unit, Pair>) {
+    const auto* in = static_cast<const uint16_t*>(rows.data) + 2 * k * rows.stride + n;
+    if (2 * k + 1 < inner)
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) out[j].bits = in[j] | uint32_t{in[j + rows.stride]} << 16;
+    else
+      for (int64_t j = 0; j < count; ++j) out[j].bits = in[j];
+  } else {
+    with_row<Unit>(rows, k, [&](const auto* in) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) out[j] = to_float(in[n + j]);
+    });
+  }
+}
+
+// to[k * step + i] = from[i * stride + k] for a square of a vector's lanes, by a network of
+// interleavings: log2(lanes) times rows i and i + lanes / 2 become rows 2 i and 2 i + 1.
+template <class Unit>
+inline void transpose_square(const Unit* from, int64_t stride, Unit* to, int64_t step) {
+  using Bits = std::conditional_t<sizeof(Unit) == 8, int64_t, int32_t>;
+  using V = Vector<Bits>;
+  constexpr int kLanes = V::kLanes;
+  typename V::Aligned rows[kLanes], next[kLanes], low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = (i + kLanes) / 2 + i % 2 * kLanes;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) rows[i] = *(const typename V::Anywhere*)(from + i * stride);
+#pragma GCC unroll 4
+  for (int done = 1; done < kLanes; done *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) *(typename V::Aligned*)(to + i * step) = rows[i];
+}
+
+// Panels [begin, end) of b (inner, width), b[k][n] = matrix[n][k].
+template <class Unit>
+inline void pack_transposed(const Rows& matrix, int64_t inner, int64_t width, Unit* out,
+                            int64_t begin, int64_t end) {
+  using V = Vector<Sum<Unit>>;
+  constexpr int64_t kLanes = V::kLanes;
+  const int64_t count = units<Unit>(inner), stride = round_up(count, kLanes);
+  Unit* const staged = Arena(kLanes * stride * sizeof(Unit)).template take<Unit>(kLanes * stride);
+  const bool as_it_is = std::is_same_v<Unit, Sum<Unit>> &&
+                        matrix.dtype == (sizeof(Unit) == 8 ? DType::float64 : DType::float32);
+  for (int64_t n = begin * V::kPanel; n < std::min(width, end * V::kPanel); n += kLanes) {
+    const int64_t first = n / V::kPanel * V::kPanel;
+    const int64_t step = std::min(V::kPanel, round_up(width - first, kLanes));
+    Unit* const panel = out + first * count + (n - first);
+    const Unit* from = staged;
+    int64_t apart = stride;
+    if (as_it_is && n + kLanes <= width) {
+      from = static_cast<const Unit*>(matrix.data) + n * matrix.stride;
+      apart = matrix.stride;
+    } else {
+      for (int64_t i = 0; i < kLanes; ++i)
+        if (n + i < width)
+          load_units(matrix, n + i, inner, staged + i * stride);
+        else
+          std::fill_n(staged + i * stride, count, Unit{});
+    }
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes)
+      transpose_square(from + k, apart, panel + k * step, step);
+    for (; k < count; ++k)
+      for (int64_t i = 0; i < kLanes; ++i) panel[k * step + i] = from[i * apart + k];
+  }
+}
+
+// Panels [begin, end) of b (inner, width), b[k][n] = matrix[first + k][n].
+template <class Unit>
+inline void pack_rows(const Rows& matrix, int64_t row, int64_t inner, int64_t width, Unit* out,
+                      int64_t begin, int64_t end) {
+  using V = Vector<Sum<Unit>>;
+  const int64_t count = units<Unit>(inner);
+  const Rows from = rows_from<Sum<Unit>>(matrix, row);
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t n = begin * V::kPanel; n < std::min(width, end * V::kPanel); n += V::kPanel) {
+      const int64_t here = std::min(V::kPanel, width - n), step = round_up(here, V::kLanes);
+      Unit* const to = out + n * count + k * step;
+      load_across(from, k, inner, n, here, to);
+      std::fill(to + here, to + step, Unit{});
+    }
+}
+
+// The left side of a.T @ b, in tiles of columns [begin, end) of `matrix`.
+template <class Unit>
+inline Left<Unit> pack_left(const Rows& matrix, int64_t row, int64_t inner, int64_t begin,
+                            int64_t end, Unit* out) {
+  const int64_t count = units<Unit>(inner);
+  const Rows from = rows_from<Sum<Unit>>(matrix, row);
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t n = begin; n < end; n += kTileRows)
+      load_across(from, k, inner, n, std::min(kTileRows, end - n),
+                  out + (n - begin) * count + k * kTileRows);
+  return {out, 1, kTileRows, kTileRows * count};
+}
+
+}  // namespace fusedres::cpu::FUSEDRES_ISA

@@ -1,28 +1,50 @@
-// The CPU kernels: a program's stages over rows [begin, end). They allocate row buffers and nothing
-// else, never throw (but for memory), and know no threads: ops.cpp cuts the rows and adds up what
-// the cuts return.
+// Rows of any storage type, and a thread's scratch cut into pieces.
 #pragma once
 
-#include "params.h"
+#include <cstdint>
+#include <type_traits>
 
-namespace fusedres::cpu {
+#include "cpu/kernels.h"
+#include "cpu/storage.h"
 
-// y[m] = stages(input[m])
+namespace fusedres::cpu::FUSEDRES_ISA {
+
+// Calls f(pointer to row m's first element), of its storage type; a double program's is double.
+template <class A, class F>
+inline void with_row(const Rows& rows, int64_t m, F&& f) {
+  const int64_t offset = m * rows.stride;
+  if constexpr (std::is_same_v<A, double>)
+    f(static_cast<double*>(rows.data) + offset);
+  else if (rows.dtype == DType::float32)
+    f(static_cast<float*>(rows.data) + offset);
+  else if (rows.dtype == DType::bfloat16)
+    f(static_cast<bfloat16*>(rows.data) + offset);
+  else
+    f(static_cast<float16*>(rows.data) + offset);
+}
+
+// Those from row m on.
 template <class A>
-void forward_rows(const Program<A>& program, const Rows& y, int64_t begin, int64_t end);
+inline Rows rows_from(const Rows& rows, int64_t m) {
+  Rows rest = rows;
+  with_row<A>(rows, m, [&](auto* first) { rest.data = first; });
+  return rest;
+}
 
-// Sums of d and d^2 down the rows, d = (what reaches the norm) - shift; each vector (width).
-template <class A>
-void column_statistics(const Program<A>& program, const A* shift, double* sums, double* squares,
-                       int64_t begin, int64_t end);
+// Pieces of the scratch. There is one arena at a time in a thread.
+class Arena {
+ public:
+  explicit Arena(int64_t bytes) : next_(static_cast<char*>(scratch(bytes + kPieces * kAlign))) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* const piece = reinterpret_cast<T*>(next_);
+    next_ += (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    return piece;
+  }
 
-// dinput, dresidual and the column sums of rows [begin, end).
-template <class A>
-void backward_rows(const Backward<A>& backward, int64_t begin, int64_t end);
+ private:
+  static constexpr int64_t kAlign = 64, kPieces = 32;  // at most
+  char* next_;
+};
 
-// For batch statistics, before backward_rows: the sums of dh, the norm's gradient, and of dh * c.
-template <class A>
-void norm_gradient_sums(const Backward<A>& backward, A* dh_sum, A* dhc_sum, int64_t begin,
-                        int64_t end);
-
-}  // namespace fusedres::cpu
+}  // namespace fusedres::cpu::FUSEDRES_ISA

@@ -10,37 +10,12 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/storage.h"
+#include "cpu/rows.h"
 #include "epilogue.h"
-#include "params.h"
 
-// The row loops are compiled once for each of these and chosen when the library is loaded, so that
-// one binary runs on every x86-64 CPU. Elsewhere the compiler's own target is what there is.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    __GNUC__ >= 12
-#define FUSEDRES_SIMD_CLONES \
-  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"), flatten))
-#else
-#define FUSEDRES_SIMD_CLONES
-#endif
-
-namespace fusedres::cpu {
+namespace fusedres::cpu::FUSEDRES_ISA {
 
 // ---- rows
-
-// Calls f(pointer to row m's first element), of its storage type; a double program's is double.
-template <class A, class F>
-inline void with_row(const Rows& rows, int64_t m, F&& f) {
-  const int64_t offset = m * rows.stride;
-  if constexpr (std::is_same_v<A, double>)
-    f(static_cast<double*>(rows.data) + offset);
-  else if (rows.dtype == DType::float32)
-    f(static_cast<float*>(rows.data) + offset);
-  else if (rows.dtype == DType::bfloat16)
-    f(static_cast<bfloat16*>(rows.data) + offset);
-  else
-    f(static_cast<float16*>(rows.data) + offset);
-}
 
 template <class A>
 inline void load_row(const Rows& rows, int64_t m, A* t, int64_t n) {
@@ -50,14 +25,11 @@ inline void load_row(const Rows& rows, int64_t m, A* t, int64_t n) {
   });
 }
 
-// t = input row m, plus the bias of `linear`
+// t += v
 template <class A>
-inline void load_input(const Program<A>& p, int64_t m, A* t) {
-  if (!p.bias) return load_row(p.input, m, t, p.width);
-  with_row<A>(p.input, m, [&](const auto* in) {
+inline void add(A* t, const A* v, int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < p.width; ++i) t[i] = to_float(in[i]) + p.bias[i];
-  });
+  for (int64_t i = 0; i < n; ++i) t[i] += v[i];
 }
 
 template <class A>
@@ -66,6 +38,20 @@ inline void store_row(const A* t, const Rows& rows, int64_t m, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) from_float(t[i], out[i]);
   });
+}
+
+// t as it would come back from storage of `dtype`.
+template <class A>
+inline void round_row(A* t, DType dtype, int64_t n) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (dtype == DType::bfloat16) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) t[i] = to_float(to_bfloat16(t[i]));
+    } else if (dtype == DType::float16) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) t[i] = to_float(to_float16(t[i]));
+    }
+  }
 }
 
 // t += scale * r, for the features that r has.
@@ -293,4 +279,4 @@ inline A* forward_stage(const Program<A>& p, Stage stage, int64_t m, A* t, A* ne
   return t;
 }
 
-}  // namespace fusedres::cpu
+}  // namespace fusedres::cpu::FUSEDRES_ISA

@@ -1,0 +1,20 @@
+// The kernels for CPUs with AVX2 and FMA.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include "cpu/common.h"
+
+#pragma GCC target("avx2,fma,bmi,bmi2,f16c")
+
+#define FUSEDRES_ISA avx2
+#define FUSEDRES_VECTOR_BYTES 32
+#define FUSEDRES_TILE_ROWS 6
+#define FUSEDRES_TILE_VECTORS 2
+#define FUSEDRES_TILE
+#include "cpu/table.h"
+
+namespace fusedres::cpu::avx2 {
+
+extern const Kernels<float> of_float = table<float>();
+extern const Kernels<double> of_double = table<double>();
+
+}  // namespace fusedres::cpu::avx2
+#endif

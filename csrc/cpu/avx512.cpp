@@ -1,0 +1,23 @@
+// The kernels for CPUs with AVX-512; where a CPU has products of bf16 pairs, too, they are used.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
+#include "cpu/common.h"
+
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx512cd,avx2,fma,bmi,bmi2,f16c")
+
+#define FUSEDRES_ISA avx512
+#define FUSEDRES_VECTOR_BYTES 64
+#define FUSEDRES_TILE_ROWS 6
+#define FUSEDRES_TILE_VECTORS 4
+#define FUSEDRES_TILE __attribute__((target("avx512bf16")))
+#define FUSEDRES_PAIRS
+#include "cpu/table.h"
+
+namespace fusedres::cpu::avx512 {
+
+extern const Kernels<float> of_float = table<float>();
+extern const Kernels<double> of_double = table<double>();
+
+}  // namespace fusedres::cpu::avx512
+#endif

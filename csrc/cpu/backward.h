@@ -1,0 +1,263 @@
+// Rows [begin, end) backward: each row's forward is replayed as far as a stage needs what it saw, then
+// walked back; the rows of a block go through the product in between.
+//
+//   act:  d *= act'(t)       gate: dgate += d t ; d *= gate
+//   add:  dresidual = s d    dropout, drop-path: d *= mask
+//   norm: dgamma += d c ; dbeta += d ; g = gamma d ; d = rstd (g - mean(g) - c mean(g c))
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/forward.h"
+
+namespace fusedres::cpu::FUSEDRES_ISA {
+
+template <class A>
+inline void accumulate(A* sums, const A* d, int64_t n) {
+  if (sums) add(sums, d, n);
+}
+
+template <class A>
+inline void accumulate_product(A* sums, const A* d, const A* t, int64_t n) {
+  if (!sums) return;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) sums[i] += d[i] * t[i];
+}
+
+template <class A>
+inline void norm_grad(const Walk<A>& w, const Tape<A>& tape, A* d) {
+  const Program<A>& p = w.program;
+  const int64_t n = p.width;
+  accumulate_product(w.dgamma, d, tape.c, n);
+  accumulate(w.dbeta, d, n);
+  if (p.recipe->batch_stats) {  // the sums over all rows are known by now
+    const A weight = A(1) / static_cast<A>(p.M);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      d[i] = p.rstd[i] * (d[i] - weight * (w.dh_sum[i] + tape.c[i] * w.dhc_sum[i]));
+  }
+  if (p.gamma) scale_shift<A>(d, p.gamma, nullptr, d, n);
+  if (p.recipe->norm != Norm::batch)
+    normalize_grad(d, tape.c, tape.rstd, n, p.recipe->norm == Norm::layer);
+  else if (!p.recipe->batch_stats)
+    scale_shift<A>(d, p.rstd, nullptr, d, n);
+}
+
+// d becomes the gradient of what `stage` acted on. `dx_add` collects what `add` sends to the
+// program's own input.
+template <class A>
+inline void backward_stage(const Walk<A>& w, Stage stage, int64_t m, const Tape<A>& tape, A* d,
+                           A* dx_add) {
+  const Program<A>& p = w.program;
+  const Recipe& r = *p.recipe;
+  const int64_t n = p.width;
+  switch (stage) {
+    case Stage::norm:
+      return norm_grad(w, tape, d);
+    case Stage::act:
+      return activate_grad(r.act, d, tape.act, n);
+    case Stage::gate:
+      accumulate_product(w.dgate, d, tape.gate, n);
+      if (r.scalar_gate)
+        for (int64_t i = 0; i < n; ++i) d[i] *= p.gate[0];
+      else
+        scale_shift<A>(d, p.gate, nullptr, d, n);
+      return;
+    case Stage::dropout:
+      return drop_elements(d, n, p.seed, static_cast<uint64_t>(m) * n, r.dropout);
+    case Stage::droppath:
+      return drop_sample(d, n, p.seed, m / p.sample_rows, r.drop_path);
+    case Stage::add: {
+      const A scale = static_cast<A>(r.residual_scale);
+      if (p.residual_is_input)
+        for (int64_t i = 0; i < n; ++i) dx_add[i] = scale * d[i];
+      if (w.dresidual.data) {
+        for (int64_t i = 0; i < n; ++i) dx_add[i] = scale * d[i];
+        store_row(dx_add, w.dresidual, m, std::min(w.dresidual.features, n));
+      }
+      return;
+    }
+    case Stage::linear:
+      return;
+  }
+}
+
+// One side of a pass: what a row's walk needs, and its column sums by blocks of 16 rows, so that
+// their rounding errors grow with the number of blocks.
+template <class A>
+class Side {
+ public:
+  static constexpr int64_t kVectors = 10;  // of the width
+
+  Side(const Walk<A>* given, Arena& arena) : given_(given) {
+    if (!given) return;
+    walk_ = *given;
+    width_ = walk_.program.width;
+    memory_ = arena.take<A>(kVectors * width_);
+    for (int i = 0; i < 4; ++i) wanted(walk_, i) = total(i) ? sums() + i * width_ : nullptr;
+    std::fill_n(sums(), 4 * width_, A(0));
+    replayed_ = replayed(*walk_.program.stages, walk_.last);
+    takes_norm_ = walk_.first > 0;
+    if (takes_norm_) replayed_ = std::max(replayed_, walk_.first);
+  }
+
+  // d (width) becomes the gradient of what stages[first] acted on.
+  void row(int64_t m, A* d) {
+    const Program<A>& p = walk_.program;
+    const std::vector<Stage>& stages = *p.stages;
+    replay(m);
+    for (size_t i = walk_.last; i > walk_.first; --i)
+      backward_stage(walk_, stages[i - 1], m, tape_, d, dx_add());
+    if (takes_norm_) {
+      accumulate_product(walk_.dgamma, d, tape_.c, width_);
+      accumulate(walk_.dbeta, d, width_);
+    }
+    accumulate(walk_.dbias, d, width_);
+    if (++rows_ == kBlockRows) flush();
+    if (p.residual_is_input && walk_.first == 0) accumulate(d, dx_add(), width_);
+  }
+
+  void flush() {
+    if (!given_) return;
+    for (int i = 0; i < 4; ++i) accumulate(total(i), sums() + i * width_, total(i) ? width_ : 0);
+    std::fill_n(sums(), 4 * width_, A(0));
+    rows_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kBlockRows = 16;
+
+  // How many stages must be replayed: up to the last one whose backward needs what it saw.
+  static size_t replayed(const std::vector<Stage>& stages, size_t count) {
+    while (count > 0 && !needs_input(stages[count - 1])) --count;
+    return count;
+  }
+
+  // dgamma, dbeta, dgate, dbias
+  static A*& wanted(Walk<A>& w, int i) {
+    return i == 0 ? w.dgamma : i == 1 ? w.dbeta : i == 2 ? w.dgate : w.dbias;
+  }
+  A* total(int i) const {
+    Walk<A> copy = *given_;
+    return wanted(copy, i);
+  }
+  A* sums() { return memory_; }
+  A* dx_add() { return memory_ + 4 * width_; }
+  A* value(int i) {
+    return memory_ + (5 + i) * width_;
+  }  // of the forward; a tape keeps up to three
+
+  // Fills the tape. The last stage's own result is not needed, only what it saw.
+  void replay(int64_t m) {
+    if (replayed_ == 0) return;
+    const Program<A>& p = walk_.program;
+    int used = 0;
+    A* t = value(used);
+    load_row(p.input, m, t, width_);
+    if (p.bias) add(t, p.bias, width_);
+    for (size_t i = 0; i + 1 < replayed_; ++i) {
+      A* out = forward_stage<A, true>(p, (*p.stages)[i], m, t, value(used + 1), &tape_);
+      used += out != t;
+      t = out;
+    }
+    const Stage last = (*p.stages)[replayed_ - 1];
+    if (last == Stage::act)
+      tape_.act = t;
+    else if (last == Stage::gate)
+      tape_.gate = t;
+    else
+      forward_stage<A, true>(p, last, m, t, value(used + 1), &tape_);
+  }
+
+  const Walk<A>* given_;
+  Walk<A> walk_;
+  int64_t width_ = 0, rows_ = 0;
+  A* memory_ = nullptr;
+  size_t replayed_ = 0;
+  bool takes_norm_ = false;
+  Tape<A> tape_;
+};
+
+template <class A, class Unit>
+void backward(const Backward<A>& b, int64_t begin, int64_t end) {
+  const bool multiplies = b.weight.data != nullptr;
+  const int64_t N = b.dy.features, K = multiplies ? b.weight.width : N;
+  const int64_t inner = units<Unit>(N), wide = round_up(K, Vector<A>::kLanes);
+  const int64_t step = round_up(std::max<int64_t>(1, N), Vector<A>::kLanes);
+  const int64_t rows = block_rows(N, wide);
+  Arena arena((rows * step + rows * inner + rows * wide + Side<A>::kVectors * (N + K)) * sizeof(A));
+  Side<A> after(b.after, arena), before(b.before, arena);
+  A* const t = arena.take<A>(rows * step);
+  Unit* const left = arena.take<Unit>(rows * inner);
+  A* const product = multiplies ? arena.take<A>(rows * wide) : t;
+  const int64_t d_step = multiplies ? wide : step;
+
+  for (int64_t first = begin; first < end; first += rows) {
+    const int64_t count = std::min(rows, end - first);
+    // dy -> back through the stages after -> dz
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t m = first + i;
+      A* const d = t + i * step;
+      load_row(b.dy, m, d, N);
+      if (b.after) after.row(m, d);
+      if (b.dz.data) store_row(d, b.dz, m, N);
+      if (!multiplies) continue;
+      if (std::is_same_v<Unit, A>)
+        round_row(d, b.product, N);
+      else
+        to_units(d, N, left + i * inner);
+    }
+    // @ weight
+    if (multiplies) {
+      const Unit* a = left;
+      int64_t stride = inner;
+      if constexpr (std::is_same_v<Unit, A>) a = t, stride = step;
+      multiply(row_major(a, stride), count, static_cast<const Unit*>(b.weight.data), inner, K,
+               product, d_step, false);
+    }
+    // back through the stages before -> + skip -> dx
+    for (int64_t i = 0; i < count && (b.before || b.dx.data); ++i) {
+      const int64_t m = first + i;
+      A* const d = product + i * d_step;
+      if (b.before) before.row(m, d);
+      if (b.skip.data) add_scaled(b.skip, m, static_cast<A>(b.skip_scale), d, K);
+      if (b.dx.data) store_row(d, b.dx, m, K);
+    }
+  }
+  after.flush();
+  before.flush();
+}
+
+// dz.T @ x by blocks of rows that stay in the cache: c += (tiles of dz's columns) @ (panels of x).
+template <class A, class Unit>
+void weight_gradient(const WeightGradient<A>& g, int64_t first, int64_t last, int64_t begin,
+                     int64_t end) {
+  constexpr int64_t kRows = 128;
+  const int64_t K = g.x.features, wide = round_up(K, Vector<A>::kLanes), width = end - begin;
+  Arena arena((kRows * (wide + round_up(width, kTileRows)) + width * wide) * sizeof(A));
+  Unit* const right = arena.take<Unit>(kRows * wide);
+  Unit* const left = arena.take<Unit>(kRows * round_up(width, kTileRows));
+  A* const c = g.dweight.data ? arena.take<A>(width * wide) : g.part + begin * g.part_stride;
+  const int64_t stride = g.dweight.data ? wide : g.part_stride;
+  for (int64_t m = first; m < last || m == first; m += kRows) {
+    const int64_t rows = std::min(kRows, last - m);
+    pack_rows(g.x, m, rows, K, right, 0, (K + Vector<A>::kPanel - 1) / Vector<A>::kPanel);
+    const Left<Unit> a = pack_left(g.dz, m, rows, begin, end, left);
+    multiply(a, width, static_cast<const Unit*>(right), units<Unit>(rows), K, c, stride, m > first);
+  }
+  if (g.dweight.data)
+    for (int64_t n = begin; n < end; ++n) store_row(c + (n - begin) * stride, g.dweight, n, K);
+}
+
+template <class A>
+void add_parts(const WeightGradient<A>& g, int64_t count, int64_t begin, int64_t end) {
+  const int64_t K = g.dweight.features, N = g.dz.features;
+  A* const t = Arena(K * sizeof(A)).template take<A>(K);
+  for (int64_t n = begin; n < end; ++n) {
+    std::copy_n(g.part + n * g.part_stride, K, t);
+    for (int64_t part = 1; part < count; ++part) add(t, g.part + (part * N + n) * g.part_stride, K);
+    store_row(t, g.dweight, n, K);
+  }
+}
+
+}  // namespace fusedres::cpu::FUSEDRES_ISA

@@ -1,0 +1,121 @@
+// Which kernels this CPU runs, and the scratch of its threads.
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fusedres::cpu {
+
+#define FUSEDRES_SET(isa)                 \
+  namespace isa {                         \
+  extern const Kernels<float> of_float;   \
+  extern const Kernels<double> of_double; \
+  }
+FUSEDRES_SET(baseline)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FUSEDRES_X86_SETS
+FUSEDRES_SET(avx2)
+FUSEDRES_SET(avx512)
+#endif
+
+namespace {
+
+struct Set {
+  const char* name;
+  bool here, pairs;
+  const Kernels<float>* of_float;
+  const Kernels<double>* of_double;
+};
+
+std::vector<Set> all_sets() {
+  std::vector<Set> sets;
+#ifdef FUSEDRES_X86_SETS
+  __builtin_cpu_init();
+  const bool wide = __builtin_cpu_supports("x86-64-v4");
+  sets.push_back({"avx512-bf16", wide && __builtin_cpu_supports("avx512bf16"), true,
+                  &avx512::of_float, &avx512::of_double});
+  sets.push_back({"avx512", wide, false, &avx512::of_float, &avx512::of_double});
+  sets.push_back({"avx2", bool(__builtin_cpu_supports("x86-64-v3")), false, &avx2::of_float,
+                  &avx2::of_double});
+#endif
+  sets.push_back({"baseline", true, false, &baseline::of_float, &baseline::of_double});
+  return sets;
+}
+
+Set choose() {
+  const char* const asked = std::getenv("FUSEDRES_CPU");
+  std::string names;
+  for (const Set& set : all_sets()) {
+    if (set.here && (!asked || !*asked || set.name == std::string(asked))) return set;
+    if (set.here) names += names.empty() ? set.name : std::string(", ") + set.name;
+  }
+  throw std::invalid_argument("FUSEDRES_CPU is '" + std::string(asked) + "', this CPU has " +
+                              names);
+}
+
+constexpr int64_t kFewRows = 16, kSmallWeight = 64 * 64;
+constexpr int64_t kLargestWeight = int64_t{1} << 24;  // bytes that a share of L3 holds
+
+const Set& chosen() {
+  static const Set set = choose();
+  return set;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return *chosen().of_float;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return *chosen().of_double;
+}
+
+const char* instruction_set() { return chosen().name; }
+
+bool multiplies_pairs() { return chosen().pairs; }
+
+bool own_product(int64_t M, int64_t N, int64_t K, DType dtype) {
+  const bool wide = dtype == DType::float64;
+  const bool native =
+      dtype == DType::float32 || wide || (dtype == DType::bfloat16 && multiplies_pairs());
+  const int64_t units = dtype == DType::bfloat16 && native ? (N * K + 1) / 2 : N * K;
+  // Packing costs as much as five rows of the product; of what is slow by itself, less.
+  if (native && M < kFewRows && N * K > kSmallWeight) return false;
+  return units * (wide ? 8 : 4) <= kLargestWeight;
+}
+
+// torch multiplies fp32 through MKL on x86. MKL runs its widest code on Intel CPUs only; elsewhere
+// oneDNN does at least as well on large products and costs some 15 us more a call, hence the bound.
+// Measured: bench/NOTES.md.
+bool prefer_onednn(int64_t M, int64_t N, int64_t K) {
+#if defined(__x86_64__)
+  static const bool intel = __builtin_cpu_is("intel");
+  return !intel && M * N * K >= (int64_t{1} << 26);
+#else
+  return M * N * K < 0;
+#endif
+}
+
+void* scratch(size_t bytes) {
+  constexpr std::align_val_t kAlign{64};
+  struct Delete {
+    void operator()(void* memory) const { ::operator delete(memory, kAlign); }
+  };
+  thread_local std::unique_ptr<void, Delete> memory;
+  thread_local size_t size = 0;
+  if (bytes > size) {
+    size = 0;
+    memory.reset();
+    memory.reset(::operator new(bytes, kAlign));
+    size = bytes;
+  }
+  return memory.get();
+}
+
+}  // namespace fusedres::cpu

@@ -1,0 +1,144 @@
+// Rows [begin, end) forward: each block is read once, goes through every stage and the product in
+// the cache, and is written once.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/product.h"
+#include "cpu/stages.h"
+
+namespace fusedres::cpu::FUSEDRES_ISA {
+
+// Rows of a block such that both sides of the product stay in L2 beside a panel.
+inline int64_t block_rows(int64_t inner, int64_t width) {
+  constexpr int64_t kElements = 1 << 16, kMost = 96;
+  const int64_t rows = std::min(kMost, kElements / std::max<int64_t>(1, inner + width));
+  return std::max(kTileRows, rows / kTileRows * kTileRows);
+}
+
+inline size_t stages_before_norm(const Recipe& r, const std::vector<Stage>& stages) {
+  return std::find(stages.begin(), stages.end(), Stage::norm) - stages.begin();
+}
+
+// Merges the rows t (rows, n) into the mean and squares of `seen` rows: two passes about the block's
+// own mean, whose rounding shows as the mean of what is left; then as Chan et al. (1983) do.
+template <class A>
+inline void merge_statistics(const A* t, int64_t stride, int64_t rows, int64_t n, int64_t seen,
+                             double* mean, double* squares, A* sums) {
+  A *const rest = sums + n, *const square = rest + n;
+  std::fill_n(sums, 3 * n, A(0));
+  for (int64_t m = 0; m < rows; ++m) add(sums, t + m * stride, n);
+  for (int64_t i = 0; i < n; ++i) sums[i] /= static_cast<A>(rows);
+  for (int64_t m = 0; m < rows; ++m)
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const A d = t[m * stride + i] - sums[i];
+      rest[i] += d;
+      square[i] += d * d;
+    }
+  const double here = static_cast<double>(rows), all = static_cast<double>(seen + rows);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const double shift = rest[i] / here;
+    const double d = sums[i] + shift - (seen ? mean[i] : 0), more = square[i] - rest[i] * shift;
+    mean[i] = seen ? mean[i] + d * (here / all) : d;
+    squares[i] = seen ? squares[i] + more + d * d * (seen * here / all) : more;
+  }
+}
+
+// Rows t (rows, stride) of block `begin` through `stages` stages of p.
+template <class A>
+inline void run_stages(const Program<A>& p, size_t stages, int64_t m, A* t) {
+  for (size_t i = 0; i < stages; ++i) forward_stage<A, false>(p, (*p.stages)[i], m, t, t, nullptr);
+}
+
+template <class Unit>
+inline void to_units(const Sum<Unit>* t, int64_t n, Unit* out) {
+  if constexpr (std::is_same_v<Unit, Pair>) {
+    auto* const bits = reinterpret_cast<uint16_t*>(out);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) bits[i] = to_bfloat16(t[i]).bits;
+    if (n % 2) bits[n] = 0;
+  }
+}
+
+template <class A, class Unit>
+void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics) {
+  const bool multiplies = f.weight.data != nullptr;
+  const Program<A>* const last = f.after ? f.after : f.before;  // the side that statistics are of
+  const int64_t K = f.x.features, N = multiplies ? f.weight.width : K;
+  const int64_t inner = units<Unit>(K), wide = round_up(N, Vector<A>::kLanes);
+  const int64_t rows = block_rows(K, wide), width = last ? last->width : 0;
+  const int64_t step = round_up(std::max<int64_t>(1, K), Vector<A>::kLanes);
+  const bool apart = !std::is_same_v<Unit, A>;  // units are made of what a row of floats holds
+  Arena arena((rows * step + rows * inner + rows * wide + 3 * width) * sizeof(A));
+  A* const t = arena.take<A>(rows * step);
+  Unit* const left = arena.take<Unit>(rows * inner);
+  A* const z = multiplies ? arena.take<A>(rows * wide) : t;
+  A* const sums = arena.take<A>(3 * width);
+  const int64_t z_step = multiplies ? wide : step;
+  const bool plain = multiplies && !f.before && !f.operand.data && f.x.dtype == f.product;
+  const bool in_place =
+      plain && !apart && f.product != DType::bfloat16 && f.product != DType::float16;
+  const bool pairs_as_they_are = plain && apart;
+  const bool early_stop = statistics && !multiplies && f.before;
+  const size_t after_stages = !f.after     ? 0
+                              : statistics ? stages_before_norm(*f.after->recipe, *f.after->stages)
+                                           : f.after->stages->size();
+
+  for (int64_t first = begin; first < end; first += rows) {
+    const int64_t count = std::min(rows, end - first);
+    // x -> stages before -> operand
+    for (int64_t i = 0; i < count && !in_place; ++i) {
+      const int64_t m = first + i;
+      if (pairs_as_they_are) {
+        load_units(f.x, m, K, left + i * inner);
+        continue;
+      }
+      A* const row = t + i * step;
+      load_row(f.x, m, row, K);
+      if (f.before) {
+        const Program<A>& p = *f.before;
+        run_stages(p, early_stop ? stages_before_norm(*p.recipe, *p.stages) : p.stages->size(), m,
+                   row);
+      }
+      if (f.operand.data) store_row(row, f.operand, m, K);
+      if (!multiplies) continue;
+      if (apart)
+        to_units(row, K, left + i * inner);
+      else if (f.x.dtype != f.product || f.before)
+        round_row(row, f.product, K);
+    }
+    // @ weight.T
+    if (multiplies) {
+      const Unit* a = left;
+      int64_t stride = inner;
+      if constexpr (std::is_same_v<Unit, A>) {
+        a = in_place ? static_cast<const A*>(f.x.data) + first * f.x.stride : t;
+        stride = in_place ? f.x.stride : step;
+      }
+      multiply(row_major(a, stride), count, static_cast<const Unit*>(f.weight.data), inner, N, z,
+               z_step, false);
+    }
+    // z -> stages after -> y
+    for (int64_t i = 0; i < count && (multiplies || f.after); ++i) {
+      const int64_t m = first + i;
+      A* const row = z + i * z_step;
+      if (multiplies) {
+        if (f.early_bias) add(row, f.early_bias, N);
+        round_row(row, f.product, N);
+        if (f.z.data) store_row(row, f.z, m, N);
+      }
+      if (f.after) {
+        if (f.after->bias) add(row, f.after->bias, N);
+        run_stages(*f.after, after_stages, m, row);
+      }
+      if (f.y.data) store_row(row, f.y, m, N);
+    }
+    if (statistics)
+      merge_statistics(z, z_step, count, width, first - begin, statistics, statistics + width,
+                       sums);
+  }
+}
+
+}  // namespace fusedres::cpu::FUSEDRES_ISA
