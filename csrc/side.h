@@ -229,7 +229,7 @@ struct BackwardPass {
 // parts of them: in powers of two, so that threads have equal shares.
 template <class A>
 Tensor weight_gradient(const Tensor& dz, const Tensor& x) {
-  constexpr int64_t kTasks = 16, kColumns = 32, kRows = 512;
+  constexpr int64_t kTasks = 16, kColumns = 48, kRows = 512;
   const cpu::Kernels<A>& kernels = cpu::kernels<A>();
   const int64_t M = x.size(0), N = dz.size(1), K = x.size(1);
   Tensor out = empty({N, K}, dz);

@@ -4,7 +4,7 @@
 
 #include "cpu/common.h"
 
-#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx512cd,avx2,fma,bmi,bmi2,f16c")
+#pragma GCC target("prefer-vector-width=512,avx512f,avx512vl,avx512dq,avx512bw,avx512cd,avx2,fma,bmi,bmi2,f16c")
 
 #define FUSEDRES_ISA avx512
 #define FUSEDRES_VECTOR_BYTES 64

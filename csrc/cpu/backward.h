@@ -87,13 +87,17 @@ inline void backward_stage(const Walk<A>& w, Stage stage, int64_t m, const Tape<
 template <class A>
 class Side {
  public:
-  static constexpr int64_t kVectors = 10;  // of the width
+  // Of its width, in scratch: the sums, and for each row what `add` sends back and five values.
+  static constexpr int64_t kMostRows = 16, kSums = 4, kOfRow = 6;
+  static constexpr int64_t kVectors = kSums + kMostRows * kOfRow;
 
   Side(const Walk<A>* given, Arena& arena) : given_(given) {
     if (!given) return;
     walk_ = *given;
     width_ = walk_.program.width;
-    memory_ = arena.take<A>(kVectors * width_);
+    at_once_ = kMostRows;
+    while (at_once_ > 1 && at_once_ > rows_in_L1<A>(kOfRow * width_)) at_once_ /= 2;
+    memory_ = arena.take<A>((kSums + at_once_ * kOfRow) * width_);
     for (int i = 0; i < 4; ++i) wanted(walk_, i) = total(i) ? sums() + i * width_ : nullptr;
     std::fill_n(sums(), 4 * width_, A(0));
     replayed_ = replayed(*walk_.program.stages, walk_.last);
@@ -101,20 +105,11 @@ class Side {
     if (takes_norm_) replayed_ = std::max(replayed_, walk_.first);
   }
 
-  // d (width) becomes the gradient of what stages[first] acted on.
-  void row(int64_t m, A* d) {
-    const Program<A>& p = walk_.program;
-    const std::vector<Stage>& stages = *p.stages;
-    replay(m);
-    for (size_t i = walk_.last; i > walk_.first; --i)
-      backward_stage(walk_, stages[i - 1], m, tape_, d, dx_add());
-    if (takes_norm_) {
-      accumulate_product(walk_.dgamma, d, tape_.c, width_);
-      accumulate(walk_.dbeta, d, width_);
-    }
-    accumulate(walk_.dbias, d, width_);
-    if (++rows_ == kBlockRows) flush();
-    if (p.residual_is_input && walk_.first == 0) accumulate(d, dx_add(), width_);
+  // Rows d, of m, m + 1, ..., become gradients of what stages[first] acted on: stage by stage, as in
+  // forward.
+  void rows(int64_t m, int64_t count, A* d, int64_t stride) {
+    for (int64_t i = 0; i < count; i += at_once_)
+      few_rows(m + i, std::min(at_once_, count - i), d + i * stride, stride);
   }
 
   void flush() {
@@ -125,7 +120,24 @@ class Side {
   }
 
  private:
-  static constexpr int64_t kBlockRows = 16;
+  void few_rows(int64_t m, int64_t count, A* d, int64_t stride) {
+    const Program<A>& p = walk_.program;
+    const std::vector<Stage>& stages = *p.stages;
+    replay(m, count);
+    for (size_t stage = walk_.last; stage > walk_.first; --stage)
+      for (int64_t i = 0; i < count; ++i)
+        backward_stage(walk_, stages[stage - 1], m + i, tapes_[i], d + i * stride, dx_add(i));
+    for (int64_t i = 0; i < count; ++i) {
+      A* const row = d + i * stride;
+      if (takes_norm_) {
+        accumulate_product(walk_.dgamma, row, tapes_[i].c, width_);
+        accumulate(walk_.dbeta, row, width_);
+      }
+      accumulate(walk_.dbias, row, width_);
+      if (p.residual_is_input && walk_.first == 0) accumulate(row, dx_add(i), width_);
+    }
+    if ((rows_ += count) >= kMostRows) flush();
+  }
 
   // How many stages must be replayed: up to the last one whose backward needs what it saw.
   static size_t replayed(const std::vector<Stage>& stages, size_t count) {
@@ -142,40 +154,46 @@ class Side {
     return wanted(copy, i);
   }
   A* sums() { return memory_; }
-  A* dx_add() { return memory_ + 4 * width_; }
-  A* value(int i) {
-    return memory_ + (5 + i) * width_;
-  }  // of the forward; a tape keeps up to three
+  A* dx_add(int64_t row) { return memory_ + (kSums + row * kOfRow) * width_; }
+  A* value(int64_t row, int i) { return dx_add(row) + (1 + i) * width_; }  // of the forward
 
-  // Fills the tape. The last stage's own result is not needed, only what it saw.
-  void replay(int64_t m) {
+  // Fills the tapes, which keep up to three values of a row. The last stage's own result is not
+  // needed, only what it saw.
+  void replay(int64_t m, int64_t count) {
     if (replayed_ == 0) return;
     const Program<A>& p = walk_.program;
-    int used = 0;
-    A* t = value(used);
-    load_row(p.input, m, t, width_);
-    if (p.bias) add(t, p.bias, width_);
-    for (size_t i = 0; i + 1 < replayed_; ++i) {
-      A* out = forward_stage<A, true>(p, (*p.stages)[i], m, t, value(used + 1), &tape_);
-      used += out != t;
-      t = out;
+    int used[kMostRows] = {};
+    A* t[kMostRows];
+    for (int64_t i = 0; i < count; ++i) {
+      t[i] = value(i, 0);
+      load_row(p.input, m + i, t[i], width_);
+      if (p.bias) add(t[i], p.bias, width_);
     }
+    for (size_t stage = 0; stage + 1 < replayed_; ++stage)
+      for (int64_t i = 0; i < count; ++i) {
+        A* const next = value(i, used[i] + 1);
+        A* const out = forward_stage<A, true>(p, (*p.stages)[stage], m + i, t[i], next, &tapes_[i]);
+        used[i] += out != t[i];
+        t[i] = out;
+      }
     const Stage last = (*p.stages)[replayed_ - 1];
-    if (last == Stage::act)
-      tape_.act = t;
-    else if (last == Stage::gate)
-      tape_.gate = t;
-    else
-      forward_stage<A, true>(p, last, m, t, value(used + 1), &tape_);
+    for (int64_t i = 0; i < count; ++i) {
+      if (last == Stage::act)
+        tapes_[i].act = t[i];
+      else if (last == Stage::gate)
+        tapes_[i].gate = t[i];
+      else
+        forward_stage<A, true>(p, last, m + i, t[i], value(i, used[i] + 1), &tapes_[i]);
+    }
   }
 
   const Walk<A>* given_;
   Walk<A> walk_;
-  int64_t width_ = 0, rows_ = 0;
+  int64_t width_ = 0, rows_ = 0, at_once_ = 1;
   A* memory_ = nullptr;
   size_t replayed_ = 0;
   bool takes_norm_ = false;
-  Tape<A> tape_;
+  Tape<A> tapes_[kMostRows];
 };
 
 template <class A, class Unit>
@@ -195,12 +213,11 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += rows) {
     const int64_t count = std::min(rows, end - first);
     // dy -> back through the stages after -> dz
+    for (int64_t i = 0; i < count; ++i) load_row(b.dy, first + i, t + i * step, N);
+    if (b.after) after.rows(first, count, t, step);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t m = first + i;
       A* const d = t + i * step;
-      load_row(b.dy, m, d, N);
-      if (b.after) after.row(m, d);
-      if (b.dz.data) store_row(d, b.dz, m, N);
+      if (b.dz.data) store_row(d, b.dz, first + i, N);
       if (!multiplies) continue;
       if (std::is_same_v<Unit, A>)
         round_row(d, b.product, N);
@@ -216,12 +233,11 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
                product, d_step, false);
     }
     // back through the stages before -> + skip -> dx
-    for (int64_t i = 0; i < count && (b.before || b.dx.data); ++i) {
-      const int64_t m = first + i;
+    if (b.before) before.rows(first, count, product, d_step);
+    for (int64_t i = 0; i < count && b.dx.data; ++i) {
       A* const d = product + i * d_step;
-      if (b.before) before.row(m, d);
-      if (b.skip.data) add_scaled(b.skip, m, static_cast<A>(b.skip_scale), d, K);
-      if (b.dx.data) store_row(d, b.dx, m, K);
+      if (b.skip.data) add_scaled(b.skip, first + i, static_cast<A>(b.skip_scale), d, K);
+      store_row(d, b.dx, first + i, K);
     }
   }
   after.flush();

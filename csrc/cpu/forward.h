@@ -16,7 +16,13 @@ inline int64_t block_rows(int64_t inner, int64_t width) {
   return std::max(kTileRows, rows / kTileRows * kTileRows);
 }
 
-inline size_t stages_before_norm(const Recipe& r, const std::vector<Stage>& stages) {
+template <class A>
+inline int64_t rows_in_L1(int64_t width) {
+  constexpr int64_t kBytes = 1 << 14;
+  return std::max<int64_t>(4, kBytes / sizeof(A) / std::max<int64_t>(1, width));
+}
+
+inline size_t stages_before_norm(const std::vector<Stage>& stages) {
   return std::find(stages.begin(), stages.end(), Stage::norm) - stages.begin();
 }
 
@@ -46,10 +52,17 @@ inline void merge_statistics(const A* t, int64_t stride, int64_t rows, int64_t n
   }
 }
 
-// Rows t (rows, stride) of block `begin` through `stages` stages of p.
+// Rows m, m + 1, ... through the first stages of p: stage by stage, as many rows at a time as L1
+// holds. So what a row waits for, its sums and roots, other rows' work fills.
 template <class A>
-inline void run_stages(const Program<A>& p, size_t stages, int64_t m, A* t) {
-  for (size_t i = 0; i < stages; ++i) forward_stage<A, false>(p, (*p.stages)[i], m, t, t, nullptr);
+inline void run_stages(const Program<A>* p, size_t stages, int64_t m, int64_t rows, A* t,
+                       int64_t stride) {
+  const int64_t at_once = rows_in_L1<A>(stride);
+  for (int64_t begin = 0; begin < rows; begin += at_once)
+    for (size_t stage = 0; stage < stages; ++stage)
+      for (int64_t i = begin; i < std::min(rows, begin + at_once); ++i)
+        forward_stage<A, false>(*p, (*p->stages)[stage], m + i, t + i * stride, t + i * stride,
+                                nullptr);
 }
 
 template <class Unit>
@@ -81,33 +94,28 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
   const bool in_place =
       plain && !apart && f.product != DType::bfloat16 && f.product != DType::float16;
   const bool pairs_as_they_are = plain && apart;
-  const bool early_stop = statistics && !multiplies && f.before;
-  const size_t after_stages = !f.after     ? 0
-                              : statistics ? stages_before_norm(*f.after->recipe, *f.after->stages)
-                                           : f.after->stages->size();
+  const auto stages_of = [&](const Program<A>* p) {
+    if (!p) return size_t{0};
+    return statistics && p == last ? stages_before_norm(*p->stages) : p->stages->size();
+  };
+  const size_t before_stages = stages_of(f.before), after_stages = stages_of(f.after);
 
   for (int64_t first = begin; first < end; first += rows) {
     const int64_t count = std::min(rows, end - first);
     // x -> stages before -> operand
-    for (int64_t i = 0; i < count && !in_place; ++i) {
-      const int64_t m = first + i;
-      if (pairs_as_they_are) {
-        load_units(f.x, m, K, left + i * inner);
-        continue;
+    if (pairs_as_they_are) {
+      for (int64_t i = 0; i < count; ++i) load_units(f.x, first + i, K, left + i * inner);
+    } else if (!in_place) {
+      for (int64_t i = 0; i < count; ++i) load_row(f.x, first + i, t + i * step, K);
+      run_stages(f.before, before_stages, first, count, t, step);
+      for (int64_t i = 0; i < count; ++i) {
+        A* const row = t + i * step;
+        if (f.operand.data) store_row(row, f.operand, first + i, K);
+        if (apart && multiplies)
+          to_units(row, K, left + i * inner);
+        else if (multiplies && (f.x.dtype != f.product || f.before))
+          round_row(row, f.product, K);
       }
-      A* const row = t + i * step;
-      load_row(f.x, m, row, K);
-      if (f.before) {
-        const Program<A>& p = *f.before;
-        run_stages(p, early_stop ? stages_before_norm(*p.recipe, *p.stages) : p.stages->size(), m,
-                   row);
-      }
-      if (f.operand.data) store_row(row, f.operand, m, K);
-      if (!multiplies) continue;
-      if (apart)
-        to_units(row, K, left + i * inner);
-      else if (f.x.dtype != f.product || f.before)
-        round_row(row, f.product, K);
     }
     // @ weight.T
     if (multiplies) {
@@ -121,20 +129,15 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
                z_step, false);
     }
     // z -> stages after -> y
-    for (int64_t i = 0; i < count && (multiplies || f.after); ++i) {
-      const int64_t m = first + i;
+    for (int64_t i = 0; i < count; ++i) {
       A* const row = z + i * z_step;
-      if (multiplies) {
-        if (f.early_bias) add(row, f.early_bias, N);
-        round_row(row, f.product, N);
-        if (f.z.data) store_row(row, f.z, m, N);
-      }
-      if (f.after) {
-        if (f.after->bias) add(row, f.after->bias, N);
-        run_stages(*f.after, after_stages, m, row);
-      }
-      if (f.y.data) store_row(row, f.y, m, N);
+      if (f.early_bias) add(row, f.early_bias, N);
+      if (multiplies) round_row(row, f.product, N);
+      if (f.z.data) store_row(row, f.z, first + i, N);
+      if (f.after && f.after->bias) add(row, f.after->bias, N);
     }
+    run_stages(f.after, after_stages, first, count, z, z_step);
+    for (int64_t i = 0; i < count && f.y.data; ++i) store_row(z + i * z_step, f.y, first + i, N);
     if (statistics)
       merge_statistics(z, z_step, count, width, first - begin, statistics, statistics + width,
                        sums);

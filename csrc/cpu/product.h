@@ -23,26 +23,14 @@ struct Pair {  // two bf16, adjacent along the inner dimension
 template <class Unit>
 using Sum = std::conditional_t<std::is_same_v<Unit, Pair>, float, Unit>;
 
-constexpr int64_t kTileRows = FUSEDRES_TILE_ROWS;
-constexpr int64_t kTileVectors = FUSEDRES_TILE_VECTORS;
 // Units that are summed up from 0 before they go to c: for accuracy, and so that the panel's part
 // is still in the cache for the next rows.
 constexpr int64_t kInner = 256;
-
-template <class T>
-struct Vector {
-  static constexpr int64_t kLanes = FUSEDRES_VECTOR_BYTES / sizeof(T);
-  static constexpr int64_t kPanel = kTileVectors * kLanes;
-  typedef T Aligned __attribute__((vector_size(FUSEDRES_VECTOR_BYTES)));
-  typedef T Anywhere __attribute__((vector_size(FUSEDRES_VECTOR_BYTES), aligned(sizeof(T))));
-};
 
 template <class Unit>
 inline int64_t units(int64_t inner) {
   return std::is_same_v<Unit, Pair> ? (inner + 1) / 2 : inner;
 }
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ---- the tile
 
@@ -169,22 +157,18 @@ inline void load_units(const Rows& rows, int64_t m, int64_t n, Unit* out) {
   }
 }
 
-// Units k of columns [n, n + count) of a matrix whose rows go along the inner dimension.
-template <class Unit>
-inline void load_across(const Rows& rows, int64_t k, int64_t inner, int64_t n, int64_t count,
-                        Unit* out) {
+// Calls f(get), get(n) being unit k of column n of a matrix whose rows go along the inner dimension.
+template <class Unit, class F>
+inline void with_units_across(const Rows& rows, int64_t k, int64_t inner, F&& f) {
   if constexpr (std::is_same_v<Unit, Pair>) {
-    const auto* in = static_cast<const uint16_t*>(rows.data) + 2 * k * rows.stride + n;
+    const auto* in = static_cast<const uint16_t*>(rows.data) + 2 * k * rows.stride;
+    const auto* next = in + rows.stride;
     if (2 * k + 1 < inner)
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) out[j].bits = in[j] | uint32_t{in[j + rows.stride]} << 16;
+      f([=](int64_t n) { return Pair{in[n] | uint32_t{next[n]} << 16}; });
     else
-      for (int64_t j = 0; j < count; ++j) out[j].bits = in[j];
+      f([=](int64_t n) { return Pair{in[n]}; });
   } else {
-    with_row<Unit>(rows, k, [&](const auto* in) {
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) out[j] = to_float(in[n + j]);
-    });
+    with_row<Unit>(rows, k, [&](const auto* in) { f([=](int64_t n) { return Unit(to_float(in[n])); }); });
   }
 }
 
@@ -192,15 +176,11 @@ inline void load_across(const Rows& rows, int64_t k, int64_t inner, int64_t n, i
 // interleavings: log2(lanes) times rows i and i + lanes / 2 become rows 2 i and 2 i + 1.
 template <class Unit>
 inline void transpose_square(const Unit* from, int64_t stride, Unit* to, int64_t step) {
-  using Bits = std::conditional_t<sizeof(Unit) == 8, int64_t, int32_t>;
-  using V = Vector<Bits>;
+  using V = Vector<Index<Unit>>;
   constexpr int kLanes = V::kLanes;
-  typename V::Aligned rows[kLanes], next[kLanes], low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kLanes;
-    high[i] = (i + kLanes) / 2 + i % 2 * kLanes;
-  }
+  const auto low = lanes<Index<Unit>>([](int i) { return i / 2 + i % 2 * kLanes; });
+  const auto high = lanes<Index<Unit>>([](int i) { return (i + kLanes) / 2 + i % 2 * kLanes; });
+  typename V::Aligned rows[kLanes], next[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) rows[i] = *(const typename V::Anywhere*)(from + i * stride);
 #pragma GCC unroll 4
@@ -259,12 +239,15 @@ inline void pack_rows(const Rows& matrix, int64_t row, int64_t inner, int64_t wi
   const int64_t count = units<Unit>(inner);
   const Rows from = rows_from<Sum<Unit>>(matrix, row);
   for (int64_t k = 0; k < count; ++k)
-    for (int64_t n = begin * V::kPanel; n < std::min(width, end * V::kPanel); n += V::kPanel) {
-      const int64_t here = std::min(V::kPanel, width - n), step = round_up(here, V::kLanes);
-      Unit* const to = out + n * count + k * step;
-      load_across(from, k, inner, n, here, to);
-      std::fill(to + here, to + step, Unit{});
-    }
+    with_units_across<Unit>(from, k, inner, [&](auto get) {
+      for (int64_t n = begin * V::kPanel; n < std::min(width, end * V::kPanel); n += V::kPanel) {
+        const int64_t here = std::min(V::kPanel, width - n), step = round_up(here, V::kLanes);
+        Unit* const to = out + n * count + k * step;
+#pragma omp simd
+        for (int64_t j = 0; j < here; ++j) to[j] = get(n + j);
+        for (int64_t j = here; j < step; ++j) to[j] = Unit{};
+      }
+    });
 }
 
 // The left side of a.T @ b, in tiles of columns [begin, end) of `matrix`.
@@ -274,9 +257,14 @@ inline Left<Unit> pack_left(const Rows& matrix, int64_t row, int64_t inner, int6
   const int64_t count = units<Unit>(inner);
   const Rows from = rows_from<Sum<Unit>>(matrix, row);
   for (int64_t k = 0; k < count; ++k)
-    for (int64_t n = begin; n < end; n += kTileRows)
-      load_across(from, k, inner, n, std::min(kTileRows, end - n),
-                  out + (n - begin) * count + k * kTileRows);
+    with_units_across<Unit>(from, k, inner, [&](auto get) {
+      Unit* to = out + k * kTileRows;
+      int64_t n = begin;
+      for (; n + kTileRows <= end; n += kTileRows, to += kTileRows * count)
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < kTileRows; ++j) to[j] = get(n + j);
+      for (int64_t j = 0; n + j < end; ++j) to[j] = get(n + j);
+    });
   return {out, 1, kTileRows, kTileRows * count};
 }
 

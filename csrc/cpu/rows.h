@@ -1,4 +1,4 @@
-// Rows of any storage type, and a thread's scratch cut into pieces.
+// Vectors, rows of any storage type, and a thread's scratch cut into pieces.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,42 @@
 #include "cpu/storage.h"
 
 namespace fusedres::cpu::FUSEDRES_ISA {
+
+constexpr int64_t kTileRows = FUSEDRES_TILE_ROWS, kTileVectors = FUSEDRES_TILE_VECTORS;
+
+template <class T>
+struct Vector {
+  static constexpr int64_t kLanes = FUSEDRES_VECTOR_BYTES / sizeof(T);
+  static constexpr int64_t kPanel = kTileVectors * kLanes;
+  typedef T Aligned __attribute__((vector_size(FUSEDRES_VECTOR_BYTES), may_alias));
+  typedef T Anywhere __attribute__((vector_size(FUSEDRES_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+};
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class T>
+using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
+// The constant vector {f(0), f(1), ...} that __builtin_shuffle takes beside vectors of T.
+template <class T, class F, int... kLane>
+FUSEDRES_INLINE auto lanes(F f, std::integer_sequence<int, kLane...>) {
+  return typename Vector<Index<T>>::Aligned{static_cast<Index<T>>(f(kLane))...};
+}
+template <class T, class F>
+FUSEDRES_INLINE auto lanes(F f) {
+  return lanes<T>(f, std::make_integer_sequence<int, Vector<T>::kLanes>{});
+}
+
+// The lanes' sum, by halves: in order it would be as many additions that wait for each other.
+template <class T, int kHalf = Vector<T>::kLanes / 2>
+FUSEDRES_INLINE T total(typename Vector<T>::Aligned v) {
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    const auto other = lanes<T>([](int i) { return i ^ kHalf; });
+    return total<T, kHalf / 2>(v + __builtin_shuffle(v, other));
+  }
+}
 
 // Calls f(pointer to row m's first element), of its storage type; a double program's is double.
 template <class A, class F>

@@ -66,20 +66,39 @@ inline void add_scaled(const Rows& rows, int64_t m, A scale, A* t, int64_t n) {
 
 // ---- row statistics
 
+// The sum of term(i) for i in [0, n), a vector or an element at a time: `term` gets where, and of
+// what type.
+template <class A, class F>
+inline A sum_of(int64_t n, const F& term) {
+  using V = Vector<A>;
+  using Anywhere = typename V::Anywhere;
+  constexpr int kAtOnce = 4;  // sums, so that an addition need not wait for the one before
+  typename V::Aligned sums[kAtOnce] = {};
+  int64_t i = 0;
+  for (; i + kAtOnce * V::kLanes <= n; i += kAtOnce * V::kLanes)
+#pragma GCC unroll 4
+    for (int j = 0; j < kAtOnce; ++j) sums[j] += term(i + j * V::kLanes, Anywhere{});
+  for (; i + V::kLanes <= n; i += V::kLanes) sums[0] += term(i, Anywhere{});
+  A rest = 0;
+  for (; i < n; ++i) rest += term(i, A{});
+  return total<A>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+}
+
+template <class T, class A>
+inline const T& at(const A* t, int64_t i) {
+  return *reinterpret_cast<const T*>(t + i);
+}
+
 template <class A>
 inline A sum(const A* t, int64_t n) {
-  A s = 0;
-#pragma omp simd reduction(+ : s)
-  for (int64_t i = 0; i < n; ++i) s += t[i];
-  return s;
+  return sum_of<A>(n, [&](int64_t i, auto v) { return at<decltype(v)>(t, i); });
 }
 
 template <class A>
 inline A dot(const A* a, const A* b, int64_t n) {
-  A s = 0;
-#pragma omp simd reduction(+ : s)
-  for (int64_t i = 0; i < n; ++i) s += a[i] * b[i];
-  return s;
+  return sum_of<A>(n, [&](int64_t i, auto v) {
+    return at<decltype(v)>(a, i) * at<decltype(v)>(b, i);
+  });
 }
 
 // c = (t - shift) * rstd
@@ -96,13 +115,9 @@ inline RowScale<A> center(A* t, int64_t n, bool subtract_mean, A eps) {
   const A per_n = A(1) / static_cast<A>(n);
   if (!subtract_mean) return {0, 1 / std::sqrt(dot(t, t, n) * per_n + eps)};
   const A mean = sum(t, n) * per_n;
-  A rest = 0, squares = 0;
-#pragma omp simd reduction(+ : rest, squares)
-  for (int64_t i = 0; i < n; ++i) {
-    t[i] -= mean;
-    rest += t[i];
-    squares += t[i] * t[i];
-  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) t[i] -= mean;
+  const A rest = sum(t, n), squares = dot(t, t, n);
   const A shift = rest * per_n, var = squares * per_n - shift * shift;
   // A variance that overflows makes the row NaN, as torch does, not 0.
   return {shift, 1 / std::sqrt(var + eps) + (var - var)};
