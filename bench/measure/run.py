@@ -12,7 +12,7 @@ import torch
 
 from fusedres.backends import native
 
-from . import agenda, ceilings, machine, results_file
+from . import agenda, ceilings, results_file
 from .cases import MODES, Task
 from .row import PROTOCOL, Options, Row, measure
 
@@ -68,7 +68,7 @@ class Run:
         if cpu and self.load > BUSY and torch.get_num_threads() > 1:
             self.say(f"the machine is busy (load {self.load:.1f}); --threads 1 measures CPU time")
         self.results = results_file.collect(self.device, self.load)
-        self.results["clocks"] |= machine.clocks(self.device, "before")
+        self.results["clocks"] |= results_file.clocks(self.device, "before")
         self.results["protocol"] = PROTOCOL | {"modes": MODES}
         found = ceilings.ceilings(self.device, CEILINGS[self.quick])
         self.results["ceilings"] = found
@@ -114,7 +114,7 @@ class Run:
         return part.replace(path)
 
     def finish(self) -> Path | None:
-        self.results["clocks"] |= machine.clocks(self.device, "after")
+        self.results["clocks"] |= results_file.clocks(self.device, "after")
         return self.save()
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..measure.results_file import Results
-from . import bars, heat, roofline
-from .figure import STYLE
+from . import drawings
 from .section import source
 
 DPI = 200
@@ -33,10 +32,16 @@ class Picture(NamedTuple):
 
 
 PICTURES = (
-    Picture("speedup", "Speed-up over eager torch by width and batch", heat.rows, heat.draw),
-    Picture("memory", "Memory of fused as a part of eager's", bars.memory_rows, bars.memory),
-    Picture("roofline", "Layers below the measured ceilings", roofline.rows, roofline.draw),
-    Picture("host", "Host time of a call by contender", bars.host_rows, bars.host),
+    Picture(
+        "speedup", "Speed-up over eager torch by width and batch", drawings.heat_rows, drawings.heat
+    ),
+    Picture(
+        "memory", "Memory of fused as a part of eager's", drawings.memory_rows, drawings.memory
+    ),
+    Picture(
+        "roofline", "Layers below the measured ceilings", drawings.roofline_rows, drawings.roofline
+    ),
+    Picture("host", "Host time of a call by contender", drawings.host_rows, drawings.host),
 )
 
 
@@ -61,10 +66,12 @@ def draw(results: Results, folder: Path) -> list[Path]:
     for old in folder.glob(f"{results['device']}-*.png"):
         old.unlink()
     paths = {folder / name: picture for name, picture in names(results).items()}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(drawings.STYLE):
         for path, picture in paths.items():
             figure = picture.draw(results)
-            figure.supxlabel(source(results, brief=True), fontsize=7, color=STYLE["axes.edgecolor"])
+            figure.supxlabel(
+                source(results, brief=True), fontsize=7, color=drawings.STYLE["axes.edgecolor"]
+            )
             _save(figure, path, digest(results))
     return list(paths)
 

@@ -15,8 +15,16 @@ from typing import Any
 from ..measure.cases import HOST, INFERENCE, STEP
 from ..measure.results_file import RESULTS, ROOT, Results, load, newest
 from ..report.markdown import replace_part, table
-from .exchange import data_parallel, tensor_parallel
-from .model import Layer, Machine, depth_bytes, of_row, saved_bytes, seconds
+from .model import (
+    Layer,
+    Machine,
+    data_parallel,
+    depth_bytes,
+    of_row,
+    saved_bytes,
+    seconds,
+    tensor_parallel,
+)
 
 PAGE = ROOT / "bench" / "scaling.md"
 MARKERS = "<!-- bench scaling: begin -->", "<!-- bench scaling: end -->"

@@ -21,7 +21,7 @@ import torch
 
 from bench.gpu import __main__ as gpu_check
 from bench.gpu import steps as gpu_steps
-from bench.measure import agenda, contenders, graphs, machine
+from bench.measure import agenda, contenders, graphs, results_file
 from bench.measure import goals as gpu_goals
 from bench.measure import row as measure
 from bench.measure.cases import (
@@ -712,24 +712,24 @@ def test_clocks_and_power_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
     monkeypatch.setitem(sys.modules, "pynvml", nvml := FakeNvml("pynvml"))
-    assert machine.clocks(gpu, "before") == {"sm_mhz_before": 1980}
-    assert machine.clocks(gpu, "after") == {
+    assert results_file.clocks(gpu, "before") == {"sm_mhz_before": 1980}
+    assert results_file.clocks(gpu, "after") == {
         "sm_mhz_after": 1980,
         "max_sm_mhz": 2000,
         "power_w": 345.0,
         "power_limit_w": 700.0,
     }
-    told = machine.gpu(gpu)
+    told = results_file.gpu(gpu)
     assert told["driver"] == "580.1" and told["capability"] == "9.0" and told["memory_gib"] == 80
 
     def refuse(uuid: str) -> Any:
         raise OSError("Insufficient Permissions")
 
     monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByUUID", refuse)
-    assert machine.clocks(gpu, "after") == {"unread": "Insufficient Permissions"}
+    assert results_file.clocks(gpu, "after") == {"unread": "Insufficient Permissions"}
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "not installed" in machine.clocks(gpu, "after")["unread"]
-    assert "driver" not in machine.gpu(gpu)
+    assert "not installed" in results_file.clocks(gpu, "after")["unread"]
+    assert "driver" not in results_file.gpu(gpu)
 
 
 # The whole.
