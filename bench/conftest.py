@@ -70,13 +70,11 @@ def tell(item: Any, row: dict[str, Any]) -> None:
     """The row's line, in red if fused loses; pytest leaves colours out where none are wanted."""
     run, task = item.config.stash[RUN], item.callspec.params["task"]
     place = f"{run.tasks.index(task) + 1:3}/{len(run.tasks)} {run.seconds_spent():4.0f} s  "
-    lost = bool(losses([row]))
-    item.config.get_terminal_writer().line(place + line(task, row), red=lost)
+    item.config.get_terminal_writer().line(place + line(task, row), red=bool(losses([row])))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = config.stash[RUN].results["rows"]
-    if rows:
+    if rows := config.stash[RUN].results["rows"]:
         lost = losses(rows)
         told = "Where fused is slower than eager or torch.compile by more than noise:"
         terminalreporter.write_line(told + ("" if lost else " nowhere"))

@@ -58,12 +58,11 @@ def compiled(task: Task, device: str, full: bool) -> tuple[str, ...]:
     """Which of torch.compile's contenders a row has."""
     if full:
         return "compile", "compile-max"
-    group = task.case.group
+    some = task.case.group != cases.SQUARE
     if device == "cuda":
-        some = group != cases.SQUARE or task.case.features in COMPILED_WIDTHS
+        some |= task.case.features in COMPILED_WIDTHS
     else:
-        slow = group == cases.SQUARE or (task.dtype, task.mode) == ("bf16", STEP)
-        some = group == cases.HOST or not slow
+        some &= (task.dtype, task.mode) != ("bf16", STEP)
     return ("compile",) if some else ()
 
 

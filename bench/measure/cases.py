@@ -134,6 +134,9 @@ class Eager(nn.Module):
         return self.formula(self.linear, self.norm, self.activation, x, r)
 
 
+Call = Callable[[], object]
+
+
 class Operands(NamedTuple):
     inputs: tuple[Tensor, ...]  # x (M, K), residual (M, N) if it is another one
     dy: Tensor  # (M, N)
@@ -152,9 +155,8 @@ class Job:
         nn.init.normal_(self.norm.weight, 1.0, 0.1)
         if getattr(self.norm, "bias", None) is not None:
             nn.init.normal_(self.norm.bias, 0.0, 0.1)
-        self.linears: list[nn.Linear] = [self.first.linear]
-        if case.hidden:
-            self.linears.append(self.fused.fc2.linear)
+        layers = (self.first, self.fused.fc2) if case.hidden else (self.fused,)
+        self.linears: list[nn.Linear] = [layer.linear for layer in layers]
         linear = nn.ModuleList(self.linears) if case.hidden else self.first.linear
         self.eager = Eager(case, linear, self.norm)
         self.parameters = tuple(self.eager.parameters())
@@ -194,16 +196,12 @@ class Job:
         for module in (self.fused, self.eager):
             module.train(mode not in (INFERENCE, GRAPH))
 
-    def call(self, layer: Callable[..., Tensor], mode: str) -> Callable[[], object]:
+    def call(self, layer: Callable[..., Tensor], mode: str) -> Call:
         """One thing to time: `layer` run once in `mode`, each time on the next set of inputs."""
         self.set_mode(mode)
         if isinstance(layer, nn.Module):
             layer.train(self.fused.training)
         turns, parameters = cycle(self.sets), self.parameters
-
-        @torch.no_grad()
-        def inference() -> None:
-            layer(*next(turns).inputs)
 
         def record() -> None:
             layer(*next(turns).inputs)
@@ -216,9 +214,11 @@ class Job:
 
         if mode == BACKWARD_GRAPH:
             return self._backward(layer)
-        return {INFERENCE: inference, GRAPH: inference, STEP: step}.get(mode, record)
+        if mode in (INFERENCE, GRAPH):
+            return torch.no_grad()(record)
+        return step if mode == STEP else record
 
-    def _backward(self, layer: Callable[..., Tensor]) -> Callable[[], object]:
+    def _backward(self, layer: Callable[..., Tensor]) -> Call:
         with functorch_config.patch(donated_buffer=False):  # else a compiled one runs only once
             recorded = [(layer(*inputs), inputs, dy) for inputs, dy in self.sets]
         turns, parameters = cycle(recorded), self.parameters

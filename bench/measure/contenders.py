@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fusedres import FusedResidual, backends
 
-from .cases import BACKWARD_GRAPH, GRAPH, GRAPHS, HOST, RECORD, STEP, Job, Task
+from .cases import BACKWARD_GRAPH, GRAPH, GRAPHS, HOST, RECORD, STEP, Call, Job, Task
 
 Layer = Callable[..., Tensor]
-Call = Callable[[], object]
 Makers = dict[str, Callable[[], Call]]  # name -> what makes its call; making it may fail
 
 FUSED_BACKENDS = ("cpu", "triton", "cuda")

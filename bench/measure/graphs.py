@@ -11,10 +11,8 @@ import torch
 
 from fusedres.tools.timing import WARM_UP_CALLS
 
-from .cases import HOST, Task
+from .cases import HOST, Call, Task
 from .counts import flops, traffic
-
-Call = Callable[[], object]
 
 GRAPH_SECONDS = 1e-3
 ROOFLINE = 6e14, 3e12  # FLOP/s and bytes/s, about those of an H100 in bf16

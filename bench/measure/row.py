@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,12 +13,11 @@ from fusedres.tools.bench import check, compare, saved_bytes
 from fusedres.tools.timing import interleave, summary
 
 from . import ceilings, graphs
-from .cases import GRAPHS, HOST, STEP, Case, Job, Task
+from .cases import GRAPHS, HOST, STEP, Call, Case, Job, Task
 from .contenders import ABOUT, RIVALS, makers
 from .counts import flops, host_us, launches, peak_bytes, traffic
 
 Row = dict[str, Any]
-Call = Callable[[], object]
 
 CHECKED_ROWS = {"cpu": 2048, "cuda": 16384}
 
