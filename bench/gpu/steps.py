@@ -66,6 +66,8 @@ VERDICTS = {True: "ok", False: "FAILED", None: "incomplete"}
 ASK_BUILD = "import json; from fusedres import _C; print(json.dumps(_C.build_info()))"
 
 Found = list[dict[str, Any]]
+After = Callable[[Found], object]
+Runs = dict[str, list[str]]  # pytest's arguments by name
 
 
 class Outcome(NamedTuple):
@@ -79,9 +81,7 @@ class Outcome(NamedTuple):
 class Budget:
     """Step i ends by the sum of the first i shares of `total` seconds, however long each took."""
 
-    def __init__(
-        self, steps: list[str], total: float, clock: Callable[[], float] = perf_counter
-    ) -> None:
+    def __init__(self, steps: list[str], total: float, clock: Callable[[], float]) -> None:
         self.clock, self.began = clock, clock()
         ends = list(accumulate(SECONDS[step] for step in steps))
         self.ends = {step: end * total / ends[-1] for step, end in zip(steps, ends, strict=True)}
@@ -90,9 +90,7 @@ class Budget:
         return self.ends[step] - (self.clock() - self.began)
 
 
-def execute(
-    command: list[str], log: Path, limit: float, extra: dict[str, str] | None = None
-) -> Outcome:
+def execute(command: list[str], log: Path, limit: float, **environment: str) -> Outcome:
     """Runs a process and all that it starts; past `limit` seconds they are ended."""
     began = perf_counter()
     if limit < 2 * GRACE:
@@ -101,7 +99,7 @@ def execute(
     with log.open("w") as file:
         file.write(f"$ {' '.join(command)}\n\n")
         file.flush()
-        environment = {**os.environ, "TRITON_INTERPRET": "0", **(extra or {})}
+        environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
         where: Any = {"cwd": ROOT, "env": environment, "start_new_session": True}
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, **where
@@ -128,16 +126,9 @@ def ended(outcome: Outcome) -> str:
 class Check:
     """One run of the command: its steps, and what they found; `after` hears of it each time."""
 
-    def __init__(
-        self,
-        out: Path,
-        work: Path,
-        steps: list[str],
-        total: float,
-        after: Callable[[Found], object] = lambda found: None,
-    ) -> None:
+    def __init__(self, out: Path, work: Path, steps: list[str], total: float, after: After) -> None:
         self.results, self.work, self.steps, self.after = out / RESULTS_FILE, work, steps, after
-        self.budget = Budget(steps, total)
+        self.budget = Budget(steps, total, perf_counter)
         self.found: Found = []
 
     def run(self) -> Found:
@@ -162,8 +153,8 @@ class Check:
     def build(self) -> None:
         """The extension for this GPU alone: all architectures would take three times as long."""
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        extra = {"TORCH_CUDA_ARCH_LIST": architecture(), "FORCE_CUDA": "1"}
-        outcome = execute(command, self.work / "build.log", self.budget.left("build"), extra)
+        log, gpu = self.work / "build.log", {"TORCH_CUDA_ARCH_LIST": architecture()}
+        outcome = execute(command, log, self.budget.left("build"), FORCE_CUDA="1", **gpu)
         told = [ended(outcome), f"setuptools {version('setuptools')}"]
         ok, found = self.what_was_built() if outcome.code == 0 else (False, "")
         self.note("build", ok, ", ".join(filter(None, [*told, found])), outcome.seconds)
@@ -180,19 +171,15 @@ class Check:
             return None, f"{told}: no CUTLASS headers, see build.log"
         return True, told
 
-    def pytest(
-        self, step: str, runs: dict[str, list[str]], limit: float, owed: bool = True
-    ) -> None:
-        """Runs side by side, by name. `owed`: being out of time is a failure, it may be a hang, and
-        so is having no test.
-        """
+    def pytest(self, step: str, runs: Runs, limit: float, owed: bool = True) -> None:
+        """Side by side. `owed`: being out of time, which may be a hang, or having no test fails."""
         options = ["-m", "pytest", "-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
-        # Each process would start as many to compile in as there are cores.
-        extra = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
         def run(name: str) -> Outcome:
             command = [sys.executable, *options, f"--junitxml={self.work / name}.xml", *runs[name]]
-            return execute(command, self.work / f"{name}.log", limit, extra)
+            # Each process would start as many to compile in as there are cores.
+            log, alone = self.work / f"{name}.log", {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            return execute(command, log, limit, **alone)
 
         with ThreadPoolExecutor(len(runs)) as pool:
             for name, outcome in zip(runs, pool.map(run, runs), strict=True):
@@ -218,10 +205,8 @@ class Check:
         self.pytest("gpu-tests", alone, self.budget.left("gpu-tests"), owed=False)
 
     def other_tests(self) -> None:
-        files = {
-            file.stem: [str(file), "-m", "gpu", *workers(OTHER_WORKERS)]
-            for file in files_with_gpu_tests()
-        }
+        more = ["-m", "gpu", *workers(OTHER_WORKERS)]
+        files = {file.stem: [str(file), *more] for file in files_with_gpu_tests()}
         self.pytest("other-tests", files, self.budget.left("other-tests"), owed=False)
 
     def sanitizer(self) -> None:
@@ -236,7 +221,7 @@ class Check:
             command = [program, *sanitizer_options(tool, known.stdout), sys.executable, "-m"]
             command += ["pytest", GPU_TESTS, "-k", SANITIZED, "-v", "-p", "no:cacheprovider"]
             extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FUSEDRES_SANITIZER": "1"}
-            outcome = execute(command, self.work / f"{tool}.log", limit, extra)
+            outcome = execute(command, self.work / f"{tool}.log", limit, **extra)
             self.note(f"sanitizer: {tool}", *sanitizer_verdict(outcome), outcome.seconds)
 
     def benchmark(self) -> None:
@@ -247,10 +232,8 @@ class Check:
         results = json.loads(path.read_text()) if path.exists() else {}
         rows, left_out = (len(results.get(key, ())) for key in ("rows", "not_measured"))
         told = f"{rows} rows, {left_out} not measured"
-        if outcome.code != 0:
-            told += f", {ended(outcome)}"
-        ok = outcome.code == 0 and rows > 0
-        self.note("benchmark", ok, told, outcome.seconds)
+        told += f", {ended(outcome)}" * (outcome.code != 0)
+        self.note("benchmark", outcome.code == 0 and rows > 0, told, outcome.seconds)
 
 
 def architecture() -> str:

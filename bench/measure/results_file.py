@@ -10,6 +10,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,9 +65,17 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def save(results: Results, path: Path) -> Path:
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place to write what becomes `path` when it is complete: never half of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    yield (part := path.with_name(f".{path.name}.part"))
+    part.replace(path)
+
+
+def save(results: Results, path: Path) -> Path:
+    with whole(path) as part:
+        part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return path
 
 

@@ -91,8 +91,8 @@ def prepare(
     job: Job, task: Task, options: Options, calls: int
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """What is timed, warmed up; and why contenders cannot be. Without fused there is no row."""
-    graph, gpu = task.mode in GRAPHS, job.device.type == "cuda"
-    stream = torch.cuda.Stream() if graph and gpu else None
+    graph = task.mode in GRAPHS
+    stream = torch.cuda.Stream() if graph and job.device.type == "cuda" else None
     ready: dict[str, Call] = {}
     names = ("compile", "compile-max")
     failed = {name: options.left_out for name in names if name not in options.compiled}

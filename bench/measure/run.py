@@ -110,8 +110,7 @@ class Run:
         if not self.writes:
             return None
         path = self.output or results_file.RESULTS / f"{results_file.name(self.results)}.json"
-        part = results_file.save(self.results, path.with_name(f".{path.name}.part"))
-        return part.replace(path)
+        return results_file.save(self.results, path)
 
     def finish(self) -> Path | None:
         self.results["clocks"] |= results_file.clocks(self.device, "after")

@@ -54,7 +54,7 @@ def heat(results: Results) -> Any:
     height = 1.0 + len(dtypes) * (0.3 + 0.32 * len(counts))
     figure, axes = panels(height, len(modes), len(dtypes), sharex=True, sharey=True)
     size = 9 if len(modes) * len(widths) < NARROW else 7
-    limit = max([0.5, *(abs(_log(row)) for row in found)])
+    limit = max([0.5, *(abs(math.log2(row["ratios"]["eager"]["median"])) for row in found)])
     for line, dtype in zip(axes, dtypes, strict=True):
         for axis, mode in zip(line, modes, strict=True):
             _panel(axis, select(found, dtype=dtype, mode=mode), widths, counts, limit, size)
@@ -69,10 +69,6 @@ def heat(results: Results) -> Any:
     return figure
 
 
-def _log(row: Row) -> float:
-    return math.log2(row["ratios"]["eager"]["median"])
-
-
 def _panel(
     axis: Any, found: list[Row], widths: list[int], counts: list[int], limit: float, size: int
 ) -> None:
@@ -81,13 +77,15 @@ def _panel(
     values = [[math.nan] * len(widths) for _ in counts]
     for row in found:
         x, y = widths.index(row["features"]), counts.index(row["rows"])
-        values[y][x] = _log(row)
+        ratio = row["ratios"]["eager"]["median"]
+        values[y][x] = math.log2(ratio)
         style = {"ha": "center", "va": "center", "size": size}
         style["color"] = "white" if abs(values[y][x]) > 0.5 * limit else INK
-        axis.text(x, y, f"{row['ratios']['eager']['median']:.2f}", **style)
+        axis.text(x, y, f"{ratio:.2f}", **style)
         if "eager" in row["slower_than"]:
-            frame = Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, ec=ORANGE, lw=1.5)
-            axis.add_patch(frame)
+            axis.add_patch(
+                Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, ec=ORANGE, lw=1.5)
+            )
     whole = (-0.5, -0.5), len(widths), len(counts)
     axis.add_patch(Rectangle(*whole, fill=False, ec=PALE, hatch="////", lw=0, zorder=-1))
     axis.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
@@ -101,22 +99,19 @@ def _panel(
 def memory_rows(results: Results) -> list[Row]:
     dtype = MAIN_DTYPE[results["device"]]
     found = select(results["rows"], group="model", dtype=dtype, mode=STEP)
-    return [row for row in found if row.get("saved_bytes") and row.get("peak_bytes")]
+    return [row for row in found if all(row.get(key, {}).get("eager") for key in TITLES)]
 
 
 def memory(results: Results) -> Any:
     """Fused's saved and peak bytes as parts of eager's."""
-    found = memory_rows(results)[::-1]
+    found, dtype = memory_rows(results)[::-1], MAIN_DTYPE[results["device"]]
     figure, axes = panels(1.15 + 0.21 * len(found), 2, sharey=True)
-    parts = {
-        key: [row[key]["fused"] / (row[key]["eager"] or math.nan) for row in found]
-        for key in TITLES
-    }
-    right = max(1.0, *(part for line in parts.values() for part in line if not math.isnan(part)))
-    for axis, (key, title) in zip(axes[0], TITLES.items(), strict=True):
+    columns = [[row[key]["fused"] / row[key]["eager"] for row in found] for key in TITLES]
+    right = max(1.0, *(part for parts in columns for part in parts))
+    for axis, parts, (key, title) in zip(axes[0], columns, TITLES.items(), strict=True):
         bars(axis, [1.0] * len(found), [PALE], 0.8)
-        bars(axis, parts[key], [ORANGE if part > 1 else BLUE for part in parts[key]], 0.8)
-        for at, (row, part) in enumerate(zip(found, parts[key], strict=True)):
+        bars(axis, parts, [ORANGE if part > 1 else BLUE for part in parts], 0.8)
+        for at, (row, part) in enumerate(zip(found, parts, strict=True)):
             start, colour = (0.02, "white") if part > SHORT else (part + 0.02, INK)
             axis.text(start, at, f"{part:.2f}", size=8, va="center", color=colour)
             axis.text(right + 0.02, at, sizes(**row[key]), size=8, va="center", color=GREY)
@@ -126,7 +121,6 @@ def memory(results: Results) -> Any:
     labels = [f"{row['case']}  ({recipe(row)})" for row in found]
     axes[0][0].set_yticks(range(len(found)), labels)
     more = "; orange: more than eager" * (right > 1)
-    dtype = MAIN_DTYPE[results["device"]]
     figure.suptitle(f"Memory of fused (blue) as a part of eager's (grey), {dtype}{more}")
     return figure
 

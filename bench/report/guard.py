@@ -104,11 +104,10 @@ def compare_times(old: Found, measure: Callable[..., Found] = measure) -> list[F
         suspects = [tasks[row] for row, found in best.items() if found["q1"] > limits[row]]
         again = measure(suspects, 3 * SECONDS) if suspects else {}
         best |= {row: min(best[row], found, key=lambda s: s["q1"]) for row, found in again.items()}
-    findings = []
-    for row, found in best.items():
-        numbers = old[row]["median"], found["median"], limits[row], found["q1"]
-        findings.append(Finding(row, "time, fused / eager", *numbers))
-    return findings
+    return [
+        Finding(row, "time, fused / eager", old[row]["median"], s["median"], limits[row], s["q1"])
+        for row, s in best.items()
+    ]
 
 
 def compare_counts(old: Found, new: Found, same_key: bool) -> list[Finding]:
@@ -117,10 +116,10 @@ def compare_counts(old: Found, new: Found, same_key: bool) -> list[Finding]:
     findings = []
     for row in sorted(old.keys() & new.keys()):
         both = old[row], new[row]
-        costs = {"instructions": "fused", "instructions in the extension": "kernels"}
-        pairs = {cost: [counts[key] for counts in both] for cost, key in costs.items()}
-        if not same_key:
-            pairs = {"instructions, fused / eager": [c["fused"] / c["eager"] for c in both]}
+        pairs = {"instructions, fused / eager": [c["fused"] / c["eager"] for c in both]}
+        if same_key:
+            costs = {"instructions": "fused", "instructions in the extension": "kernels"}
+            pairs = {cost: [counts[key] for counts in both] for cost, key in costs.items()}
         for cost, (before, after) in pairs.items():
             findings.append(Finding(row, cost, before, after, before * allowed, after))
     return findings

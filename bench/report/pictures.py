@@ -60,9 +60,14 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """The pictures of one device in place of those that are there."""
     try:
         import matplotlib
+        from PIL import Image, PngImagePlugin  # which matplotlib needs
     except ModuleNotFoundError:
         raise SystemExit("bench report: pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text(STAMP, digest(results))
     for old in folder.glob(f"{results['device']}-*.png"):
         old.unlink()
     paths = {folder / name: picture for name, picture in names(results).items()}
@@ -72,20 +77,11 @@ def draw(results: Results, folder: Path) -> list[Path]:
             figure.supxlabel(
                 source(results, brief=True), fontsize=7, color=drawings.STYLE["axes.edgecolor"]
             )
-            _save(figure, path, digest(results))
+            figure.savefig(buffer := io.BytesIO(), dpi=DPI, facecolor="white")
+            pyplot.close(figure)
+            with Image.open(buffer) as image:
+                image.convert("RGB").quantize(COLOURS).save(path, pnginfo=info, optimize=True)
     return list(paths)
-
-
-def _save(figure: Any, path: Path, stamped: str) -> None:
-    from matplotlib.pyplot import close
-    from PIL import Image, PngImagePlugin  # which matplotlib needs
-
-    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
-    figure.savefig(buffer, dpi=DPI, facecolor="white")
-    close(figure)
-    info.add_text(STAMP, stamped)
-    with Image.open(buffer) as image:
-        image.convert("RGB").quantize(COLOURS).save(path, pnginfo=info, optimize=True)
 
 
 def digest(results: Results) -> str:

@@ -37,8 +37,8 @@ def sweep(rows: list[Row]) -> list[Row]:
     return [row for row, recipe in zip(squares, recipes, strict=True) if recipe == most[0][0]]
 
 
-def contenders(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+def contenders(rows: Iterable[Row], key: str = "ratios") -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row[key]))
 
 
 def strongest(row: Row, names: Iterable[str]) -> str | None:

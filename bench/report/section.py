@@ -30,9 +30,8 @@ def source(results: Results, brief: bool = False) -> str:
 def ceilings(results: Results) -> str:
     """What the machine reached in the same run, the yardstick of every share."""
     found = results["ceilings"]
-    rates = found.get("matmul_tflop_per_s", {}).items()
     told = [f"copy {short(found['copy_gb_per_s'])} GB/s"] if found.get("copy_gb_per_s") else []
-    for dtype, rate in rates:
+    for dtype, rate in found.get("matmul_tflop_per_s", {}).items():
         unit = f"{short(rate)} TFLOP/s" if rate >= 1 else f"{short(1e3 * rate)} GFLOP/s"
         told.append(f"matmul {dtype} {unit}")
     return ", ".join(told)
@@ -53,8 +52,7 @@ def protocol(results: Results) -> str:
         "Graph: forward in a CUDA graph." * (results["device"] == "cuda"),
         f"Ceilings of the same run: {limits}." if limits else "",
         f"`~`: disturbed by other processes ({uneasy} of {len(rows)}), so not judged."
-        if uneasy
-        else "",
+        * bool(uneasy),
     ]
     return "\n".join(filter(None, told))
 
@@ -64,10 +62,11 @@ def launches(results: Results) -> str:
     found = [r for r in results["rows"] if r["group"] != "host" and r.get("launches")]
     unit = "Kernels on the GPU" if results["device"] == "cuda" else "Torch ops"
     told = []
-    for mode in dict.fromkeys(row["mode"] for row in found):
+    for mode in distinct(found, "mode"):
         counts = [row["launches"] for row in select(found, mode=mode)]
-        spans = [_span([f"{n} {c[n]}" for c in counts if n in c]) for n in ("fused", "eager")]
-        told += [f"{mode} {' and '.join(filter(None, spans))}"]
+        names = [name for name in ("fused", "eager") if any(name in c for c in counts)]
+        spans = [_span([f"{n} {c[n]}" for c in counts if n in c]) for n in names]
+        told += [f"{mode} {' and '.join(spans)}"]
     return f"{unit} a call: {'; '.join(told)}." if told else ""
 
 
@@ -92,8 +91,6 @@ def unmeasured(results: Results, brief: bool = True) -> list[str]:
 
 def _span(texts: list[str]) -> str:
     """Texts that differ in their numbers only as one, with the least and the largest of each."""
-    if not texts:
-        return ""
     columns = zip(*map(NUMBER.findall, texts), strict=True)
     ends = [dict.fromkeys((min(c, key=float), max(c, key=float))) for c in columns]
     spans = map(" to ".join, ends)

@@ -185,17 +185,14 @@ def readme_tables(results: dict[str, Any]) -> list[Table]:
 
 def summary_table(rows: list[Row]) -> Table:
     """One line a group, mode and dtype: the middle and the ends of its ratios."""
-    head = ["rows", "mode", "dtype"]
-    for name in ("eager", "compile"):
-        head += [f"x {name}", "range", "slower"]
+    head = ["rows", "mode", "dtype", "x eager", "range", "slower", "x compile", "range", "slower"]
     body = []
     for group in ("model", "square"):
         for mode in distinct(rows, "mode"):
             for dtype in distinct(rows, "dtype"):
-                chosen = select(rows, group=group, mode=mode, dtype=dtype)
-                line = [f"{group}s", brief(mode), dtype]
-                line += [*_spread(chosen, ("eager",)), *_spread(chosen, COMPILED)]
-                body += [line] if chosen else []
+                if chosen := select(rows, group=group, mode=mode, dtype=dtype):
+                    spreads = *_spread(chosen, ("eager",)), *_spread(chosen, COMPILED)
+                    body.append([f"{group}s", brief(mode), dtype, *spreads])
     return Table("All rows in short", head, body, left=3, note="medians")
 
 
@@ -219,8 +216,8 @@ def square_table(rows: list[Row], dtype: str) -> Table:
             for count in sorted(distinct(rows, "rows")):
                 line = {r["features"]: r for r in select(rows, mode=mode, rows=count)}
                 cells = [ratio(line.get(width), *names) for width in widths]
-                measured = any(cell != UNMEASURED for cell in cells)
-                body += [[brief(mode), title, f"{count:,}", *cells]] if measured else []
+                if set(cells) != {UNMEASURED}:
+                    body.append([brief(mode), title, f"{count:,}", *cells])
     kind = f" ({recipe(rows[0])})" if rows else ""
     head = ["mode", "against", "rows", *map(str, widths)]
     return Table(f"Square layers{kind}, {dtype}", head, body, left=2, note="times faster by width")
@@ -229,7 +226,7 @@ def square_table(rows: list[Row], dtype: str) -> Table:
 def host_table(rows: list[Row]) -> Table:
     """Microseconds the host takes for a call, on tensors too small to compute anything."""
     rows = select(rows, group="host")
-    names = list(dict.fromkeys(name for row in rows for name in row["host_us"]))
+    names = contenders(rows, "host_us")
     columns: list[Column] = [("mode", lambda row: brief(row["mode"]))]
     columns += [(n, lambda row, n=n: microseconds(row["host_us"].get(n))) for n in names]
     columns += [_against(name, name) for name in contenders(rows) if name in names]

@@ -47,7 +47,7 @@ ROOT = gpu_steps.ROOT
 
 
 def make_check(folder: Path, *steps: str, total: float = 100.0) -> gpu_steps.Check:
-    return gpu_steps.Check(folder, folder, list(steps), total)
+    return gpu_steps.Check(folder, folder, list(steps), total, lambda found: None)
 
 
 # Arguments.
@@ -111,7 +111,7 @@ def python(code: str) -> list[str]:
 
 def test_a_process_s_code_and_output_are_kept(tmp_path: Path) -> None:
     code = "import os, sys; print(os.environ['MORE'], os.environ['TRITON_INTERPRET']); sys.exit(3)"
-    outcome = gpu_steps.execute(python(code), tmp_path / "log", 60, {"MORE": "more"})
+    outcome = gpu_steps.execute(python(code), tmp_path / "log", 60, MORE="more")
     assert outcome.code == 3 and "more 0\n" in outcome.log
     assert outcome.log == (tmp_path / "log").read_text()
 
@@ -193,7 +193,7 @@ def test_the_build_says_what_it_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ends = iter([gpu_steps.Outcome(built, 1.0, "..."), gpu_steps.Outcome(loads[0], 1.0, loads[1])])
-    monkeypatch.setattr(gpu_steps, "execute", lambda *given: next(ends))
+    monkeypatch.setattr(gpu_steps, "execute", lambda *given, **more: next(ends))
     monkeypatch.setattr(gpu_steps, "architecture", lambda: gpu)
     (found,) = make_check(tmp_path, "build").run()
     assert found["ok"] is ok and "setuptools " in found["told"]
@@ -284,7 +284,9 @@ def test_the_verdict_on_tests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """5: no test was there to run. What has only been skipped says nothing."""
-    monkeypatch.setattr(gpu_steps, "execute", lambda *given: gpu_steps.Outcome(code, 1.0, log))
+    monkeypatch.setattr(
+        gpu_steps, "execute", lambda *given, **more: gpu_steps.Outcome(code, 1.0, log)
+    )
     check = make_check(tmp_path, "gpu-tests")
     check.pytest("gpu-tests", {"some": []}, 60.0, owed)
     assert check.found[0]["ok"] is ok
