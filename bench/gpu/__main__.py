@@ -58,7 +58,6 @@ def write(out: Path, work: Path, commit: str, found: Found) -> str:
 
 
 def text(results: Results) -> str:
-    """The summary: device, steps, goals, and where fused is slower."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     found, steps = results["machine"] | results["clocks"], results["steps"]
     device = ", ".join(f"{name} {value}" for name, value in found.items() if name != "gpu")

@@ -71,8 +71,6 @@ Runs = dict[str, list[str]]  # pytest's arguments by name
 
 
 class Outcome(NamedTuple):
-    """What became of one process."""
-
     code: int | None  # None: it ran out of time
     seconds: float
     log: str

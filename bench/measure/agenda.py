@@ -26,7 +26,6 @@ SLOW_COMPILER = "compiling takes seconds a row: not here, --full times it"
 
 
 def agenda(device: str) -> list[Task]:
-    """Every row, the most telling first."""
     gpu = device == "cuda"
     dtypes = ("bf16", "fp32", "fp16") if gpu else tuple(DTYPES)
     groups = [(cases.TINY, *cases.MODELS), *((case,) for case in cases.SQUARES)]

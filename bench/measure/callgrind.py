@@ -63,7 +63,6 @@ COUNTED += [Task(*layer, mode) for layer in LAYERS for mode in (INFERENCE, STEP)
 
 
 def missing() -> str | None:
-    """Why nothing can be counted here, or None."""
     if native.missing is not None:
         return native.missing
     if shutil.which("valgrind") is None:
@@ -109,7 +108,6 @@ def count() -> dict[str, dict[str, int]]:
 
 
 def build_marks(folder: Path) -> Path:
-    """The library of client requests: start, zero, dump."""
     source, library = folder / "marks.c", folder / "marks.so"
     source.write_text(MARKS)
     compiler = next(filter(None, map(shutil.which, COMPILERS)))

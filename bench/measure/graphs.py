@@ -31,9 +31,7 @@ def copies(task: Task, device: torch.device) -> int:
 
 def calls(task: Task, copies: int) -> int:
     """In one graph: about GRAPH_SECONDS by the roofline, and each set of inputs once."""
-    once = max(
-        work / rate for work, rate in zip((flops(task), traffic(task)), ROOFLINE, strict=True)
-    )
+    once = max(flops(task) / ROOFLINE[0], traffic(task) / ROOFLINE[1])
     return max(copies, min(MOST_CALLS, math.ceil(GRAPH_SECONDS / (once + 3e-6))))
 
 

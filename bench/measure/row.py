@@ -48,8 +48,6 @@ PROTOCOL: dict[str, Any] = {
 
 
 class Options(NamedTuple):
-    """How a row is measured."""
-
     device: torch.device
     seconds: float  # for its rounds
     ceilings: Row
@@ -82,7 +80,12 @@ def measure(
     graphs.warm_clocks(device)
     rounds, calm = clock(ready, device, options.seconds)
     rounds = [{name: seconds / calls for name, seconds in each.items()} for each in rounds]
-    row = head(task, job) | {"rounds": len(rounds), "calm": calm, "copies": copies, "calls": calls}
+    case, N = task.case, task.case.features
+    row: Row = {"case": case.name, "group": case.group, "dtype": task.dtype, "mode": mode}
+    row |= {"rows": case.rows, "features": N, "out_features": N, "order": case.order}
+    row |= {"norm": case.norm, "activation": case.activation, "backend": job.backend}
+    row |= {"hidden": case.hidden} if case.hidden else {}
+    row |= {"rounds": len(rounds), "calm": calm, "copies": copies, "calls": calls}
     row |= compare(rounds, calm, RIVALS) | rates(task, rounds, options.ceilings)
     return row | counted(task, job, ready, row) | {"failed": failed}, rounds
 
@@ -108,26 +111,17 @@ def prepare(
     return ready, failed
 
 
-def head(task: Task, job: Job) -> Row:
-    case, N = task.case, task.case.features
-    row: Row = {"case": case.name, "group": case.group, "dtype": task.dtype, "mode": task.mode}
-    row |= {"rows": case.rows, "features": N, "out_features": N, "order": case.order}
-    row |= {"norm": case.norm, "activation": case.activation, "backend": job.backend}
-    return row | ({"hidden": case.hidden} if case.hidden else {})
-
-
 def rates(task: Task, rounds: list[dict[str, float]], ceilings: Row) -> Row:
     """Fused's GB/s and TFLOP/s, and what part of the machine's they are."""
     seconds = summary([r["fused"] for r in rounds])["median"]
     work, moved = flops(task), traffic(task)
     gb, tflop = moved / seconds / 1e9, work / seconds / 1e12
-    shares = gb / ceilings["copy_gb_per_s"], tflop / ceilings["matmul_tflop_per_s"][task.dtype]
-    names = ("flops", "bytes", "gb_per_s", "tflop_per_s", "copy_share", "matmul_share")
-    return dict(zip(names, (work, moved, gb, tflop, *shares), strict=True))
+    row = {"flops": work, "bytes": moved, "gb_per_s": gb, "tflop_per_s": tflop}
+    row["copy_share"] = gb / ceilings["copy_gb_per_s"]
+    return row | {"matmul_share": tflop / ceilings["matmul_tflop_per_s"][task.dtype]}
 
 
 def counted(task: Task, job: Job, ready: dict[str, Call], row: Row) -> Row:
-    """Memory, launches and host time."""
     found: Row = {}
     gpu, layers = job.device.type == "cuda", {"eager": job.eager, "fused": job.fused}
     if task.mode == STEP:

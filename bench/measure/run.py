@@ -118,7 +118,6 @@ class Run:
 
 
 def line(task: Task, row: Row) -> str:
-    """A row for the terminal."""
     ratios = ", ".join(f"{name} {r['median']:.2f}" for name, r in row["ratios"].items())
     disturbed = "" if row["calm"] else ", disturbed"
     return f"{task}: {row['times_us']['fused']['median']:,.1f} us; x {ratios}{disturbed}"

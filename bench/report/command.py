@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..measure.form import check_results
-from ..measure.results_file import RESULTS, ROOT, Results, load, name, newest, save
+from ..measure.results_file import RESULTS, ROOT, Results, check_results, load, name, newest, save
 from . import pictures
 from .markdown import replace_part
 from .section import section

@@ -27,7 +27,6 @@ MARGIN = 1.6  # around the points, as a factor
 
 
 def panels(height: float, columns: int, rows: int = 1, **options: Any) -> Any:
-    """A figure and its axes as a grid."""
     import matplotlib.pyplot as plt
 
     size = (WIDTH, height)
@@ -35,7 +34,6 @@ def panels(height: float, columns: int, rows: int = 1, **options: Any) -> Any:
 
 
 def bars(axis: Any, values: list[float], colours: list[str], height: float) -> Any:
-    """One bar a line."""
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     return axis.barh(range(len(values)), values, color=colours, height=height)
@@ -103,7 +101,6 @@ def memory_rows(results: Results) -> list[Row]:
 
 
 def memory(results: Results) -> Any:
-    """Fused's saved and peak bytes as parts of eager's."""
     found, dtype = memory_rows(results)[::-1], MAIN_DTYPE[results["device"]]
     figure, axes = panels(1.15 + 0.21 * len(found), 2, sharey=True)
     columns = [[row[key]["fused"] / row[key]["eager"] for row in found] for key in TITLES]
@@ -153,6 +150,8 @@ def roofline_rows(results: Results) -> list[Row]:
 
 
 def roofline(results: Results) -> Any:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     found, copy = roofline_rows(results), results["ceilings"]["copy_gb_per_s"]
     by_dtype = {d: of_it for d in COLOURS if (of_it := select(found, dtype=d))}
     peaks = {dtype: results["ceilings"]["matmul_tflop_per_s"][dtype] for dtype in by_dtype}
@@ -168,7 +167,12 @@ def roofline(results: Results) -> Any:
         axis.set_xlabel("FLOP a byte of inputs and outputs")
         told = f"matmul {short(scale * peak)} {unit}, copy {short(copy)} GB/s"
         axis.set_title(f"{dtype}: {told}" if len(peaks) < 3 else f"{dtype}\n{told}", size=9)
-        _ticks(axis, scale)
+        for side, factor in ((axis.xaxis, 1.0), (axis.yaxis, scale)):
+            low, high = side.get_view_interval()
+            side.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+            side.set_major_formatter(FuncFormatter(lambda value, _, f=factor: f"{f * value:,.4g}"))
+            side.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.25)
         roof = [left * copy * 1e-3, peak, peak]
         axis.plot([left, knees[dtype], right], roof, color=INK, lw=1.5)
         for group, marker in MARKERS.items():
@@ -189,17 +193,6 @@ def roofline(results: Results) -> Any:
 def _point(row: Row) -> tuple[float, float]:
     """FLOP a byte, TFLOP/s."""
     return row["flops"] / row["bytes"], row["tflop_per_s"]
-
-
-def _ticks(axis: Any, scale: float) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for side, factor in ((axis.xaxis, 1.0), (axis.yaxis, scale)):
-        low, high = side.get_view_interval()
-        side.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
-        side.set_major_formatter(FuncFormatter(lambda value, _, f=factor: f"{f * value:,.4g}"))
-        side.set_minor_formatter(NullFormatter())
-    axis.grid(alpha=0.25)
 
 
 def _names(figure: Any, axis: Any, found: list[Row], forward: str) -> None:

@@ -126,7 +126,6 @@ def compare_counts(old: Found, new: Found, same_key: bool) -> list[Finding]:
 
 
 def check(kinds: Iterable[str], baseline: dict[str, Any]) -> tuple[list[Finding], list[str]]:
-    """Findings, and what could not be compared."""
     findings: list[Finding] = []
     notes: list[str] = []
     for kind in kinds:
@@ -134,7 +133,9 @@ def check(kinds: Iterable[str], baseline: dict[str, Any]) -> tuple[list[Finding]
         if reason:
             notes.append(f"{kind} not compared: {reason}")
             continue
-        old, differs = baseline[kind]["rows"], difference(baseline[kind]["key"], KEYS[kind]())
+        old, key, here = baseline[kind]["rows"], baseline[kind]["key"], KEYS[kind]()
+        names = sorted(n for n in key.keys() | here.keys() if key.get(n) != here.get(n))
+        differs = ", ".join(f"{n} {key.get(n)} (here {here.get(n)})" for n in names)
         if differs:
             how = "compared as ratios only" if kind == INSTRUCTIONS else "not compared"
             notes.append(f"{kind} {how}: the baseline has {differs}")
@@ -153,14 +154,7 @@ def missing(kind: str) -> str | None:
     return callgrind.missing() if kind == INSTRUCTIONS else native.missing
 
 
-def difference(old: dict[str, str], new: dict[str, str]) -> str:
-    """What `old` has else than `new`, for a reader; "" where they agree."""
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(f"{name} {old.get(name)} (here {new.get(name)})" for name in names)
-
-
 def update(kinds: Iterable[str], baseline: dict[str, Any]) -> dict[str, Any]:
-    """`baseline` with the kinds measured anew."""
     for kind in kinds:
         if missing(kind):
             raise SystemExit(f"bench check: cannot update {kind}: {missing(kind)}")

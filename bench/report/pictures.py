@@ -23,8 +23,6 @@ STAMP = "Source"  # the PNG text chunk with the digest of what was drawn
 
 
 class Picture(NamedTuple):
-    """Drawn where a results file has rows for it."""
-
     name: str
     alt: str
     rows: Callable[[Results], list[Any]]
@@ -51,7 +49,6 @@ def names(results: Results) -> dict[str, Picture]:
 
 
 def links(results: Results, folder: Path) -> str:
-    """Markdown that shows the pictures in `folder`."""
     shown = names(results).items()
     return "\n\n".join(f"![{p.alt}]({(folder / name).as_posix()})" for name, p in shown)
 

@@ -13,7 +13,6 @@ SAMPLED = 0.25  # of the rows of another dtype
 
 
 def select(rows: Iterable[Row], /, **wanted: Any) -> list[Row]:
-    """Rows whose columns have the wanted values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 

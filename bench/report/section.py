@@ -14,7 +14,6 @@ MOST_NAMED = 6  # of the layers that were not measured, for one reason
 
 
 def source(results: Results, brief: bool = False) -> str:
-    """Machine, versions, commit and date, in a line."""
     found = results["machine"]
     where = [str(found.get("gpu") or found["cpu"])]
     if results["device"] == "cpu":
@@ -38,7 +37,6 @@ def ceilings(results: Results) -> str:
 
 
 def protocol(results: Results) -> str:
-    """How to read the tables."""
     rows, limits = results["rows"], ceilings(results)
     uneasy = sum(not row["calm"] for row in rows)
     told = [
@@ -58,7 +56,6 @@ def protocol(results: Results) -> str:
 
 
 def launches(results: Results) -> str:
-    """How many kernels or torch ops a call is, in a sentence."""
     found = [r for r in results["rows"] if r["group"] != "host" and r.get("launches")]
     unit = "Kernels on the GPU" if results["device"] == "cuda" else "Torch ops"
     told = []

@@ -109,7 +109,6 @@ def _span(factors: tuple[float, ...]) -> str:
 
 
 def row_table(results: Results, dtype: str) -> str:
-    """Every row of a dtype: predicted, measured."""
     body = []
     for row, ours, found in comparison(results):
         if row["dtype"] == dtype:
@@ -122,7 +121,6 @@ def row_table(results: Results, dtype: str) -> str:
 
 
 def growth_table(layers: Iterable[Layer], machine: Machine) -> str:
-    """Times in us, fused and eager over fused, forward and step."""
     body = []
     for layer in layers:
         found = [predicted(layer, mode, machine) for mode in (INFERENCE, STEP)]

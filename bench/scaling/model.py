@@ -17,8 +17,6 @@ FROM_OUTPUT = ("relu", "tanh", "sigmoid")  # their derivative needs h alone, so 
 
 
 class Kernel(NamedTuple):
-    """One launch: what it computes and what it moves."""
-
     flops: int
     bytes: int
 

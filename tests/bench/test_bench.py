@@ -39,7 +39,7 @@ from bench.measure.cases import (
 )
 from bench.measure.contenders import RIVALS
 from bench.measure.counts import flops, traffic
-from bench.measure.form import check_results
+from bench.measure.results_file import check_results
 from bench.measure.row import PROTOCOL, compare, rates
 from results_sample import sample
 

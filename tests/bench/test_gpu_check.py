@@ -36,8 +36,8 @@ from bench.measure.cases import (
     Task,
     square,
 )
-from bench.measure.form import check_results
 from bench.measure.goals import GOALS, MEMORY, SAVED, Goal, judge, tasks
+from bench.measure.results_file import check_results
 from fusedres import backends
 from fusedres.spec import Spec
 

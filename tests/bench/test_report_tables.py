@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.measure.form import check_results
+from bench.measure.results_file import check_results
 from bench.report import command as report
 from bench.report import pictures, section
 from bench.report.rows import select
