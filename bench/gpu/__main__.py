@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ..measure import results_file
-from ..measure.goals import judge
+from ..measure.agenda import judge
 from ..measure.results_file import Results, whole
 from ..measure.run import losses
 from ..report.markdown import table

@@ -274,10 +274,9 @@ def find_sanitizer() -> str | None:
 
 
 def sanitizer_options(tool: str, known: str) -> list[str]:
-    """`known`: what --help says, as the filter was renamed. initcheck must see all writes. torch
-    asks for functions that some drivers do not have: no error.
-    """
+    """`known`: what --help says, as the filter was renamed. initcheck must see all writes."""
     options = ["--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
+    # Without API errors: torch asks for functions that some drivers do not have.
     for option in ("--target-processes=application-only", "--report-api-errors=no"):
         options += option.split("=") if option.split("=")[0] in known else []
     names = [name for name in ("--kernel-name", "--kernel-regex") if name in known]

@@ -165,9 +165,7 @@ class Job:
 
     @property
     def spec(self) -> Spec:
-        """Of the first fused call, in the mode of the last `call`: batch norm has other statistics
-        in eval().
-        """
+        """Of the first fused call, in the mode of the last `call`: that tells batch norm's."""
         return self.first.spec.with_batch_stats(self.case.norm == "batch" and self.norm.training)
 
     @property

@@ -226,8 +226,8 @@ def _fields(found: dict[str, Any], form: Form, where: str) -> list[str]:
         for key in keys:
             if key not in found:
                 wrong.append(f"{where}: {key} is missing")
-            elif not (
-                found[key] in kind if isinstance(kind, tuple) else isinstance(found[key], kind)
+            elif (
+                found[key] not in kind if type(kind) is tuple else not isinstance(found[key], kind)
             ):
                 wrong.append(f"{where}: {key} is {found[key]!r}, expected {kind}")
     return wrong

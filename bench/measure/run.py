@@ -34,9 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Run:
-    """What a run knows while it measures. `get` tells the value of an option; ValueError if it has
-    none that makes sense.
-    """
+    """`get` tells the value of an option; ValueError if it has none that makes sense."""
 
     def __init__(self, get: Callable[[str], Any], say: Callable[[str], object]) -> None:
         self.began, self.load, self.say = perf_counter(), os.getloadavg()[0], say

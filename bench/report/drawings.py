@@ -67,9 +67,7 @@ def heat(results: Results) -> Any:
     return figure
 
 
-def _panel(
-    axis: Any, found: list[Row], widths: list[int], counts: list[int], limit: float, size: int
-) -> None:
+def _panel(axis: Any, found: list[Row], widths: Any, counts: Any, limit: float, size: int) -> None:
     from matplotlib.patches import Rectangle
 
     values = [[math.nan] * len(widths) for _ in counts]

@@ -13,7 +13,8 @@ from .rows import MAIN_DTYPE, Row, contenders, distinct, select, strongest, swee
 
 SLOWER = "▼"  # beside a ratio: fused is slower by more than noise
 UNMEASURED = "-"
-BRIEF_MODES = {
+BRIEF = {
+    INFERENCE: "forward",
     STEP: "step",
     RECORD: "recording",
     GRAPH: "graph",
@@ -23,10 +24,6 @@ BRIEF_MODES = {
 COMPILED = ("compile", "compile-max")
 NAMES = {MLP: "mlp", "layer": "LN", "batch": "BN", "rms": "RMS"}
 KIB, MIB = 2**10, 2**20
-
-
-def brief(mode: str) -> str:
-    return BRIEF_MODES.get(mode, mode)
 
 
 def recipe(row: Row) -> str:
@@ -192,7 +189,7 @@ def summary_table(rows: list[Row]) -> Table:
             for dtype in distinct(rows, "dtype"):
                 if chosen := select(rows, group=group, mode=mode, dtype=dtype):
                     spreads = *_spread(chosen, ("eager",)), *_spread(chosen, COMPILED)
-                    body.append([f"{group}s", brief(mode), dtype, *spreads])
+                    body.append([f"{group}s", BRIEF[mode], dtype, *spreads])
     return Table("All rows in short", head, body, left=3, note="medians")
 
 
@@ -217,7 +214,7 @@ def square_table(rows: list[Row], dtype: str) -> Table:
                 line = {r["features"]: r for r in select(rows, mode=mode, rows=count)}
                 cells = [ratio(line.get(width), *names) for width in widths]
                 if set(cells) != {UNMEASURED}:
-                    body.append([brief(mode), title, f"{count:,}", *cells])
+                    body.append([BRIEF[mode], title, f"{count:,}", *cells])
     kind = f" ({recipe(rows[0])})" if rows else ""
     head = ["mode", "against", "rows", *map(str, widths)]
     return Table(f"Square layers{kind}, {dtype}", head, body, left=2, note="times faster by width")
@@ -227,7 +224,7 @@ def host_table(rows: list[Row]) -> Table:
     """Microseconds the host takes for a call, on tensors too small to compute anything."""
     rows = select(rows, group="host")
     names = contenders(rows, "host_us")
-    columns: list[Column] = [("mode", lambda row: brief(row["mode"]))]
+    columns: list[Column] = [("mode", lambda row: BRIEF[row["mode"]])]
     columns += [(n, lambda row, n=n: microseconds(row["host_us"].get(n))) for n in names]
     columns += [_against(name, name) for name in contenders(rows) if name in names]
     sizes = f", {shape(rows[0])}, {rows[0]['dtype']}" if rows else ""
@@ -240,7 +237,7 @@ def loss_table(rows: list[Row]) -> Table:
     body = []
     for found, name, row in sorted(lost, key=lambda entry: entry[0]["median"]):
         low, middle, high = (digits(found[key]) for key in ("q1", "median", "q3"))
-        line = [row["case"], row["dtype"], brief(row["mode"]), name]
+        line = [row["case"], row["dtype"], BRIEF[row["mode"]], name]
         body.append([*line, middle + SLOWER, f"{low}-{high}"])
     head = ["layer", "dtype", "mode", "against", "ratio", "quartiles"]
     return Table("Where it loses", head, body, left=4, note="the worst first")

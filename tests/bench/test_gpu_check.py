@@ -22,8 +22,8 @@ import torch
 from bench.gpu import __main__ as gpu_check
 from bench.gpu import steps as gpu_steps
 from bench.measure import agenda, contenders, graphs, results_file
-from bench.measure import goals as gpu_goals
 from bench.measure import row as measure
+from bench.measure.agenda import GOALS, MEMORY, SAVED, Goal, judge, tasks
 from bench.measure.cases import (
     GRAPH,
     GRAPHS,
@@ -36,7 +36,6 @@ from bench.measure.cases import (
     Task,
     square,
 )
-from bench.measure.goals import GOALS, MEMORY, SAVED, Goal, judge, tasks
 from bench.measure.results_file import check_results
 from fusedres import backends
 from fusedres.spec import Spec
@@ -531,11 +530,11 @@ def test_memory_and_host_are_goals() -> None:
     (memory,) = (goal for goal in GOALS if goal.tasks == (MEMORY,))
     assert memory.bound == 0.5
     saved = row(MEMORY) | {"saved_bytes": {"fused": 49.0, "eager": 100.0}}
-    assert gpu_goals.value(saved, memory.pair) == 0.49
-    assert gpu_goals.value(row(MEMORY), memory.pair) is None
-    host = [goal for goal in GOALS if goal.tasks[0] in gpu_goals.HOSTS]
+    assert agenda.value(saved, memory.pair) == 0.49
+    assert agenda.value(row(MEMORY), memory.pair) is None
+    host = [goal for goal in GOALS if goal.tasks[0] in agenda.HOSTS]
     assert [goal.bound for goal in host] == [0.6, 0.55]
-    assert gpu_goals.value(row(gpu_goals.HOSTS[0], eager=2.0), host[0].pair) == 0.5
+    assert agenda.value(row(agenda.HOSTS[0], eager=2.0), host[0].pair) == 0.5
 
 
 # Rows, on CPU tensors.
@@ -647,7 +646,7 @@ def test_inputs_exceed_L2(monkeypatch: pytest.MonkeyPatch) -> None:
         assert copies * measure.traffic(task) >= 2 * L2
         assert (copies == 1) == (features == 4096) and graphs.copies(task, CPU) == 1
     assert graphs.copies(Task(square(256, 64), "bf16", GRAPH), gpu) == graphs.MOST_CALLS
-    assert graphs.copies(gpu_goals.HOSTS[0], gpu) == 1
+    assert graphs.copies(agenda.HOSTS[0], gpu) == 1
 
 
 def test_a_job_s_backend_is_that_of_its_size_and_mode(monkeypatch: pytest.MonkeyPatch) -> None:
