@@ -13,19 +13,7 @@ from typing import Any
 from fusedres.tools.timing import MIN_ROUNDS, WARM_UP_CALLS
 
 from . import cases
-from .cases import (
-    BACKWARD_GRAPH,
-    DTYPES,
-    GRAPH,
-    INFERENCE,
-    RECORD,
-    RECORD_GRAPH,
-    STEP,
-    TINY,
-    Case,
-    Task,
-    square,
-)
+from .cases import BACKWARD_GRAPH, GRAPH, INFERENCE, RECORD, RECORD_GRAPH, STEP, Case, Task, square
 from .counts import flops, traffic
 from .row import CHECKED_ROWS, Row
 
@@ -65,7 +53,7 @@ NARROW = (256, 128, 64)
 SMALL = (1024, 512, 256, 128, 64)
 BATCH = Task(square(4096, 1024, norm="batch"), "bf16", RECORD_GRAPH)
 MEMORY = Task(square(TALL, 1024), "bf16", STEP)
-HOSTS = tuple(Task(TINY, "fp32", mode) for mode in (RECORD, STEP))
+HOSTS = tuple(Task(cases.TINY, "fp32", mode) for mode in (RECORD, STEP))
 OF_PRODUCT, OF_EAGER, SAVED = "fused / matmul", "eager / fused", "saved, fused / eager"
 GOALS = (
     Goal("forward / T", OF_PRODUCT, 1.05, wide(GRAPH, 4096)),
@@ -133,8 +121,8 @@ def judge(rows: list[Row]) -> list[Row]:
 
 def agenda(device: str) -> list[Task]:
     gpu = device == "cuda"
-    dtypes = ("bf16", "fp32", "fp16") if gpu else tuple(DTYPES)
-    groups = [(TINY, *cases.MODELS), *((case,) for case in cases.SQUARES)]
+    dtypes = ("bf16", "fp32", "fp16") if gpu else tuple(cases.DTYPES)
+    groups = [(cases.TINY, *cases.MODELS), *((case,) for case in cases.SQUARES)]
     rows = tasks() if gpu else []
     rows += [row for group in groups for row in _rows(gpu, group, dtypes[:2])]
     return list(dict.fromkeys([*rows, *_rows(gpu, cases.CASES, dtypes)]))

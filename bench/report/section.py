@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from ..measure.results_file import Results
-from .rows import Row, distinct, select
-from .tables import SLOWER, full_tables, loss_table, readme_tables, short
+from .tables import SLOWER, Row, distinct, full_tables, loss_table, readme_tables, select, short
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 BRIEF = ("torch", "fusedres")

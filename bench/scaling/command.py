@@ -14,7 +14,7 @@ from typing import Any
 from ..measure.cases import HOST, INFERENCE, STEP
 from ..measure.results_file import RESULTS, ROOT, Results, load, newest
 from ..report.markdown import replace_part, table
-from ..report.rows import select
+from ..report.tables import select
 from . import model
 from .model import Layer, Machine, of_row, seconds
 
