@@ -31,8 +31,8 @@ def _facts(recipe: str) -> tuple[bool, bool, bool, bool, bool]:
 
 
 def _stand_in(t: Tensor) -> Tensor:
-    """Of t's shape, dtype and device, without memory: for what backward does not look at."""
-    return t.new_zeros(()).expand(t.shape)
+    """Of t's shape, dtype and device, without memory or launch: for what backward does not read."""
+    return t.new_empty(()).expand(t.shape)
 
 
 def _kept(

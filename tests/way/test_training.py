@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cases import ALIASES
 from fusedres import NORMS, ORDERS, FusedResidual, Residual
@@ -164,3 +166,42 @@ def test_both_layers_train_alike_for_32_steps(order, norm):
             losses[-1].backward()
             step.step()
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+class Launches(TorchDispatchMode):
+    """Ops that would launch a kernel, and the bytes that they read and write."""
+
+    VIEWS = ("detach", "view", "t", "transpose", "expand", "_unsafe_view", "alias", "new_empty")
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket.__name__ not in self.VIEWS:
+            self.count += 1
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.numel() * t.itemsize for t in tensors if any(t.stride()))
+        return out
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_launches_and_moves_no_more_than_eager(order, autocast, native):
+    """Under autocast weight and bias are cast by two launches a call, as in eager; x by none."""
+    counts = []
+    for cls in (FusedResidual, Residual):
+        layer, x = cls(64, order=order, activation="gelu"), torch.randn(512, 64, requires_grad=True)
+        dy = torch.randn(512, 64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            layer(x)  # what is worked out once
+        with Launches() as step:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = layer(x)
+            forward = step.count
+            y.backward(dy.to(y.dtype))
+        counts.append((forward, step.count, step.bytes))
+    ours, eager = counts
+    assert ours[0] == (3 if autocast else 1)
+    assert all(a <= b for a, b in zip(ours, eager, strict=True)), counts
