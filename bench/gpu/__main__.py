@@ -26,8 +26,7 @@ from ..measure import results_file
 from ..measure.agenda import judge
 from ..measure.results_file import Results, whole
 from ..measure.run import losses
-from ..report.markdown import table
-from ..report.tables import digits
+from ..report.tables import digits, table
 from .steps import RESULTS_FILE, SECONDS, VERDICTS, Check, Found
 
 NO_GPU = 2

@@ -8,7 +8,6 @@ tensors: x @ weight.T for the forward pass, dy @ weight and dy.T @ x for the bac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fusedres.tools.timing import MIN_ROUNDS, WARM_UP_CALLS
 
@@ -159,18 +158,18 @@ def compiled(task: Task, device: str, full: bool) -> tuple[str, ...]:
     return ("compile",) if some else ()
 
 
-def estimate(
-    task: Task, compiled: tuple[str, ...], ceilings: dict[str, Any], rounds: float, device: str
-) -> float:
-    """Seconds that a row takes, of which `rounds` for its rounds if its calls are short."""
-    rate = 1e12 * ceilings["matmul_tflop_per_s"][task.dtype]
-    double = 1e12 * ceilings["matmul_tflop_per_s"]["fp32"] / 2
-    once = 1.5 * flops(task) / rate + 3 * traffic(task) / ceilings["copy_gb_per_s"] / 1e9
+def estimate(task: Task, names: tuple[str, ...], limits: Row, rounds: float, device: str) -> float:
+    """Seconds that a row takes with the `names` of torch.compile's contenders and the ceilings
+    `limits`; `rounds` of them for its rounds if its calls are short.
+    """
+    rate = 1e12 * limits["matmul_tflop_per_s"][task.dtype]
+    double = 1e12 * limits["matmul_tflop_per_s"]["fp32"] / 2
+    once = 1.5 * flops(task) / rate + 3 * traffic(task) / limits["copy_gb_per_s"] / 1e9
     part = min(1.0, CHECKED_ROWS[device] / task.case.rows)
     check = 3 * part * flops(task._replace(mode=STEP)) / min(rate, double)
-    compiling = COMPILE.get(task.mode, COMPILE[STEP]) * ("compile" in compiled)
-    compiling += COMPILE_MAX * ("compile-max" in compiled)
-    return START[device] + rounds + check + (3 + len(compiled)) * CALLS * once + compiling
+    compiling = COMPILE.get(task.mode, COMPILE[STEP]) * ("compile" in names)
+    compiling += COMPILE_MAX * ("compile-max" in names)
+    return START[device] + rounds + check + (3 + len(names)) * CALLS * once + compiling
 
 
 def why_not(task: Task, device: str, seconds: float) -> str | None:

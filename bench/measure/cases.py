@@ -150,12 +150,12 @@ class Job:
         self.case, self.dtype, self.device = case, dtype, device
         self.where: Any = {"device": device, "dtype": DTYPES[dtype]}
         self.fused = self.layer(case.activation)
-        self.first = self.fused.fc1 if case.hidden else self.fused
+        layers = (self.fused.fc1, self.fused.fc2) if case.hidden else (self.fused,)
+        self.first = layers[0]
         self.norm: Any = self.first.norm
         nn.init.normal_(self.norm.weight, 1.0, 0.1)
         if getattr(self.norm, "bias", None) is not None:
             nn.init.normal_(self.norm.bias, 0.0, 0.1)
-        layers = (self.first, self.fused.fc2) if case.hidden else (self.fused,)
         self.linears: list[nn.Linear] = [layer.linear for layer in layers]
         linear = nn.ModuleList(self.linears) if case.hidden else self.first.linear
         self.eager = Eager(case, linear, self.norm)

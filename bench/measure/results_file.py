@@ -12,7 +12,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,11 +54,9 @@ ROW: Form = {
 
 def _git(*args: str) -> str:
     command = ["git", "--no-optional-locks", "-C", str(ROOT), *args]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
 
 
 def collect(device: torch.device, load: float | None = None) -> Results:
@@ -109,14 +107,13 @@ def load(path: Path) -> Results:
 
 def newest(folder: Path) -> dict[str, Path]:
     """The newest file of each device: by date, on one day by its commit's place in history."""
-    found = [(load(path), path) for path in sorted(folder.glob("*.json"))]
+    found = {path: load(path) for path in sorted(folder.glob("*.json"))}
 
-    def age(entry: tuple[Results, Path]) -> tuple[str, int, float]:
-        results, path = entry
-        ancestors = _git("rev-list", "--count", results["commit"])
-        return results["date"], int(ancestors or 0), path.stat().st_mtime
+    def age(path: Path) -> tuple[str, int, float]:
+        ancestors = _git("rev-list", "--count", found[path]["commit"])
+        return found[path]["date"], int(ancestors or 0), path.stat().st_mtime
 
-    return {results["device"]: path for results, path in sorted(found, key=age)}
+    return {found[path]["device"]: path for path in sorted(found, key=age)}
 
 
 def versions() -> dict[str, str]:
@@ -124,10 +121,8 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     found["fusedres"] = fusedres.__version__
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -184,19 +179,17 @@ def clocks(device: torch.device, when: str) -> dict[str, Any]:
 
 
 def _nvml() -> Any:
-    try:
+    with suppress(Exception):  # not installed, no library, no driver
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
-    except Exception:  # not installed, no library, no driver
-        return None
-    return nvml
+        return nvml
+    return None
 
 
 def _read(path: str) -> str:
-    try:
+    with suppress(OSError):
         return Path(path).read_text().strip()
-    except OSError:
-        return ""
+    return ""
 
 
 def check_results(results: dict[str, Any]) -> list[str]:

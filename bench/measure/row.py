@@ -18,6 +18,7 @@ from .contenders import ABOUT, RIVALS, makers
 from .counts import flops, host_us, launches, peak_bytes, traffic
 
 Row = dict[str, Any]
+Rounds = list[dict[str, float]]  # of seconds a call, by contender
 
 CHECKED_ROWS = {"cpu": 2048, "cuda": 16384}
 
@@ -62,10 +63,8 @@ def wrong(case: Case, dtype: str, device: torch.device) -> str | None:
     return check(Job(replace(case, rows=rows), dtype, device))
 
 
-def measure(
-    task: Task, options: Options, clock: Any = interleave
-) -> tuple[Row, list[dict[str, float]]]:
-    """The row of `task` as the results file holds it, and its rounds of seconds a call.
+def measure(task: Task, options: Options, clock: Any = interleave) -> tuple[Row, Rounds]:
+    """The row of `task` as the results file holds it, and its rounds.
 
     Raises ArithmeticError where fused is wrong, and what fused itself raises.
     """
@@ -111,7 +110,7 @@ def prepare(
     return ready, failed
 
 
-def rates(task: Task, rounds: list[dict[str, float]], ceilings: Row) -> Row:
+def rates(task: Task, rounds: Rounds, ceilings: Row) -> Row:
     """Fused's GB/s and TFLOP/s, and what part of the machine's they are."""
     seconds = summary([r["fused"] for r in rounds])["median"]
     work, moved = flops(task), traffic(task)

@@ -14,7 +14,7 @@ from fusedres.backends import native
 
 from . import agenda, ceilings, results_file
 from .cases import MODES, Task
-from .row import PROTOCOL, Options, Row, measure
+from .row import PROTOCOL, Options, Rounds, Row, measure
 
 LIMIT = 300.0  # seconds on a CPU, so that with a report `make bench` ends within 6 minutes
 SECONDS = {False: 0.4, True: 0.1}  # for the rounds of a row, by --quick
@@ -55,9 +55,6 @@ class Run:
         self.has_compiled = False
         self.results: dict[str, Any] = {"rows": []}
 
-    def seconds_spent(self) -> float:
-        return perf_counter() - self.began
-
     def start(self) -> None:
         """Measures the ceilings; before the first row."""
         cpu = self.device.type == "cpu"
@@ -68,8 +65,7 @@ class Run:
         self.results = results_file.collect(self.device, self.load)
         self.results["clocks"] |= results_file.clocks(self.device, "before")
         self.results["protocol"] = PROTOCOL | {"modes": MODES}
-        found = ceilings.ceilings(self.device, CEILINGS[self.quick])
-        self.results["ceilings"] = found
+        found = self.results["ceilings"] = ceilings.ceilings(self.device, CEILINGS[self.quick])
         rates = ", ".join(f"{d} {rate:,.3f}" for d, rate in found["matmul_tflop_per_s"].items())
         self.say(f"ceilings: copy {found['copy_gb_per_s']:,.1f} GB/s, matmul {rates} TFLOP/s")
 
@@ -87,7 +83,7 @@ class Run:
     def compiled(self, task: Task) -> tuple[str, ...]:
         return () if self.quick else agenda.compiled(task, self.device.type, self.full)
 
-    def measure(self, task: Task) -> tuple[Row, list[dict[str, float]]]:
+    def measure(self, task: Task) -> tuple[Row, Rounds]:
         compiled = self.compiled(task)
         left_out = "--quick" if self.quick else agenda.SLOW_COMPILER
         options = Options(self.device, self.seconds, self.results["ceilings"], compiled, left_out)

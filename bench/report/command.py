@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ..measure.results_file import RESULTS, ROOT, Results, check_results, load, name, newest, save
 from . import pictures
-from .markdown import replace_part
-from .section import section
+from .section import replace_part, section
 
 README = ROOT / "README.md"
 MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"

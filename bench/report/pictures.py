@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,18 +19,7 @@ from typing import Any, NamedTuple
 from ..measure.cases import DTYPES, GRAPH, INFERENCE, STEP
 from ..measure.results_file import Results
 from .section import source
-from .tables import (
-    MAIN_DTYPE,
-    Row,
-    distinct,
-    recipe,
-    select,
-    shape,
-    short,
-    sizes,
-    sweep,
-    well_measured,
-)
+from .tables import MAIN_DTYPE, Row, distinct, recipe, select, shape, short, sizes, sweep
 
 DPI = 200
 PALETTE = 128  # colours: a third of the bytes
@@ -48,6 +38,7 @@ OTHERS = "#a6a6a6"
 COLOURS = {"fp32": BLUE, "bf16": ORANGE, "fp16": GREEN}
 MARKERS = {"model": "o", "square": "s"}
 MARGIN = 1.6  # around the points, as a factor
+SAMPLED = 0.25  # of the rows of another dtype
 
 
 def panels(height: float, columns: int, rows: int = 1, **options: Any) -> Any:
@@ -63,13 +54,19 @@ def bars(axis: Any, values: list[float], colours: list[str], height: float) -> A
     return axis.barh(range(len(values)), values, color=colours, height=height)
 
 
+def well_measured(rows: list[Row]) -> list[Row]:
+    """The rows of those dtypes that are not mere samples."""
+    counts = Counter(row["dtype"] for row in rows)
+    most = max(counts.values(), default=0)
+    return [row for row in rows if counts[row["dtype"]] >= SAMPLED * most]
+
+
 def heat_rows(results: Results) -> list[Row]:
     found = [row for row in sweep(results["rows"]) if "eager" in row["ratios"]]
     return well_measured([row for row in found if row["mode"] in MODES])
 
 
-def heat(results: Results) -> Any:
-    found = heat_rows(results)
+def heat(results: Results, found: list[Row]) -> Any:
     modes = [mode for mode in MODES if select(found, mode=mode)]
     dtypes = [dtype for dtype in DTYPES if select(found, dtype=dtype)]
     widths, counts = (sorted(distinct(found, key)) for key in ("features", "rows"))
@@ -99,13 +96,11 @@ def _panel(axis: Any, found: list[Row], widths: Any, counts: Any, limit: float, 
         x, y = widths.index(row["features"]), counts.index(row["rows"])
         ratio = row["ratios"]["eager"]["median"]
         values[y][x] = math.log2(ratio)
-        style = {"ha": "center", "va": "center", "size": size}
-        style["color"] = "white" if abs(values[y][x]) > 0.5 * limit else INK
-        axis.text(x, y, f"{ratio:.2f}", **style)
+        colour = "white" if abs(values[y][x]) > 0.5 * limit else INK
+        axis.text(x, y, f"{ratio:.2f}", ha="center", va="center", size=size, color=colour)
         if "eager" in row["slower_than"]:
-            axis.add_patch(
-                Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, ec=ORANGE, lw=1.5)
-            )
+            corner = x - 0.46, y - 0.44
+            axis.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, ec=ORANGE, lw=1.5))
     whole = (-0.5, -0.5), len(widths), len(counts)
     axis.add_patch(Rectangle(*whole, fill=False, ec=PALE, hatch="////", lw=0, zorder=-1))
     axis.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
@@ -122,8 +117,8 @@ def memory_rows(results: Results) -> list[Row]:
     return [row for row in found if all(row.get(key, {}).get("eager") for key in TITLES)]
 
 
-def memory(results: Results) -> Any:
-    found, dtype = memory_rows(results)[::-1], MAIN_DTYPE[results["device"]]
+def memory(results: Results, found: list[Row]) -> Any:
+    found, dtype = found[::-1], MAIN_DTYPE[results["device"]]
     figure, axes = panels(1.15 + 0.21 * len(found), 2, sharey=True)
     columns = [[row[key]["fused"] / row[key]["eager"] for row in found] for key in TITLES]
     right = max(1.0, *(part for parts in columns for part in parts))
@@ -148,9 +143,8 @@ def host_rows(results: Results) -> list[Row]:
     return [row for row in select(results["rows"], group="host") if row.get("host_us")]
 
 
-def host(results: Results) -> Any:
+def host(results: Results, found: list[Row]) -> Any:
     """Microseconds a call takes the host, by contender."""
-    found = host_rows(results)
     names = sorted(found[0]["host_us"], key=found[0]["host_us"].__getitem__, reverse=True)
     colours = [BLUE if name == "fused" else OTHERS for name in names]
     figure, axes = panels(1.15 + 0.22 * len(names), len(found), sharey=True)
@@ -171,10 +165,10 @@ def roofline_rows(results: Results) -> list[Row]:
     return well_measured([row for row in found if peaks.get(row["dtype"])])
 
 
-def roofline(results: Results) -> Any:
+def roofline(results: Results, found: list[Row]) -> Any:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    found, copy = roofline_rows(results), results["ceilings"]["copy_gb_per_s"]
+    copy = results["ceilings"]["copy_gb_per_s"]
     by_dtype = {d: of_it for d in COLOURS if (of_it := select(found, dtype=d))}
     peaks = {dtype: results["ceilings"]["matmul_tflop_per_s"][dtype] for dtype in by_dtype}
     knees = {dtype: 1e3 * peak / copy for dtype, peak in peaks.items()}  # FLOP a byte
@@ -239,8 +233,8 @@ def _names(figure: Any, axis: Any, found: list[Row], forward: str) -> None:
 class Picture(NamedTuple):
     name: str
     alt: str
-    rows: Callable[[Results], list[Any]]
-    draw: Callable[[Results], Any]
+    rows: Callable[[Results], list[Row]]
+    draw: Callable[[Results, list[Row]], Any]
 
 
 PICTURES = (
@@ -278,7 +272,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     paths = {folder / name: picture for name, picture in names(results).items()}
     with matplotlib.rc_context(STYLE):
         for path, picture in paths.items():
-            figure = picture.draw(results)
+            figure = picture.draw(results, picture.rows(results))
             figure.supxlabel(source(results, brief=True), fontsize=7, color=STYLE["axes.edgecolor"])
             figure.savefig(buffer := io.BytesIO(), dpi=DPI, facecolor="white")
             pyplot.close(figure)
@@ -289,11 +283,3 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def digest(results: Results) -> str:
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
-
-
-def stamp(path: Path) -> str | None:
-    """The digest of the results a picture was drawn from."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.info.get(STAMP)

@@ -1,8 +1,9 @@
-"""What a results file says, as text: README's part about one device."""
+"""What a results file says, as text: README's part about one device, and where such a part goes."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from ..measure.results_file import Results
 from .tables import SLOWER, Row, distinct, full_tables, loss_table, readme_tables, select, short
@@ -111,3 +112,12 @@ def section(results: Results, pictures: str = "", full: bool = False) -> str:
         "\n".join(["**Not measured:**", "", *missing]) if missing else "",
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def replace_part(page: Path, markers: tuple[str, str], part: str) -> str:
+    """The text of a page with what stands between the markers replaced."""
+    text, (begin, end) = page.read_text(encoding="utf-8"), markers
+    first, last = text.find(begin), text.find(end)
+    if first < 0 or last < first:
+        raise SystemExit(f"bench: {page.name} has no {begin} with {end} after it to write between")
+    return f"{text[: first + len(begin)]}\n{part}\n{text[last:]}"

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..measure.cases import HOST, INFERENCE, STEP
 from ..measure.results_file import RESULTS, ROOT, Results, load, newest
-from ..report.markdown import replace_part, table
-from ..report.tables import select
+from ..report.section import replace_part
+from ..report.tables import select, table
 from . import model
 from .model import Layer, Machine, of_row, seconds
 
@@ -50,16 +50,15 @@ def measured(results: Results) -> Machine:
     """The machine of a results file. A call's overhead is what it takes with nothing to compute."""
     found, ceilings = results["machine"], results["ceilings"]
     rows = select(results["rows"], group=HOST)
-    return Machine(
-        results["device"],
-        found.get("gpu") or f"{found['cpu']}, {found['threads']} threads",
-        f"measured, commit {results['commit']}, {results['date']}",
+    return replace(
+        ASSUMED,
+        device=results["device"],
+        name=found.get("gpu") or f"{found['cpu']}, {found['threads']} threads",
+        source=f"measured, commit {results['commit']}, {results['date']}",
         copy=ceilings["copy_gb_per_s"] * 1e9,
         matmul={dtype: rate * 1e12 for dtype, rate in ceilings["matmul_tflop_per_s"].items()},
-        launch=ASSUMED.launch,
         host={(n, row["mode"]): row["times_us"][n]["median"] / 1e6 for row in rows for n in TIMED},
         link=ASSUMED.link if results["device"] == "cuda" else 0.0,
-        latency=ASSUMED.latency,
     )
 
 
@@ -140,9 +139,8 @@ def memory_table(device: str) -> str:
         numbers = [*kept, kept[0] / kept[1], *deep, deep[0] / deep[1]]
         recipe = ", ".join(filter(None, (order, norm, activation)))
         body.append([recipe, *(f"{n:.2f}" for n in numbers)])
-    head = ["recipe", "fused", "eager", "ratio"]
-    head += [f"{DEEP} layers: fused, GiB", "eager, GiB", "ratio"]
-    return table(head, body, left=1)
+    deep_head = [f"{DEEP} layers: fused, GiB", "eager, GiB", "ratio"]
+    return table(["recipe", *TIMED, "ratio", *deep_head], body, left=1)
 
 
 def parallel_table(machine: Machine, rows: int = 65536) -> str:

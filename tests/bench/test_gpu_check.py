@@ -90,18 +90,21 @@ def test_without_a_gpu_it_says_so_and_exits_with_2(tmp_path: Path) -> None:
 # Time.
 
 
-def test_what_a_step_leaves_over_goes_to_the_next() -> None:
+def test_what_a_step_leaves_over_goes_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 100.0
+    monkeypatch.setattr(gpu_steps, "perf_counter", lambda: now)
     steps = ["build", "sanitizer", "benchmark"]
     whole = sum(gpu_steps.SECONDS[step] for step in steps)
-    budget = gpu_steps.Budget(steps, 2 * whole, lambda: now)
-    assert budget.left("build") == 2 * gpu_steps.SECONDS["build"]
+    check = make_check(tmp_path, *steps, total=2 * whole)
+    assert check.left("build") == 2 * gpu_steps.SECONDS["build"]
     now += 10
     left = 2 * (gpu_steps.SECONDS["build"] + gpu_steps.SECONDS["sanitizer"]) - 10
-    assert budget.left("sanitizer") == left
+    assert check.left("sanitizer") == left
     now += left + 5
-    assert budget.left("sanitizer") == -5, "a step that overran"
-    assert budget.left("benchmark") == 2 * gpu_steps.SECONDS["benchmark"] - 5
+    assert check.left("sanitizer") == -5, "a step that overran"
+    assert check.left("benchmark") == 2 * gpu_steps.SECONDS["benchmark"] - 5
 
 
 def python(code: str) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from bench.measure import counts
 from bench.measure.cases import HOST, INFERENCE, STEP, Case, Job
 from bench.measure.results_file import RESULTS, load, newest
-from bench.report.markdown import replace_part
+from bench.report.section import replace_part
 from bench.scaling import command as scaling
 from bench.scaling import model
 from bench.scaling.model import Layer, Machine, kernels, seconds
