@@ -88,8 +88,8 @@ struct Forward {
           at.n = k;
           return run_stages<T>(layer, stages, 0, side.norm_at, at, load_packed(strip(k)), row);
         };
-        row = stats_of(moments(team, side.width, layer.norm == Norm::layer, before), side.width,
-                       layer.eps);
+        row = stats_of(layer, moments(team, side.width, layer.norm == Norm::layer, before),
+                       side.width);
         if (group == 0) store_stats(call.out.stats, layer, team, at, row);
       }
       for (at.n = team.lane * kStrip; at.n < side.width; at.n += team.size * kStrip) {
@@ -125,7 +125,7 @@ struct Forward {
           store_part(team, at, part);
           continue;
         }
-        row = stats_of(part, side.width, layer.eps);
+        row = stats_of(layer, part, side.width);
         store_stats(call.out.stats, layer, team, at, row);
       }
       store(y, at, run_stages<T>(layer, stages, norm, stages.count, at, t, row));
@@ -160,7 +160,7 @@ struct Forward {
       row = merge(row, static_cast<float>(i * size.n), part,
                   static_cast<float>(left < size.n ? left : size.n));
     }
-    return stats_of(row, at.width, layer.eps);
+    return stats_of(layer, row, at.width);
   }
 
   __device__ __forceinline__ void finish_rows() const {

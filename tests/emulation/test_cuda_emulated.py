@@ -366,6 +366,35 @@ def test_nan_and_inf_stay_in_their_row(name, dtype, bad):
     assert torch.equal(ours["y"].isnan(), plain["y"].isnan())
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+@pytest.mark.parametrize("order", ["note", "prenorm", "bert-output"])
+def test_a_variance_that_overflows(order, norm, dtype):
+    """FIDELITY 10: NaN of layer norm (of torch's by the width), 0 of the others."""
+    settings = {"order": order, "norm": norm, "activation": None, "dtype": dtype, "pad": True}
+    for N in (72, 264):
+        clean = make_case(9, 72, N, residual=N, training=norm != "batch", **settings)
+        tensors = {name: clean.tensors[name].clone() for name in ("x", "residual")}
+        for t in tensors.values():
+            t[2] *= 1e20
+            t[3] = 0
+            t[3, 5] = 1e20
+        case = clean.with_tensors(**tensors)
+        ours, plain = (f(case, asked=("x", "residual")) for f in (emulated, eager))
+        if norm == "layer":
+            assert ours["y"][2:4].isnan().all() and ours["dx"][2:4].isnan().all()
+        else:
+            for name, t in ours.items():
+                assert torch.equal(t.isnan(), plain[name].isnan()), name
+                torch.testing.assert_close(t[2:4], plain[name][2:4], rtol=0.1, atol=0.1)
+        expected, others = emulated(clean, asked=("x", "residual")), [0, 1, *range(4, 9)]
+        check_same(
+            {n: t[others] for n, t in ours.items()},
+            {n: t[others] for n, t in expected.items()},
+            norm,
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_races(name, dtype):
