@@ -122,7 +122,7 @@ __device__ FUSEDRES_APART Strip drop_sample(const Layer& layer, Place at, Strip 
 template <class T>
 __device__ __forceinline__ Strip add_residual(const Layer& layer, Place at, const Strip& t) {
   at.width = static_cast<int>(layer.R);
-  return map(t, load(rows_of<T>(layer.residual), at),
+  return map(t, load(rows_of<T>(layer.residual, layer.residual_dtype), at),
              [&](float v, float r) { return v + layer.residual_scale * r; });
 }
 

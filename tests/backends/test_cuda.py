@@ -1,5 +1,7 @@
 """The CUDA backend as seen from Python on a machine without a GPU: what it refuses, plans, says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -50,6 +52,29 @@ def test_what_the_kernels_take():
     assert "running statistics only" in refusal(norm="batch", training=True)
     assert "float64" in refusal(dtype="float64")
     assert "2^20" in refusal(N=(1 << 20) + 1)
+
+
+def test_which_dtypes_may_meet():
+    """float32 for x, residual and y beside a product of 16 bits, on the sm_80 kernels."""
+
+    def refusal(dtype, **dtypes):
+        spec = replace(make_spec(activation="gelu"), **dtypes)
+        assert (
+            "sm80"
+            in native.extension.cuda_plan(str(spec), dtype, 65536, 1024, 1024, *HOPPER)["kernel"]
+        )
+        return native.extension.cuda_why_not(str(spec), dtype, 1024, 1024, 227 << 10, True)
+
+    single = dict.fromkeys(("x_dtype", "residual_dtype", "y_dtype"), "float32")
+    for dtype in ("float16", "bfloat16"):
+        assert refusal(dtype, **single) is None
+        for name in single:
+            assert refusal(dtype, **{name: "float32"}) is None
+    for name in single:
+        assert "or float32" in refusal("float32", **{name: "bfloat16"})
+        assert "or float32" in refusal("float16", **{name: "bfloat16"})
+    spec = replace(make_spec(), y_dtype="float64")
+    assert "float64" in backends.why_not("cuda", spec, F32, CPU, 8, 8)
 
 
 def test_rows_too_wide_for_shared_memory():
