@@ -114,9 +114,7 @@ struct MixedRows : Rows<T> {
 
 template <class T>
 FUSEDRES_HD MixedRows<T> rows_of(const Matrix& m, DType dtype) {
-  const bool single = dtype == DType::float32;
-  const int64_t bytes = m.stride * (single ? sizeof(float) : sizeof(T));
-  return {{static_cast<T*>(m.data), m.stride, is_aligned(m.data, bytes)}, single};
+  return {rows_of<T>(m), dtype == DType::float32};  // what is aligned for T is so for float
 }
 
 template <class T, bool kPastL1 = false>
