@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "tensors.h"
 
@@ -66,9 +67,17 @@ inline std::string backward_schema(const std::string& op) {
 
 // ---- checks: whoever calls the op directly gets an error, not a crash
 
-inline bool together(const Tensor& t, const Tensor& x) { return t.device() == x.device(); }
+// What every tensor of a call shares with x.
+struct Common {
+  decltype(std::declval<const Tensor&>().device()) device;
+  bool float64;
+  Common(const Tensor& x)  // NOLINT: so that x itself will do
+      : device(x.device()), float64(x.scalar_type() == ScalarType::Double) {}
+};
 
-inline void check_vector(const char* name, const Optional& t, int64_t size, const Tensor& x) {
+inline bool together(const Tensor& t, const Common& x) { return t.device() == x.device; }
+
+inline void check_vector(const char* name, const Optional& t, int64_t size, const Common& x) {
   if (!t) return;
   STD_TORCH_CHECK(together(*t, x) && t->dim() == 1 && t->size(0) == size, "fusedres: ", name,
                   " has shape ", shape_text(*t), ", expected (", size, ",) on x's device");
@@ -76,13 +85,12 @@ inline void check_vector(const char* name, const Optional& t, int64_t size, cons
 }
 
 inline void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns,
-                         const Tensor& x) {
+                         const Common& x) {
   STD_TORCH_CHECK(together(t, x) && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns,
                   "fusedres: ", name, " has shape ", shape_text(t), ", expected (", rows, ", ",
                   columns, ") on x's device");
-  STD_TORCH_CHECK(
-      (t.scalar_type() == ScalarType::Double) == (x.scalar_type() == ScalarType::Double),
-      "fusedres: of ", name, " and x only one is float64");
+  STD_TORCH_CHECK((t.scalar_type() == ScalarType::Double) == x.float64, "fusedres: of ", name,
+                  " and x only one is float64");
   dtype_of(t);
 }
 
@@ -92,16 +100,17 @@ inline void check(const Call& c, bool cuda) {
                   shape_text(c.x), ", expected (M, K) on ", cuda ? "a CUDA device" : "the CPU");
   STD_TORCH_CHECK(c.weight.dim() == 2, "fusedres: weight has shape ", shape_text(c.weight),
                   ", expected (N, K)");
-  check_matrix("x", c.x, c.x.size(0), c.weight.size(1), c.x);
-  check_matrix("weight", c.weight, c.N(), c.K(), c.x);
-  check_vector("bias", c.bias, c.N(), c.x);
+  const Common x(c.x);
+  check_matrix("x", c.x, c.x.size(0), c.weight.size(1), x);
+  check_matrix("weight", c.weight, c.N(), c.K(), x);
+  check_vector("bias", c.bias, c.N(), x);
   STD_TORCH_CHECK(!c.bias || c.bias->scalar_type() == c.product_dtype(),
                   "fusedres: bias and weight have different dtypes");
-  check_vector("norm_weight", c.norm_weight, c.width(Stage::norm), c.x);
-  check_vector("norm_bias", c.norm_bias, c.width(Stage::norm), c.x);
-  check_vector("running_mean", c.running_mean, c.width(Stage::norm), c.x);
-  check_vector("running_var", c.running_var, c.width(Stage::norm), c.x);
-  check_vector("gate", c.gate, r.scalar_gate ? 1 : c.width(Stage::gate), c.x);
+  check_vector("norm_weight", c.norm_weight, c.width(Stage::norm), x);
+  check_vector("norm_bias", c.norm_bias, c.width(Stage::norm), x);
+  check_vector("running_mean", c.running_mean, c.width(Stage::norm), x);
+  check_vector("running_var", c.running_var, c.width(Stage::norm), x);
+  check_vector("gate", c.gate, r.scalar_gate ? 1 : c.width(Stage::gate), x);
   STD_TORCH_CHECK(c.gate || !r.has(Stage::gate),
                   "fusedres: the recipe has a gate stage, but gate is None");
   const bool running = r.has(Stage::norm) && r.norm == Norm::batch && !r.batch_stats;
@@ -110,14 +119,14 @@ inline void check(const Call& c, bool cuda) {
                   "running_mean and running_var");
   STD_TORCH_CHECK(c.sample_rows > 0, "fusedres: sample_rows must be positive, got ", c.sample_rows);
   if (r.has(Stage::dropout) || r.has(Stage::droppath))
-    STD_TORCH_CHECK(c.seed && together(*c.seed, c.x) && c.seed->numel() == 1 &&
+    STD_TORCH_CHECK(c.seed && together(*c.seed, x) && c.seed->numel() == 1 &&
                         c.seed->scalar_type() == ScalarType::Long,
                     "fusedres: dropout and drop-path need seed, one int64 on x's device");
   if (c.residual) {
     STD_TORCH_CHECK(c.residual->dim() == 2 && c.residual->size(1) <= c.width(Stage::add),
                     "fusedres: residual has shape ", shape_text(*c.residual), ", expected (", c.M(),
                     ", ", c.width(Stage::add), ")");
-    check_matrix("residual", *c.residual, c.M(), c.residual->size(1), c.x);
+    check_matrix("residual", *c.residual, c.M(), c.residual->size(1), x);
   } else {
     STD_TORCH_CHECK(!r.has(Stage::add) || c.K() <= c.width(Stage::add),
                     "fusedres: residual is None, but x has ", c.K(), " features and the sum ",

@@ -18,6 +18,8 @@ from .spec import Spec
 from .tracing import constant_when_compiled, is_batched
 
 TENSORS = 10  # of the operands
+_NONE = (None,) * len(DIFFERENTIABLE)
+_REST = (None,) * (len(Operands._fields) + 2 - len(DIFFERENTIABLE))  # recipe and backend, too
 
 
 @constant_when_compiled
@@ -29,16 +31,36 @@ def _facts(recipe: str) -> tuple[bool, bool, bool, bool, bool]:
 
 
 def _stand_in(t: Tensor) -> Tensor:
-    """Of t's shape, dtype and device, without memory: for what backward does not look at."""
-    return t.new_zeros(()).expand(t.shape)
+    """Of t's shape, dtype and device, without memory or launch: for what backward does not read."""
+    return t.new_empty(()).expand(t.shape)
+
+
+def _kept(
+    x: Tensor, learns: bool, residual: Tensor | None, saved: list[Tensor], recipe: str
+) -> tuple[tuple[Tensor, Tensor | None], list[Tensor], Tensor | None, Tensor | None]:
+    """x and residual or what stands in for them, `saved` in the same way, the batch statistics, and
+    what stands for x in a gradient of a gradient. `learns`: weight, whose gradient looks at x.
+    """
+    reads_x, reads_residual, saves_z, batch_stats, casts = _facts(recipe)
+    stats, stands_for_x = saved[saves_z] if batch_stats else None, None
+    reads_x |= reads_residual and residual is None
+    if not reads_x and (casts or not learns):
+        stands_for_x = saved[-1] if learns else saved[0] if saves_z else None
+        x = _stand_in(x)
+    if casts and not learns:
+        saved = [*saved[:-1], _stand_in(saved[-1])]
+    if residual is not None and not reads_residual:
+        residual = _stand_in(residual)
+    return (x, residual), saved, stats, stands_for_x
 
 
 class FusedResidualFunction(torch.autograd.Function):
     """apply(*operands, recipe, backend): the fields of ``fusedres.operands.Operands``, in order, a
     recipe's text (``str(spec)``) and a key of ``fusedres.ops.FORWARD``.
 
-    Returns y (M, N); stats, which carry no gradient: (2, C), mean and biased variance, where batch
-    norm used this batch's statistics, else None; and what stands for x below, else None.
+    Returns y (M, N), where need be in a tuple with stats, which carry no gradient: (2, C), mean and
+    biased variance, where batch norm used this batch's statistics, else None; and with what stands
+    for x below, else None.
 
     Saved for backward: what the op returns beside y (``fusedres.operands.Outputs``) and the
     operands that the gradients asked for look at. x is not kept where weight is frozen and nothing
@@ -52,35 +74,28 @@ class FusedResidualFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Any, norm_weight: Any, norm_bias: Any, gate: Any,
         residual: Any, running_mean: Any, running_var: Any, seed: Any, sample_rows: int,
         recipe: str, backend: str,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """y, stats and what stands for x, see the class."""
+    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """y, or y, stats and what stands for x, see the class."""
         y, *saved = ops.FORWARD[backend](
             x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
             seed, sample_rows, recipe, True,
         )  # fmt: skip
-        reads_x, reads_residual, saves_z, batch_stats, casts = _facts(recipe)
-        stands_for_x = None
-        if not reads_x and (casts or not weight.requires_grad):
-            if not weight.requires_grad:
-                stands_for_x = saved[0] if saves_z else None
-                saved = [*saved[:-1], _stand_in(saved[-1])] if casts else saved
-            else:
-                stands_for_x = saved[-1]
-            if residual is not None or not reads_residual:
-                x = _stand_in(x)
-            else:
-                stands_for_x = None
-        if residual is not None and not reads_residual:
-            residual = _stand_in(residual)
+        usual = residual is None and weight.requires_grad and x.dtype is weight.dtype
+        if usual and "batch_stats" not in recipe:
+            ctx.settings = sample_rows, recipe, backend, False
+            ctx.save_for_backward(
+                x, weight, bias, norm_weight, norm_bias, gate, None, running_mean, running_var,
+                seed, *saved,
+            )  # fmt: skip
+            return y
+        kept = _kept(x, weight.requires_grad, residual, saved, recipe)
+        (x, residual), saved, stats, stands_for_x = kept
+        ctx.settings = sample_rows, recipe, backend, stands_for_x is not None
         ctx.save_for_backward(
             x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var,
             seed, *saved,
         )  # fmt: skip
-        ctx.settings = sample_rows, recipe, backend, stands_for_x is not None
-        if not batch_stats and stands_for_x is None:
-            return y, None, None
         ctx.set_materialize_grads(False)
-        stats = saved[saves_z] if batch_stats else None
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         return y, stats, stands_for_x
@@ -91,29 +106,29 @@ class FusedResidualFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """From dy (M, N) the gradients of the differentiable operands, None where not needed."""
         saved = ctx.saved_tensors
-        tensors, saved = saved[:TENSORS], saved[TENSORS:]
-        needs = ctx.needs_input_grad[: len(DIFFERENTIABLE)]
+        needs = ctx.needs_input_grad[:7]
         sample_rows, recipe, backend, stands = ctx.settings
-        grads: list[Tensor | None] = [None] * len(DIFFERENTIABLE)
-        o = (*tensors, sample_rows)
+        tensors, saved = saved[:TENSORS], saved[TENSORS:]
         plain = torch.is_grad_enabled()  # create_graph=True: gradients to be differentiated again
+        grads: tuple[Any, ...] = _NONE
         if dy is not None and not plain:
             mask = sum(need << i for i, need in enumerate(needs))
             try:  # costs nothing, unlike a question
-                given = iter(ops.BACKWARD[backend](dy, saved, *o, recipe, mask))
-                grads = [next(given) if need else None for need in needs]
+                given = iter(ops.BACKWARD[backend](dy, saved, *tensors, sample_rows, recipe, mask))
+                grads = tuple(next(given) if need else None for need in needs)
             except RuntimeError as error:
                 check_memory(error)
                 if not is_batched(dy):
                     raise
                 plain = True
+        o = (*tensors, sample_rows)
         if dy is not None and plain:
             grads, more = _composite_gradients(o, saved, stands, needs, dy, recipe, backend)
             if more is not None:
                 d_stands = more if d_stands is None else d_stands + more
         if d_stands is not None:
-            _through(o, recipe, backend, needs, d_stands, grads)
-        return (*grads, None, None, None, None, None, None)
+            grads = _through(o, recipe, backend, needs, d_stands, grads)
+        return grads + _REST
 
 
 # What Function.apply comes down to where no functorch transform is at work and dynamo does not
@@ -128,23 +143,25 @@ def _bias_after_product(o: Operands, backend: str) -> bool:
 
 def _through(
     operands: tuple[Any, ...], recipe: str, backend: str, needs: tuple[bool, ...], d: Tensor,
-    grads: list[Any],
-) -> None:  # fmt: skip
-    """Adds to `grads` what the gradient `d` of what stands for x makes of them."""
+    grads: tuple[Any, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """`grads` with what the gradient `d` of what stands for x adds to them."""
     o = Operands._make(operands)
     dx, dbias = d, None
     if not o.weight.requires_grad:  # it is z
         dx = d @ o.weight
         dbias = None if _bias_after_product(o, backend) else d.sum(0)
+    found = list(grads)
     for i, more in ((0, dx.to(o.x.dtype)), (2, dbias)):
         if needs[i] and more is not None:
-            grads[i] = more if grads[i] is None else grads[i] + more
+            found[i] = more if found[i] is None else found[i] + more
+    return tuple(found)
 
 
 def _composite_gradients(
     operands: tuple[Any, ...], saved: tuple[Tensor, ...], stands: bool, needs: tuple[bool, ...],
     dy: Tensor, recipe: str, backend: str,
-) -> tuple[list[Tensor | None], Tensor | None]:  # fmt: skip
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:  # fmt: skip
     """The gradients by plain torch ops, and that of what stands for x, if something does."""
     create_graph = torch.is_grad_enabled()
     no_autocast = nullcontext() if dy.is_meta else torch.autocast(dy.device.type, enabled=False)
@@ -170,4 +187,4 @@ def _composite_gradients(
             y, wanted + inside, dy, create_graph=create_graph, allow_unused=True
         )
     given = iter(grads)
-    return [next(given) if need else None for need in needs], next(given, None)
+    return tuple(next(given) if need else None for need in needs), next(given, None)

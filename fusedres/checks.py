@@ -46,14 +46,15 @@ SCRIPT = (
 
 
 def check_tensor(name: str, value: Any, optional: bool = False) -> None:
+    if isinstance(value, Tensor) or (optional and value is None):
+        return
     if type(value).__name__ == "Proxy":
         raise TypeError(
             f"{OP}: {name} is a torch.fx.Proxy; torch.fx.symbolic_trace cannot look into this "
             f"layer: make it a leaf (Tracer.is_leaf_module), or use torch.export"
         )
-    if not (isinstance(value, Tensor) or (optional and value is None)):
-        expected = "a torch.Tensor or None" if optional else "a torch.Tensor"
-        raise TypeError(f"{OP}: {name} must be {expected}, got {type(value).__name__}")
+    expected = "a torch.Tensor or None" if optional else "a torch.Tensor"
+    raise TypeError(f"{OP}: {name} must be {expected}, got {type(value).__name__}")
 
 
 def _check_vector(
@@ -180,7 +181,8 @@ def check_operands(spec: Spec, x: Any, weight: Tensor, residual: Any, pad: bool)
     K = weight.shape[1]
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != K:
         check_x(x, K)
-    check_tensor("residual", residual, optional=True)
+    if residual is not None:
+        check_tensor("residual", residual)
     width = weight.shape[0] if "add" in spec.epilogue else K
     if residual is not None or (width != K and spec.adds):
         check_residual(spec, x, residual, width, pad)

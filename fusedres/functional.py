@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import backends, checks, graphs, ops
 from .autograd import FusedResidualFunction, apply_plainly
 from .dtypes import typed
-from .operands import DIFFERENTIABLE, Operands
+from .operands import Operands
 from .reference import composite, draw_seed, rows_per_sample, spec_of
 from .spec import Spec, make_spec, one_of
 from .tracing import transforms_active
 
 _forward_ad = torch.autograd.forward_ad
+_modes = torch._C._len_torch_dispatch_stack
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -42,7 +43,7 @@ def composite_only(x: Tensor, weight: Tensor) -> bool:
 
 
 def _require_grad(o: tuple[Any, ...]) -> bool:
-    for t in o[: len(DIFFERENTIABLE)]:  # noqa: SIM110 (any() takes three times as long)
+    for t in o[:7]:  # DIFFERENTIABLE  # noqa: SIM110 (any() takes three times as long)
         if t is not None and t.requires_grad:
             return True
     return False
@@ -67,8 +68,9 @@ def run(
     or torch.utils.checkpoint stop it halfway.
     """
     x, weight, residual = o.x, o.weight, o.residual
-    inner = composite_only(x, weight) or (not is_dynamo_compiling() and graphs.wants_plain_ops())
-    unchecked = own_parameters and not (inner or spec.batch_stats or is_dynamo_compiling())
+    compiling, exporting = is_dynamo_compiling(), is_exporting()
+    inner = composite_only(x, weight) or (not compiling and graphs.wants_plain_ops(exporting))
+    unchecked = own_parameters and not (inner or spec.batch_stats or compiling)
     if unchecked:
         checks.check_operands(spec, x, weight, residual, pad)
     else:
@@ -90,7 +92,8 @@ def run(
     M = o.x.shape[0]
 
     name = "reference"
-    batch: tuple[Tensor | None, Tensor | None] = None, None
+    batch: tuple[Tensor, Tensor] | None = None
+    unbias = 1.0
     if not inner:
         small = x.is_cuda and backends.is_small(x.device, dtype, M, N, K)
         name = backends.choose(backend, recipe, dtype, x.device, N, K, small)
@@ -108,16 +111,16 @@ def run(
         call = o._replace(running_mean=None, running_var=None) if spec.batch_stats else o
         if autocast:  # as autocast casts a product's: once a call, in torch ops with gradients
             call = call._replace(weight=_cast(weight, autocast), bias=_cast(o.bias, autocast))
-        compiling = is_dynamo_compiling()
-        if not compiling and torch._C._len_torch_dispatch_stack():
+        if not compiling and _modes():
             graphs.register_flops()
         try:
-            if torch.compiler.is_exporting():
+            if exporting:
                 y, *rest = graphs.residual_layer(*call, recipe, name)
                 stats = rest[0] if spec.batch_stats else None
             elif torch.is_grad_enabled() and _require_grad(o):
                 apply = FusedResidualFunction.apply if compiling else apply_plainly
-                y, stats, _ = apply(*call, recipe, name)
+                out = apply(*call, recipe, name)
+                y, stats, _ = out if isinstance(out, tuple) else (out, None, None)
             else:
                 y, *rest = ops.FORWARD[name](*call, recipe, False)
                 stats = rest[0] if spec.batch_stats else None
@@ -125,11 +128,10 @@ def run(
             checks.check_call(spec, given, pad)
             checks.check_memory(error)
             raise
-        if stats is not None and o.running_mean is not None:
-            mean, var = stats.unbind()
-            batch = mean, var * (M / (M - 1))
+        if stats is not None:
+            batch, unbias = stats.unbind(), M / max(M - 1, 1)
     if spec.batch_stats:
-        update_running_statistics(o, batch, M, momentum, tracked)
+        update_running_statistics(o, batch, unbias, M, momentum, tracked)
     return y if flat else y.view(*x.shape[:-1], N)
 
 
@@ -140,23 +142,28 @@ def _cast(t: Any, dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def update_running_statistics(
     o: Operands,
-    batch: tuple[Tensor | None, Tensor | None],
+    batch: tuple[Tensor, Tensor] | None,
+    unbias: float,
     rows: int,
     momentum: float | None,
     tracked: Tensor | None,
 ) -> None:
-    """running = (1 - momentum) * running + momentum * batch, as torch does, with batch's mean and
-    unbiased variance; `tracked` counts the batches, momentum=None averages over all of them.
+    """running = (1 - momentum) * running + momentum * batch, as torch does, with the batch's mean
+    and `unbias` times its variance; `tracked` counts the batches, momentum=None averages over all.
     """
-    for running, new in zip((o.running_mean, o.running_var), batch, strict=True):
-        if running is not None and new is not None and rows > 1:
-            weight: Any = momentum
-            if weight is None:
-                weight = 0.0 if tracked is None else (tracked + 1).to(new.dtype).reciprocal()
-            if running.dtype == new.dtype:  # not lerp, which makes NaN of infinity
-                running.mul_(1 - weight).add_(new * weight)
-            else:  # rounded once, at the end
-                running.copy_(running.to(new.dtype) * (1 - weight) + new * weight)
+    pairs = zip((o.running_mean, o.running_var), batch or (), (1.0, unbias), strict=False)
+    for running, new, scale in pairs:
+        if running is None or rows <= 1:
+            continue
+        # mul and add, not lerp, which makes NaN of infinity
+        if momentum is None:
+            weight: Any = 0.0 if tracked is None else (tracked + 1).to(new.dtype).reciprocal()
+            running.copy_(running * (1 - weight) + new * (scale * weight))
+        elif running.dtype == new.dtype:
+            running.mul_(1 - momentum).add_(new, alpha=scale * momentum)
+        else:  # rounded once, at the end
+            kept = running.to(new.dtype).mul_(1 - momentum)
+            running.copy_(kept.add_(new, alpha=scale * momentum))
     if tracked is not None:
         tracked.add_(1)
 

@@ -19,13 +19,16 @@ from .autograd import FusedResidualFunction
 from .operands import Operands
 from .spec import Spec
 
+# torch.jit.trace need not know that our own questions about shapes are no part of the graph.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="fusedres")
 
-def wants_plain_ops() -> bool:
+
+_tracing_state = torch._C._get_tracing_state
+
+
+def wants_plain_ops(exporting: bool) -> bool:
     """Whether a tool is tracing that knows no ops but torch's."""
-    if torch._C._get_tracing_state() is not None:  # our own questions about shapes are none of it
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="fusedres")
-        return True
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return _tracing_state() is not None or (exporting and torch.onnx.is_in_onnx_export())
 
 
 LAYER_SCHEMA = f"({ops.OPERANDS}, str recipe, str backend) -> Tensor[]"
@@ -40,7 +43,8 @@ def _run(*call: Any) -> list[Tensor]:
 
 def _run_recording(*call: Any) -> list[Tensor]:
     register_flops()
-    y, stats, _ = FusedResidualFunction.apply(*call)
+    out = FusedResidualFunction.apply(*call)
+    y, stats = out[:2] if isinstance(out, tuple) else (out, None)
     return [y] if stats is None else [y, stats]
 
 
@@ -85,6 +89,6 @@ def register_flops() -> None:
     found = (getattr(getattr(mode, "counter", None), "flop_registry", None) for mode in modes)
     for registry in (counter.flop_registry, *(r for r in found if r is not None)):
         for table, flops in ((ops.FORWARD, _forward_flops), (ops.BACKWARD, _backward_flops)):
-            op: Any
-            for op in table.values():
-                registry.setdefault(op.overloadpacket, counter.shape_wrapper(flops))
+            packets = {getattr(op, "overloadpacket", None) for op in table.values()}
+            for packet in packets - {None}:
+                registry.setdefault(packet, counter.shape_wrapper(flops))

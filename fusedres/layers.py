@@ -113,7 +113,9 @@ def watched() -> str | None:
         or _global_backward_pre_hooks
     ):
         return "all modules have hooks"
-    return "torch.nn.Module.__call__ was replaced" if _Module.__call__ is not _CALL else None
+    if _Module.__call__ is _CALL or torch.compiler.is_exporting():  # which keeps a stack by it
+        return None
+    return "torch.nn.Module.__call__ was replaced"
 
 
 def parameter(module: Any, name: str) -> Any:

@@ -179,7 +179,8 @@ def saved_bytes(layer: Layer, contender: str, device: str) -> int:
     if contender == "fused":
         rows = 2 * M if device == "cuda" and spec.norm in ("layer", "rms") else 0
         vectors = 2 * layer.width if spec.batch_stats else rows
-        return spec.saves_z * layer.y + vectors * EXACT
+        stand_in = layer.residual and not spec.saves_residual  # of the residual: one element
+        return spec.saves_z * layer.y + vectors * EXACT + stand_in * layer.b
     composed = spec.norm == "rms" and device == "cpu"
     twice = composed and layer.b < EXACT  # its input is kept in fp32, not as it is
     shifts = {"norm": () if twice else (0,), "linear": (0,)}

@@ -11,8 +11,15 @@ import torch
 
 from fusedres import FusedResidual, fused_residual, register_activation
 from fusedres.backends import choose, cuda, native, plan
+from fusedres.reference import ACTIVATION_FUNCTIONS
+from fusedres.spec import REGISTERED
 
-register_activation("twice_missed", lambda h: h + h)
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_activation():
+    register_activation("twice_missed", lambda h: h + h)
+    yield
+    del ACTIVATION_FUNCTIONS["twice_missed"], REGISTERED["twice_missed"]
 
 
 @pytest.fixture(autouse=True)

@@ -520,10 +520,10 @@ def test_an_op_refuses_what_does_not_fit(op):
             with pytest.raises(RuntimeError, match="fusedres: "):
                 forward(*call, True)
             with pytest.raises(RuntimeError, match="fusedres: "):
-                backward(y, z, stats, *call, 1)
+                backward(y, [z, stats], *call, 1)
     for wrong in ((y[:3], z), (y, z[:, :3])):
         with pytest.raises(RuntimeError, match=r"fusedres: (dy|z) has shape"):
-            backward(*wrong, stats, *operands, *rest, 1)
+            backward(wrong[0], [wrong[1], stats], *operands, *rest, 1)
     for missing in ((None, None, None, 1, str(case.spec)), (*rest[:4], f"{case.spec} norm=batch")):
         with pytest.raises(RuntimeError, match="is None, needed by"):
             forward(*operands, *missing, True)

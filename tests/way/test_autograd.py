@@ -89,6 +89,7 @@ def test_change_in_place_is_noticed(name):
     )
     if name == "x":
         held = tensors["x"] * leaf
+        tensors["weight"].requires_grad_()  # whose gradient looks at x
         y = fused_residual(**{**tensors, "x": held}, order="postnorm")
         held.mul_(2)
     else:
@@ -222,12 +223,12 @@ def cuda_autocast():
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a build without CUDA")
 @pytest.mark.parametrize("order", ["note", "postnorm"])
 def test_dtype_of_the_composite_under_autocast(cuda_autocast, order):
-    """Autocast's, though on CUDA it makes float32 of F.layer_norm. Fakes need no GPU."""
+    """Residual's: on CUDA autocast makes float32 of F.layer_norm. Fakes need no GPU."""
     with FakeTensorMode():
         layer = FusedResidual(K, order=order, backend="reference", device="cuda")
         x = torch.randn(M, K, device="cuda")
-        assert layer(x).dtype == torch.bfloat16
-        assert torch.func.vmap(layer)(x[None]).dtype == torch.bfloat16
+        assert layer(x).dtype == Residual(K, order=order, device="cuda")(x).dtype == torch.float32
+        assert torch.func.vmap(layer)(x[None]).dtype == torch.float32
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -266,9 +267,77 @@ def test_undefined_cotangent_and_stats(asked):
     x, w = torch.randn(M, K, requires_grad=True), torch.randn(K, K)
     none = (None,) * 8
     recipe = "linear-norm-add norm=batch batch_stats=1"
-    y, stats = FusedResidualFunction.apply(x, w, *none, 1, recipe, "cpu")
+    y, stats, _ = FusedResidualFunction.apply(x, w, *none, 1, recipe, "cpu")
     assert y.requires_grad and not stats.requires_grad
     nothing = torch.autograd.grad(
         torch._C._functions.UndefinedGrad()(y), x, torch.ones(M, K), allow_unused=True
     )
     assert nothing == (None,) and asked == []
+
+
+KEPT = ({}, {"order": "prenorm"}, {"order": "resnet-v1"}, {"norm": None}, {"order": "linear-add"})
+
+
+@pytest.mark.parametrize("settings", KEPT)
+@pytest.mark.parametrize("frozen", [(), ("linear.weight",), ("linear.weight", "linear.bias")])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_gradients_of_gradients_without_x(settings, frozen, autocast, own):
+    """Where x or the residual is not kept, z or the cast of x leads the second gradient back."""
+    results, tensors = [], [torch.randn(M, K) for _ in range(3)]
+    for layer in twins(activation="gelu", **settings):
+        for name, p in layer.named_parameters():
+            p.requires_grad_(name not in frozen)
+        x, r = (t.clone().requires_grad_() for t in tensors[:2])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x, r) if own else layer(x)
+        leaves = [x, *(p for p in layer.parameters() if p.requires_grad), *([r] if own else [])]
+        (dx,) = torch.autograd.grad((y.float() * tensors[2]).sum(), x, create_graph=True)
+        penalty = dx.float().square().sum() + y.float().square().sum()
+        results.append([y, dx, *torch.autograd.grad(penalty, leaves)])
+    for ours, eager in zip(*results, strict=True):
+        assert ours.dtype == eager.dtype
+        bound = 0.12 if autocast else 1e-4
+        assert (ours - eager).abs().max() <= bound * eager.abs().max()
+
+
+def kept_bytes(call, *alive):
+    """Of storages that are not alive anyway."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    for t in alive:
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("settings", KEPT)
+@pytest.mark.parametrize("frozen", [(), ("linear.weight",)])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_keeps_no_more_than_eager(settings, frozen, autocast, own):
+    counts = []
+    for layer in twins(activation="gelu", **settings):
+        for name, p in layer.named_parameters():
+            p.requires_grad_(name not in frozen)
+        leaf, r = (torch.randn(M, K, requires_grad=True) for _ in range(2))
+        inputs = (leaf * 1, r * 1) if own else (leaf * 1,)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            counts.append(kept_bytes(lambda: layer(*inputs), *layer.parameters()))  # noqa: B023
+    assert counts[0] <= counts[1] + 10 + 2 * K  # stand-ins, the cast of the bias
+
+
+def test_a_variance_that_overflows_is_nan(native):
+    """As torch's is, and in that row alone."""
+    x = torch.randn(4, 16)
+    x[1] *= 1e20
+    for order in ("norm-linear", "linear-norm-act", "prenorm", "postnorm"):
+        layer = FusedResidual(16, order=order)
+        layer.linear.weight.data.copy_(torch.eye(16))
+        y = layer(x)
+        assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all(), order

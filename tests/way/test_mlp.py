@@ -175,8 +175,8 @@ def test_double_backward_and_autocast():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(block, (x,))
     with torch.autocast("cpu", torch.bfloat16):
-        for block in (FusedResidualMLP(8, 16, 4), FusedResidualMLP(8)):
-            assert block(torch.randn(3, 8)).dtype == torch.bfloat16
+        assert FusedResidualMLP(8, 16, 4)(torch.randn(3, 8)).dtype == torch.bfloat16
+        assert FusedResidualMLP(8)(torch.randn(3, 8)).dtype == torch.float32  # + x
 
 
 def test_defaults_and_keys():

@@ -51,7 +51,7 @@ def forward_arguments(case, save=True):
 
 def backward_arguments(case, outputs, needs):
     *operands, recipe, _save = forward_arguments(case)
-    return (case.dy, *outputs[1:], *operands, recipe, needs)
+    return (case.dy, outputs[1:], *operands, recipe, needs)
 
 
 def all_needs(case):
@@ -91,12 +91,13 @@ def test_outputs_are_fresh(tables, name):
         (arguments_back, backward(*arguments_back), ops.backward_fake),
     )
     for given, results, fake in calls:
+        flat = [t for a in given for t in (a if isinstance(a, list) else [a])]
         storages = [
             t.untyped_storage().data_ptr()
-            for t in (*given, *results)
+            for t in (*flat, *results)
             if torch.is_tensor(t) and t.numel()
         ]
-        inputs = {t.untyped_storage().data_ptr() for t in given if torch.is_tensor(t) and t.numel()}
+        inputs = {t.untyped_storage().data_ptr() for t in flat if torch.is_tensor(t) and t.numel()}
         assert len(set(storages)) == len(inputs) + sum(1 for t in results if t.numel())
         for real, meta in zip(results, fake(*given), strict=True):
             assert (real.shape, real.stride(), real.dtype) == (

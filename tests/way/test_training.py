@@ -1,13 +1,16 @@
 """Layers in training: optimizers, train and eval, autocast, and 32 steps beside the reference."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cases import ALIASES
-from fusedres import NORMS, FusedResidual, Residual
+from fusedres import NORMS, ORDERS, FusedResidual, Residual
 from oracle import assert_as_accurate, double
 
 
@@ -48,25 +51,90 @@ def test_train_and_eval(order):
     torch.testing.assert_close(layer(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+X_DTYPES, LOW = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("norm", [None, *NORMS])
-def test_autocast(norm):
-    layer, plain = (cls(32, norm=norm, activation="gelu") for cls in (FusedResidual, Residual))
-    plain.load_state_dict(layer.state_dict())
-    low = copy.deepcopy(plain).bfloat16()
-    x, dy = torch.randn(128, 32), torch.randn(128, 32).bfloat16()
-    results = []
-    for module, enabled in ((layer, True), (low, False), (double(plain), False)):
-        dtype = module.linear.weight.dtype
-        leaf = x.to(dtype).detach().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y = module(leaf)
-        y.backward(dy.to(y.dtype))
-        grads = {"dx": leaf.grad, **{name: p.grad for name, p in module.named_parameters()}}
-        results.append({"y": y.detach(), **grads})
-    assert results[0]["y"].dtype == torch.bfloat16
-    assert all(results[0][name].dtype == torch.float32 for name in results[0] if name != "y")
-    as_low = {name: t.bfloat16() for name, t in results[0].items()}
-    assert_as_accurate(as_low, results[1], results[2], f"autocast, {norm}")
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_mixed_precision(order, norm, activation):
+    """x, weight and residual in every dtype that eager takes, with autocast and without: the same
+    dtypes, and as accurate as the eager twin in the same context.
+    """
+    settings = {"order": order, "norm": norm, "activation": activation}
+    tried = 0
+    for x_dtype, w_dtype, r_dtype, autocast in itertools.product(
+        X_DTYPES, X_DTYPES[:2], (None, *X_DTYPES), (None, *LOW)
+    ):
+        torch.manual_seed(0)
+        plain = Residual(24, **settings)
+        plain.linear.to(w_dtype)
+        fused, true = FusedResidual(24, **settings), double(plain)
+        fused.linear.to(w_dtype)
+        fused.load_state_dict(plain.state_dict())
+        x, r, dy = (torch.randn(40, 24) for _ in range(3))
+        found = []
+        for module in (fused, plain, true):
+            up = torch.float64 if module is true else None
+            leaves = {"dx": x.to(x_dtype).to(up or x_dtype, copy=True).requires_grad_()}
+            if r_dtype is not None:
+                leaves["dresidual"] = r.to(r_dtype).to(up or r_dtype, copy=True).requires_grad_()
+            on = autocast is not None and up is None
+            with torch.autocast("cpu", autocast or LOW[0], enabled=on):
+                try:
+                    y = module(*leaves.values())
+                except (RuntimeError, TypeError) as error:
+                    found.append(error)
+                    continue
+            y.backward(dy.to(torch.bfloat16).to(y.dtype))
+            grads = {name: leaf.grad for name, leaf in leaves.items()}
+            grads |= {name: p.grad for name, p in module.named_parameters()}
+            found.append({"y": y.detach(), **grads})
+        what = f"{settings} {x_dtype} {w_dtype} {r_dtype} {autocast}"
+        if isinstance(found[1], Exception):
+            assert isinstance(found[0], TypeError), what
+            continue
+        tried += 1
+        assert {n: t.dtype for n, t in found[0].items()} == {
+            n: t.dtype for n, t in found[1].items()
+        }, what
+        assert_as_accurate(*found, what)
+        for a, b in zip(fused.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2, msg=what)
+    assert tried >= 48
+
+
+@pytest.mark.parametrize("order", ["note", "prenorm", "postnorm"])
+@pytest.mark.parametrize("depth", [1, 20, 200])
+@pytest.mark.parametrize("autocast", LOW)
+@pytest.mark.parametrize("mean, sigma", [(0, 1), (2000, 10)])
+def test_deep_nets_under_autocast(order, depth, autocast, mean, sigma):
+    """The residual stream stays in fp32, as in eager: depth adds no rounding. Rows diverge at their
+    own rate, so their median is compared.
+    """
+    torch.manual_seed(0)
+    nets = [
+        nn.Sequential(*(cls(32, order=order, activation="gelu") for _ in range(depth)))
+        for cls in (FusedResidual, Residual)
+    ]
+    nets[0].load_state_dict(nets[1].state_dict())
+    x = mean + sigma * torch.randn(512, 32)
+    with torch.no_grad():
+        true = copy.deepcopy(nets[1]).double()(x.double())
+        with torch.autocast("cpu", autocast):
+            ours, eager = (net(x) for net in nets)
+    assert ours.dtype == eager.dtype
+    errors = [(y - true).square().mean(1).sqrt().median().item() for y in (ours, eager)]
+    assert errors[0] <= 1.1 * errors[1] + 1e-6 * true.abs().max().item()
+
+
+def test_a_stream_of_1e5_is_finite_in_fp16():
+    layers = [cls(32, order="prenorm") for cls in (FusedResidual, Residual)]
+    layers[0].load_state_dict(layers[1].state_dict())
+    x = 1e5 * torch.randn(8, 32)
+    with torch.autocast("cpu", torch.float16):
+        ours, eager = (layer(x) for layer in layers)
+    assert ours.isfinite().all() and torch.allclose(ours, eager, rtol=1e-5)
 
 
 class Net(nn.Module):
@@ -98,3 +166,42 @@ def test_both_layers_train_alike_for_32_steps(order, norm):
             losses[-1].backward()
             step.step()
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+class Launches(TorchDispatchMode):
+    """Ops that would launch a kernel, and the bytes that they read and write."""
+
+    VIEWS = ("detach", "view", "t", "transpose", "expand", "_unsafe_view", "alias", "new_empty")
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket.__name__ not in self.VIEWS:
+            self.count += 1
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.numel() * t.itemsize for t in tensors if any(t.stride()))
+        return out
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_launches_and_moves_no_more_than_eager(order, autocast, native):
+    """Under autocast weight and bias are cast by two launches a call, as in eager; x by none."""
+    counts = []
+    for cls in (FusedResidual, Residual):
+        layer, x = cls(64, order=order, activation="gelu"), torch.randn(512, 64, requires_grad=True)
+        dy = torch.randn(512, 64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            layer(x)  # what is worked out once
+        with Launches() as step:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = layer(x)
+            forward = step.count
+            y.backward(dy.to(y.dtype))
+        counts.append((forward, step.count, step.bytes))
+    ours, eager = counts
+    assert ours[0] == (3 if autocast else 1)
+    assert all(a <= b for a, b in zip(ours, eager, strict=True)), counts
