@@ -14,6 +14,7 @@ import torch
 import cuda_on_cpu
 from cases import ALIASES, make_case
 from cuda_on_cpu.layers import Call, Settings, emulated, same_bytes
+from fusedres.backends import native
 from fusedres.dtypes import typed
 from fusedres.operands import Operands
 from fusedres.reference import composite, draw_seed
@@ -212,3 +213,28 @@ def test_what_is_refused():
         assert call.refusal() is None
         call.layer.y_dtype = 2
         assert "or float32" in call.refusal()
+
+
+@pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
+@pytest.mark.parametrize("product", [F32, F16, BF16])
+def test_a_recipe_is_refused_as_its_tensors_are(product):
+    """The backend asks by the recipe before the call, the op by what it got."""
+    dtypes = (F32, F16, BF16)
+    for order in ("note", "linear-add", "add-norm-linear"):
+        for x, residual, y in itertools.product(dtypes, (None, *dtypes), dtypes):
+            own = 72 if residual is not None else None
+            plain = make_case(3, 72, 72, order=order, activation="gelu", residual=own)
+            tensors = {name: t.to(product) for name, t in plain.tensors.items()}
+            tensors |= {"x": plain.x.to(x)}
+            if own:
+                tensors |= {"residual": plain.tensors["residual"].to(residual)}
+
+            def name(dtype):
+                known = dtype is None or dtype == product
+                return None if known else str(dtype).removeprefix("torch.")
+
+            spec = replace(plain.spec, x_dtype=name(x), residual_dtype=name(residual))
+            text = str(replace(spec, y_dtype=name(y)))
+            asked = (text, str(product).removeprefix("torch."), 72, 72, 99 << 10, True)
+            with Call(plain.with_tensors(plain.dy.to(y), **tensors)) as call:
+                assert call.refusal() == native.extension.cuda_why_not(*asked), text
