@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -58,25 +59,18 @@ def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
     return (report.outcome if report.when == "call" else "", "", "") if quiet else None
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[Any]:
-    report = yield
-    if call.when == "call" and hasattr(item, "row"):
-        tell(item, item.row)
-    return report
-
-
-def tell(item: Any, row: dict[str, Any]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> None:
     """The row's line, in red if fused loses; pytest leaves colours out where none are wanted."""
-    run, task = item.config.stash[RUN], item.callspec.params["task"]
-    place = f"{run.tasks.index(task) + 1:3}/{len(run.tasks)} {run.seconds_spent():4.0f} s  "
-    lost = bool(losses([row]))
-    item.config.get_terminal_writer().line(place + line(task, row), red=lost)
+    if call.when == "call" and hasattr(item, "row"):
+        run, task = item.config.stash[RUN], item.callspec.params["task"]
+        place = f"{run.tasks.index(task) + 1:3}/{len(run.tasks)}"
+        told = f"{place} {perf_counter() - run.began:4.0f} s  {line(task, item.row)}"
+        item.config.get_terminal_writer().line(told, red=bool(losses([item.row])))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = config.stash[RUN].results["rows"]
-    if rows:
+    if rows := config.stash[RUN].results["rows"]:
         lost = losses(rows)
         told = "Where fused is slower than eager or torch.compile by more than noise:"
         terminalreporter.write_line(told + ("" if lost else " nowhere"))

@@ -1,9 +1,9 @@
 """A row of the results for each layer, dtype and mode: `pytest bench/test_layers.py`, with the
 options of pytest-benchmark; `python -m bench` runs it.
 
-Contenders take turns within a round, which pytest-benchmark cannot do. So measure.py times them,
-and pytest-benchmark gets fused's rounds through a clock that replays them: its statistics, files
-and comparisons are of exactly those. `extra_info` holds the whole row.
+Contenders take turns within a round, which pytest-benchmark cannot do. So measure/row.py times
+them, and pytest-benchmark gets fused's rounds through a clock that replays them, and in
+`extra_info` the whole row.
 """
 
 from __future__ import annotations
@@ -15,18 +15,12 @@ import pytest
 from .measure.cases import Task
 from .measure.run import Run
 
-now = [0.0]
+now = [0.0]  # of a clock that stands still but for the seconds it is given
 
 
-def replay() -> float:
-    """A clock that stands still but for the seconds it is given."""
-    return now[0]
-
-
-@pytest.mark.benchmark(timer=replay)
+@pytest.mark.benchmark(timer=lambda: now[0])
 def test_layer(task: Task, layers: Run, request: pytest.FixtureRequest) -> None:
-    why = layers.why_not(task)
-    if why:
+    if why := layers.why_not(task):
         layers.leave_out(task, why)
         pytest.skip(why)
     try:

@@ -160,12 +160,15 @@ struct Prepared {
   Layer layer;
   std::vector<Tensor> copies;
 
-  explicit Prepared(const Call& c) : layer(layer_of(c.recipe, dtype_of(c.x), c.M(), c.N(), c.K())) {
+  explicit Prepared(const Call& c)
+      : layer(layer_of(c.recipe, dtype_of(c.weight), c.M(), c.N(), c.K())) {
+    layer.x_dtype = dtype_of(c.x);
     layer.x = matrix_of(c.x);
     layer.weight = matrix_of(adjacent(c.weight));
     layer.residual_is_x = !c.residual;
     const Tensor& residual = c.residual ? *c.residual : c.x;
     layer.residual = matrix_of(residual);
+    layer.residual_dtype = dtype_of(residual);
     layer.R = residual.size(1);
     layer.bias = vector_of(c.bias);
     layer.norm_weight = vector_of(c.norm_weight);
@@ -175,7 +178,7 @@ struct Prepared {
     layer.gate = vector_of(c.gate);
     layer.seed = static_cast<const int64_t*>(data_of(c.seed));
     layer.sample_rows = c.sample_rows;
-    if (layer.K == 0) without_features(c.x);
+    if (layer.K == 0) without_features(c.weight);
   }
 
  private:
@@ -188,12 +191,13 @@ struct Prepared {
   }
 
   // x has no columns, so x @ weight.T is 0: the same with one column of zeros.
-  void without_features(const Tensor& x) {
+  void without_features(const Tensor& weight) {
     const auto zeros = [&](int64_t rows) {
-      const Tensor t = empty({rows, 1}, x.scalar_type(), x.get_device_index());
+      const Tensor t = empty({rows, 1}, weight.scalar_type(), weight.get_device_index());
       return matrix_of(keep(torch::stable::fill_(t, 0.0)));
     };
     layer.x = zeros(layer.M);
+    layer.x_dtype = layer.dtype;
     layer.weight = zeros(layer.N);
     layer.K = 1;
     layer.prologue.count = 0;
@@ -208,10 +212,6 @@ void check_device(const Device& device) {
 void check_recipe(const Call& c) {
   STD_TORCH_CHECK(!c.recipe.batch_stats,
                   "fusedres: the CUDA kernels do not compute batch statistics");
-  const ScalarType dtype = c.product_dtype();
-  STD_TORCH_CHECK(c.x.scalar_type() == dtype && c.y_dtype() == dtype &&
-                      (!c.residual || c.residual->scalar_type() == dtype),
-                  "fusedres: the CUDA kernels take x, weight, residual and y of one dtype");
 }
 
 // ---- forward
@@ -225,16 +225,20 @@ std::vector<Tensor> forward(const Call& c, bool save) {
   const Device& device = where.device;
   check_device(device);
   const bool rows = save && r.has(Stage::norm) && r.norm != Norm::batch;
-  std::vector<Tensor> results = {where.make({c.M(), c.N()}, x.scalar_type())};
+  std::vector<Tensor> results = {where.make({c.M(), c.N()}, c.y_dtype())};
   ForwardOut out = {};
   out.y = matrix_of(results[0]);
   if (save && r.saves_z()) {
-    results.push_back(where.make({c.M(), c.N()}, x.scalar_type()));
+    results.push_back(where.make({c.M(), c.N()}, c.product_dtype()));
     out.z = matrix_of(results.back());
   }
   if (rows) {
     results.push_back(where.make({2 * c.M()}, ScalarType::Float));
     out.stats = static_cast<float*>(results.back().data_ptr());
+  }
+  if (save && c.casts()) {
+    results.push_back(where.make({c.M(), c.K()}, c.product_dtype()));
+    if (c.K() > 0) out.operand = matrix_of(results.back());
   }
   if (c.M() == 0 || c.N() == 0) return results;
 
@@ -265,9 +269,9 @@ bool saves_statistics(const Call& c) {
 std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved, int64_t needs) {
   check_recipe(c);
   check_matrix("dy", dy, c.M(), c.N(), c.x);
+  STD_TORCH_CHECK(dy.scalar_type() == c.y_dtype(), "fusedres: dy and y have different dtypes");
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
-  const Optional& residual = c.residual;
   if (const Optional& stats = saved.stats)
     STD_TORCH_CHECK(together(*stats, x) && stats->is_contiguous() && stats->numel() == 2 * c.M() &&
                         stats->scalar_type() == ScalarType::Float,
@@ -315,11 +319,11 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
   if (saved.stats) first.stats = static_cast<const float*>(saved.stats->data_ptr());
   if (features) first.dx = matrix_of(grads[kX]);
   first.dresidual = matrix_of(grads[kResidual]);
-  const bool reads_dz = layer.epilogue.count > 0 && (grads[kWeight] || grads[kBias]);
+  const bool reads_dz = walks_z(layer) && (grads[kWeight] || grads[kBias]);
   bool reads_dt = layer.prologue.count > 0 && grads[kX];
   for (const auto& [input, stage] : users) reads_dt |= grads[input] && c.in_prologue(stage);
-  if (reads_dz) first.dz = {where.scratch<void>(c.M() * c.N(), x.scalar_type()), c.N()};
-  if (reads_dt) first.dt = {where.scratch<void>(c.M() * c.K(), x.scalar_type()), c.K()};
+  if (reads_dz) first.dz = {where.scratch<void>(c.M() * c.N(), c.product_dtype()), c.N()};
+  if (reads_dt) first.dt = {where.scratch<void>(c.M() * c.K(), c.product_dtype()), c.K()};
   if (needs_row_means(layer)) first.row_means = where.scratch<float>(2 * c.M(), ScalarType::Float);
   if (first.dz.data || first.dt.data || first.dx.data || first.dresidual.data || first.row_means) {
     const Tile tile = plan_backward(layer, first, device.multiprocessors, device.shared_limit);
@@ -330,6 +334,8 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
 
   SumsOut second = {};
   second.from = first;
+  if (saved.operand && grads[kWeight])
+    second.operand = matrix_of(where.workspace.emplace_back(adjacent_columns(*saved.operand)));
   if (features) second.dweight = matrix_of(grads[kWeight]);
   second.dbias = data_of(grads[kBias]);
   second.dnorm_weight = data_of(grads[kNormWeight]);

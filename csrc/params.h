@@ -43,7 +43,7 @@ struct Recipe {
   Act act = Act::none;
   bool scalar_gate = false;
   bool batch_stats = false;
-  std::optional<DType> y_dtype;  // where it is not weight's
+  std::optional<DType> x_dtype, residual_dtype, y_dtype;  // where they are not weight's
   double eps = 1e-5, dropout = 0, drop_path = 0, residual_scale = 1;
 
   bool has(Stage stage) const;

@@ -90,8 +90,10 @@ Recipe parse(const std::string& text) {
       r.batch_stats = value == "1";
     else if (name == "y_dtype")
       r.y_dtype = lookup(kDTypes, "dtype", value);
-    else if (name == "x_dtype" || name == "residual_dtype")
-      lookup(kDTypes, "dtype", value);  // the tensors say it, too
+    else if (name == "x_dtype")
+      r.x_dtype = lookup(kDTypes, "dtype", value);
+    else if (name == "residual_dtype")
+      r.residual_dtype = lookup(kDTypes, "dtype", value);
     else if (name == "eps")
       r.eps = number(value);
     else if (name == "dropout")

@@ -50,7 +50,7 @@ SUITES = {
     "kept": ("autograd", "without_x or no_more_than_eager or overflows"),
     "surgery": ("surgery_by_hand", ""),
     "tools": ("graph_tools", "flops or exported"),
-    "locale": ("errors", "locale"),
+    "locale": ("errors", "decimal_comma"),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
     "triton drops": ("triton", "masks or everything_on"),
     "triton acts": ("triton", "activation or scales or cdf"),

@@ -12,11 +12,9 @@ gpu-check.json, the same with steps and goals; summary.md; logs.tar.gz with ever
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tarfile
-from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -25,10 +23,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ..measure import results_file
-from ..measure.goals import judge
-from ..measure.results_file import Results
+from ..measure.agenda import judge
+from ..measure.results_file import Results, whole
 from ..measure.run import losses
-from ..report.markdown import table
+from ..report.tables import digits, table
 from .steps import RESULTS_FILE, SECONDS, VERDICTS, Check, Found
 
 NO_GPU = 2
@@ -49,27 +47,16 @@ def write(out: Path, work: Path, commit: str, found: Found) -> str:
     """Everything but the benchmark's file; returns the summary."""
     results = combine(out, found, commit)
     summary = text(results)
-    _replace(out / REPORT, lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
-    _replace(out / SUMMARY, lambda part: part.write_text(summary + "\n"))
-    _replace(out / LOGS, partial(_archive, work))
+    results_file.save(results, out / REPORT)
+    with whole(out / SUMMARY) as part:
+        part.write_text(summary + "\n")
+    with whole(out / LOGS) as part, tarfile.open(part, "w:gz") as archive:
+        for file in sorted(work.iterdir()):
+            archive.add(file, f"logs/{file.name}")
     return summary
 
 
-def _replace(path: Path, make: Callable[[Path], object]) -> None:
-    """Never half of a file."""
-    part = path.with_name(f".{path.name}.part")
-    make(part)
-    part.replace(path)
-
-
-def _archive(work: Path, path: Path) -> None:
-    with tarfile.open(path, "w:gz") as archive:
-        for file in sorted(work.iterdir()):
-            archive.add(file, f"logs/{file.name}")
-
-
 def text(results: Results) -> str:
-    """The summary: device, steps, goals, and where fused is slower."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     found, steps = results["machine"] | results["clocks"], results["steps"]
     device = ", ".join(f"{name} {value}" for name, value in found.items() if name != "gpu")
@@ -81,11 +68,10 @@ def text(results: Results) -> str:
     failed = [f"* {name}" for s in steps for name in s.get("failed", [])]
     parts += ["\n".join(["Failed tests:", *failed])] if failed else []
     if results["rows"]:
-        body = []
-        for goal in results["goals"]:
-            value = "" if goal["value"] is None else f"{goal['value']:.2f}"
-            words = goal["goal"], goal["row"], goal["bound"], value
-            body.append([*words, GOAL_VERDICTS[goal["met"]]])
+        body = [
+            [g["goal"], g["row"], g["bound"], digits(g["value"]), GOAL_VERDICTS[g["met"]]]
+            for g in results["goals"]
+        ]
         parts.append(table(["goal", "row", "bound", "found", ""], body, left=2))
         lines = [f"* {line}" for line in losses(results["rows"])] or ["* nowhere"]
         parts.append("\n".join(["Where fused is slower than eager or torch.compile:", *lines]))
@@ -100,8 +86,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add, names = parser.add_argument, list(SECONDS)
     add("--out", type=Path, metavar="DIR", help="default: $OUT, or bench/results/gpu-...")
-    told = ", ".join(names)
-    add("--steps", nargs="+", choices=names, default=names, metavar="STEP", help=told)
+    add("--steps", nargs="+", choices=names, default=names)
     add("--seconds", type=float, default=TOTAL, help=f"for all steps, default {TOTAL}")
     add("--commit", default="", help="what git says, by default")
     args = parser.parse_args(arguments)

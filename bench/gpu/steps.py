@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import accumulate
@@ -66,33 +67,17 @@ VERDICTS = {True: "ok", False: "FAILED", None: "incomplete"}
 ASK_BUILD = "import json; from fusedres import _C; print(json.dumps(_C.build_info()))"
 
 Found = list[dict[str, Any]]
+After = Callable[[Found], object]
+Runs = dict[str, list[str]]  # pytest's arguments by name
 
 
 class Outcome(NamedTuple):
-    """What became of one process."""
-
     code: int | None  # None: it ran out of time
     seconds: float
     log: str
 
 
-class Budget:
-    """Step i ends by the sum of the first i shares of `total` seconds, however long each took."""
-
-    def __init__(
-        self, steps: list[str], total: float, clock: Callable[[], float] = perf_counter
-    ) -> None:
-        self.clock, self.began = clock, clock()
-        ends = list(accumulate(SECONDS[step] for step in steps))
-        self.ends = {step: end * total / ends[-1] for step, end in zip(steps, ends, strict=True)}
-
-    def left(self, step: str) -> float:
-        return self.ends[step] - (self.clock() - self.began)
-
-
-def execute(
-    command: list[str], log: Path, limit: float, extra: dict[str, str] | None = None
-) -> Outcome:
+def execute(command: list[str], log: Path, limit: float, **environment: str) -> Outcome:
     """Runs a process and all that it starts; past `limit` seconds they are ended."""
     began = perf_counter()
     if limit < 2 * GRACE:
@@ -101,24 +86,19 @@ def execute(
     with log.open("w") as file:
         file.write(f"$ {' '.join(command)}\n\n")
         file.flush()
-        environment = {**os.environ, "TRITON_INTERPRET": "0", **(extra or {})}
+        environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
         where: Any = {"cwd": ROOT, "env": environment, "start_new_session": True}
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, **where
-        )
-        code = _wait(process, limit - GRACE)
+        where |= {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **where)
+        code = None
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(limit - GRACE)
         for ending in (signal.SIGINT, signal.SIGKILL):  # at the first one pytest writes its report
             if code is None and process.poll() is None:
                 os.killpg(process.pid, ending)
-                _wait(process, GRACE / 2)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE / 2)
     return Outcome(code, perf_counter() - began, log.read_text(errors="replace"))
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def ended(outcome: Outcome) -> str:
@@ -128,21 +108,20 @@ def ended(outcome: Outcome) -> str:
 class Check:
     """One run of the command: its steps, and what they found; `after` hears of it each time."""
 
-    def __init__(
-        self,
-        out: Path,
-        work: Path,
-        steps: list[str],
-        total: float,
-        after: Callable[[Found], object] = lambda found: None,
-    ) -> None:
-        self.results, self.work, self.steps, self.after = out / RESULTS_FILE, work, steps, after
-        self.budget = Budget(steps, total)
+    def __init__(self, out: Path, work: Path, steps: list[str], total: float, after: After) -> None:
+        self.results, self.work, self.after = out / RESULTS_FILE, work, after
+        began, ends = perf_counter(), list(accumulate(SECONDS[step] for step in steps))
+        times = [began + end * total / ends[-1] for end in ends]
+        self.ends = dict(zip(steps, times, strict=True))
         self.found: Found = []
 
+    def left(self, step: str) -> float:
+        """Step i ends by the sum of the first i shares of `total`, however long each took."""
+        return self.ends[step] - perf_counter()
+
     def run(self) -> Found:
-        for step in self.steps:
-            print(f"gpu-check: {step}, {self.budget.left(step):.0f} s", flush=True)
+        for step in self.ends:
+            print(f"gpu-check: {step}, {self.left(step):.0f} s", flush=True)
             try:
                 getattr(self, step.replace("-", "_"))()
             except Exception as error:  # the others go on
@@ -162,8 +141,8 @@ class Check:
     def build(self) -> None:
         """The extension for this GPU alone: all architectures would take three times as long."""
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        extra = {"TORCH_CUDA_ARCH_LIST": architecture(), "FORCE_CUDA": "1"}
-        outcome = execute(command, self.work / "build.log", self.budget.left("build"), extra)
+        log, gpu = self.work / "build.log", {"TORCH_CUDA_ARCH_LIST": architecture()}
+        outcome = execute(command, log, self.left("build"), FORCE_CUDA="1", **gpu)
         told = [ended(outcome), f"setuptools {version('setuptools')}"]
         ok, found = self.what_was_built() if outcome.code == 0 else (False, "")
         self.note("build", ok, ", ".join(filter(None, [*told, found])), outcome.seconds)
@@ -180,19 +159,15 @@ class Check:
             return None, f"{told}: no CUTLASS headers, see build.log"
         return True, told
 
-    def pytest(
-        self, step: str, runs: dict[str, list[str]], limit: float, owed: bool = True
-    ) -> None:
-        """Runs side by side, by name. `owed`: being out of time is a failure, it may be a hang, and
-        so is having no test.
-        """
+    def pytest(self, step: str, runs: Runs, limit: float, owed: bool = True) -> None:
+        """Side by side. `owed`: being out of time, which may be a hang, or having no test fails."""
         options = ["-m", "pytest", "-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
-        # Each process would start as many to compile in as there are cores.
-        extra = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
         def run(name: str) -> Outcome:
             command = [sys.executable, *options, f"--junitxml={self.work / name}.xml", *runs[name]]
-            return execute(command, self.work / f"{name}.log", limit, extra)
+            # Each process would start as many to compile in as there are cores.
+            log, alone = self.work / f"{name}.log", {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            return execute(command, log, limit, **alone)
 
         with ThreadPoolExecutor(len(runs)) as pool:
             for name, outcome in zip(runs, pool.map(run, runs), strict=True):
@@ -213,16 +188,14 @@ class Check:
             name: [GPU_TESTS, "-k", which, *([] if name.endswith("-cuda") else workers(WORKERS))]
             for name, which in SHARDS.items()
         }
-        self.pytest("gpu-tests", shards, self.budget.left("gpu-tests") - 40)
+        self.pytest("gpu-tests", shards, self.left("gpu-tests") - 40)
         alone = {"many-elements": [GPU_TESTS, "-k", ALONE]}
-        self.pytest("gpu-tests", alone, self.budget.left("gpu-tests"), owed=False)
+        self.pytest("gpu-tests", alone, self.left("gpu-tests"), owed=False)
 
     def other_tests(self) -> None:
-        files = {
-            file.stem: [str(file), "-m", "gpu", *workers(OTHER_WORKERS)]
-            for file in files_with_gpu_tests()
-        }
-        self.pytest("other-tests", files, self.budget.left("other-tests"), owed=False)
+        more = ["-m", "gpu", *workers(OTHER_WORKERS)]
+        files = {file.stem: [str(file), *more] for file in files_with_gpu_tests()}
+        self.pytest("other-tests", files, self.left("other-tests"), owed=False)
 
     def sanitizer(self) -> None:
         program = find_sanitizer()
@@ -230,27 +203,25 @@ class Check:
             where = "compute-sanitizer is neither on PATH nor under CUDA_HOME: not run"
             return self.note("sanitizer", None, where, 0.0)
         known = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=20)
-        whole = self.budget.left("sanitizer")
+        whole = self.left("sanitizer")
         for tool, share_after in SANITIZER_TOOLS.items():
-            limit = self.budget.left("sanitizer") - share_after * whole
+            limit = self.left("sanitizer") - share_after * whole
             command = [program, *sanitizer_options(tool, known.stdout), sys.executable, "-m"]
             command += ["pytest", GPU_TESTS, "-k", SANITIZED, "-v", "-p", "no:cacheprovider"]
             extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FUSEDRES_SANITIZER": "1"}
-            outcome = execute(command, self.work / f"{tool}.log", limit, extra)
+            outcome = execute(command, self.work / f"{tool}.log", limit, **extra)
             self.note(f"sanitizer: {tool}", *sanitizer_verdict(outcome), outcome.seconds)
 
     def benchmark(self) -> None:
-        path, left = self.results, self.budget.left("benchmark")
+        path, left = self.results, self.left("benchmark")
         command = [sys.executable, "-m", "bench", "--device=cuda", "--threads=1"]
         command += [f"--limit={left - 2 * GRACE:.0f}", f"--output={path}"]
         outcome = execute(command, self.work / "benchmark.log", left)
         results = json.loads(path.read_text()) if path.exists() else {}
         rows, left_out = (len(results.get(key, ())) for key in ("rows", "not_measured"))
         told = f"{rows} rows, {left_out} not measured"
-        if outcome.code != 0:
-            told += f", {ended(outcome)}"
-        ok = outcome.code == 0 and rows > 0
-        self.note("benchmark", ok, told, outcome.seconds)
+        told += f", {ended(outcome)}" * (outcome.code != 0)
+        self.note("benchmark", outcome.code == 0 and rows > 0, told, outcome.seconds)
 
 
 def architecture() -> str:
@@ -293,10 +264,9 @@ def find_sanitizer() -> str | None:
 
 
 def sanitizer_options(tool: str, known: str) -> list[str]:
-    """`known`: what --help says, as the filter was renamed. initcheck must see all writes. torch
-    asks for functions that some drivers do not have: no error.
-    """
+    """`known`: what --help says, as the filter was renamed. initcheck must see all writes."""
     options = ["--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
+    # Without API errors: torch asks for functions that some drivers do not have.
     for option in ("--target-processes=application-only", "--report-api-errors=no"):
         options += option.split("=") if option.split("=")[0] in known else []
     names = [name for name in ("--kernel-name", "--kernel-regex") if name in known]

@@ -32,8 +32,8 @@ import torch
 from fusedres.backends import native
 
 from .cases import INFERENCE, RECORD, STEP, TINY, Case, Job, Task
+from .results_file import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 REPEATABILITY = 0.012  # of fused's counts: the most that was seen from run to run
 WARM_UP_CALLS, CALLS, REPEATS = 20, 10, 3
 # Nothing else, so that the stack lies at the same addresses whatever the caller's environment.
@@ -63,7 +63,6 @@ COUNTED += [Task(*layer, mode) for layer in LAYERS for mode in (INFERENCE, STEP)
 
 
 def missing() -> str | None:
-    """Why nothing can be counted here, or None."""
     if native.missing is not None:
         return native.missing
     if shutil.which("valgrind") is None:
@@ -109,7 +108,6 @@ def count() -> dict[str, dict[str, int]]:
 
 
 def build_marks(folder: Path) -> Path:
-    """The library of client requests: start, zero, dump."""
     source, library = folder / "marks.c", folder / "marks.so"
     source.write_text(MARKS)
     compiler = next(filter(None, map(shutil.which, COMPILERS)))
@@ -142,19 +140,17 @@ def by_object(text: str) -> Counter[str]:
     """
     names: dict[str, str] = {}
     found: Counter[str] = Counter()
-    place, callee = "", False
-    for line in text.splitlines():
+    place, lines = "", iter(text.splitlines())
+    for line in lines:
         head, _, value = line.partition("=")
         if head in ("ob", "cob"):
             number, _, name = value.partition(" ")
             names.setdefault(number, name)
             place = names[number] if head == "ob" else place
         elif head == "calls":
-            callee = True
+            next(lines)
         elif line[:1] in tuple("0123456789+-*"):
-            if not callee:
-                found[place] += int(line.split()[1])
-            callee = False
+            found[place] += int(line.split()[1])
     return found
 
 

@@ -134,6 +134,9 @@ class Eager(nn.Module):
         return self.formula(self.linear, self.norm, self.activation, x, r)
 
 
+Call = Callable[[], object]
+
+
 class Operands(NamedTuple):
     inputs: tuple[Tensor, ...]  # x (M, K), residual (M, N) if it is another one
     dy: Tensor  # (M, N)
@@ -147,14 +150,13 @@ class Job:
         self.case, self.dtype, self.device = case, dtype, device
         self.where: Any = {"device": device, "dtype": DTYPES[dtype]}
         self.fused = self.layer(case.activation)
-        self.first = self.fused.fc1 if case.hidden else self.fused
+        layers = (self.fused.fc1, self.fused.fc2) if case.hidden else (self.fused,)
+        self.first = layers[0]
         self.norm: Any = self.first.norm
         nn.init.normal_(self.norm.weight, 1.0, 0.1)
         if getattr(self.norm, "bias", None) is not None:
             nn.init.normal_(self.norm.bias, 0.0, 0.1)
-        self.linears: list[nn.Linear] = [self.first.linear]
-        if case.hidden:
-            self.linears.append(self.fused.fc2.linear)
+        self.linears: list[nn.Linear] = [layer.linear for layer in layers]
         linear = nn.ModuleList(self.linears) if case.hidden else self.first.linear
         self.eager = Eager(case, linear, self.norm)
         self.parameters = tuple(self.eager.parameters())
@@ -163,9 +165,7 @@ class Job:
 
     @property
     def spec(self) -> Spec:
-        """Of the first fused call, in the mode of the last `call`: batch norm has other statistics
-        in eval().
-        """
+        """Of the first fused call, in the mode of the last `call`: that tells batch norm's."""
         return self.first.spec.with_batch_stats(self.case.norm == "batch" and self.norm.training)
 
     @property
@@ -194,16 +194,12 @@ class Job:
         for module in (self.fused, self.eager):
             module.train(mode not in (INFERENCE, GRAPH))
 
-    def call(self, layer: Callable[..., Tensor], mode: str) -> Callable[[], object]:
+    def call(self, layer: Callable[..., Tensor], mode: str) -> Call:
         """One thing to time: `layer` run once in `mode`, each time on the next set of inputs."""
         self.set_mode(mode)
         if isinstance(layer, nn.Module):
             layer.train(self.fused.training)
         turns, parameters = cycle(self.sets), self.parameters
-
-        @torch.no_grad()
-        def inference() -> None:
-            layer(*next(turns).inputs)
 
         def record() -> None:
             layer(*next(turns).inputs)
@@ -216,9 +212,11 @@ class Job:
 
         if mode == BACKWARD_GRAPH:
             return self._backward(layer)
-        return {INFERENCE: inference, GRAPH: inference, STEP: step}.get(mode, record)
+        if mode in (INFERENCE, GRAPH):
+            return torch.no_grad()(record)
+        return step if mode == STEP else record
 
-    def _backward(self, layer: Callable[..., Tensor]) -> Callable[[], object]:
+    def _backward(self, layer: Callable[..., Tensor]) -> Call:
         with functorch_config.patch(donated_buffer=False):  # else a compiled one runs only once
             recorded = [(layer(*inputs), inputs, dy) for inputs, dy in self.sets]
         turns, parameters = cycle(recorded), self.parameters

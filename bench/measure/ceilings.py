@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fusedres.tools.timing import seconds_per_call
 
-from .cases import DTYPES
+from .cases import DTYPES, Call
 
-Call = Callable[[], Any]
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # beyond every cache
 WIDTHS = {"cpu": 1024, "cuda": 8192}
 NARROWEST = 256

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fusedres import FusedResidual, backends
 
-from .cases import BACKWARD_GRAPH, GRAPH, GRAPHS, HOST, RECORD, STEP, Job, Task
+from .cases import BACKWARD_GRAPH, GRAPH, GRAPHS, HOST, RECORD, STEP, Call, Job, Task
 
 Layer = Callable[..., Tensor]
-Call = Callable[[], object]
 Makers = dict[str, Callable[[], Call]]  # name -> what makes its call; making it may fail
 
 FUSED_BACKENDS = ("cpu", "triton", "cuda")
@@ -50,12 +49,10 @@ def makers(job: Job, task: Task, compiled: tuple[str, ...]) -> Makers:
     found: Makers = {"eager": run(lambda: job.eager)}
     if task.case.group == HOST:
         found["functional"] = run(lambda: _functional(job))
-    for name in compiled:
-        found[name] = run(partial(_compiled, job, name, mode))
+    found |= {name: run(partial(_compiled, job, name, mode)) for name in compiled}
     if task.case.group != HOST:
         found["matmul"] = lambda: _products(job, mode)
-    for name in others(job):
-        found[name] = run(partial(with_backend, job.fused, name))
+    found |= {name: run(partial(with_backend, job.fused, name)) for name in others(job)}
     if mode == GRAPH:
         found["training"] = lambda: job.call(job.fused, RECORD)
         found["copy"] = lambda: _copy(job)

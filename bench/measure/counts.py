@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -11,9 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .cases import BACKWARD_GRAPH, DTYPES, STEP, Task
-
-Call = Callable[[], object]
+from .cases import BACKWARD_GRAPH, DTYPES, STEP, Call, Task
 
 HOST_ROUNDS, HOST_CALLS = 9, 5
 OPS = ("aten::", "fusedres::", "mkldnn::")  # what the profiler calls an op that was dispatched

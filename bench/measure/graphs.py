@@ -11,10 +11,8 @@ import torch
 
 from fusedres.tools.timing import WARM_UP_CALLS
 
-from .cases import HOST, Task
+from .cases import HOST, Call, Task
 from .counts import flops, traffic
-
-Call = Callable[[], object]
 
 GRAPH_SECONDS = 1e-3
 ROOFLINE = 6e14, 3e12  # FLOP/s and bytes/s, about those of an H100 in bf16
@@ -33,9 +31,7 @@ def copies(task: Task, device: torch.device) -> int:
 
 def calls(task: Task, copies: int) -> int:
     """In one graph: about GRAPH_SECONDS by the roofline, and each set of inputs once."""
-    once = max(
-        work / rate for work, rate in zip((flops(task), traffic(task)), ROOFLINE, strict=True)
-    )
+    once = max(flops(task) / ROOFLINE[0], traffic(task) / ROOFLINE[1])
     return max(copies, min(MOST_CALLS, math.ceil(GRAPH_SECONDS / (once + 3e-6))))
 
 

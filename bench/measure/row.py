@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,12 +13,12 @@ from fusedres.tools.bench import check, compare, saved_bytes
 from fusedres.tools.timing import interleave, summary
 
 from . import ceilings, graphs
-from .cases import GRAPHS, HOST, STEP, Case, Job, Task
+from .cases import GRAPHS, HOST, STEP, Call, Case, Job, Task
 from .contenders import ABOUT, RIVALS, makers
 from .counts import flops, host_us, launches, peak_bytes, traffic
 
 Row = dict[str, Any]
-Call = Callable[[], object]
+Rounds = list[dict[str, float]]  # of seconds a call, by contender
 
 CHECKED_ROWS = {"cpu": 2048, "cuda": 16384}
 
@@ -50,8 +49,6 @@ PROTOCOL: dict[str, Any] = {
 
 
 class Options(NamedTuple):
-    """How a row is measured."""
-
     device: torch.device
     seconds: float  # for its rounds
     ceilings: Row
@@ -66,10 +63,8 @@ def wrong(case: Case, dtype: str, device: torch.device) -> str | None:
     return check(Job(replace(case, rows=rows), dtype, device))
 
 
-def measure(
-    task: Task, options: Options, clock: Any = interleave
-) -> tuple[Row, list[dict[str, float]]]:
-    """The row of `task` as the results file holds it, and its rounds of seconds a call.
+def measure(task: Task, options: Options, clock: Any = interleave) -> tuple[Row, Rounds]:
+    """The row of `task` as the results file holds it, and its rounds.
 
     Raises ArithmeticError where fused is wrong, and what fused itself raises.
     """
@@ -84,7 +79,12 @@ def measure(
     graphs.warm_clocks(device)
     rounds, calm = clock(ready, device, options.seconds)
     rounds = [{name: seconds / calls for name, seconds in each.items()} for each in rounds]
-    row = head(task, job) | {"rounds": len(rounds), "calm": calm, "copies": copies, "calls": calls}
+    case, N = task.case, task.case.features
+    row: Row = {"case": case.name, "group": case.group, "dtype": task.dtype, "mode": mode}
+    row |= {"rows": case.rows, "features": N, "out_features": N, "order": case.order}
+    row |= {"norm": case.norm, "activation": case.activation, "backend": job.backend}
+    row |= {"hidden": case.hidden} if case.hidden else {}
+    row |= {"rounds": len(rounds), "calm": calm, "copies": copies, "calls": calls}
     row |= compare(rounds, calm, RIVALS) | rates(task, rounds, options.ceilings)
     return row | counted(task, job, ready, row) | {"failed": failed}, rounds
 
@@ -93,8 +93,8 @@ def prepare(
     job: Job, task: Task, options: Options, calls: int
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """What is timed, warmed up; and why contenders cannot be. Without fused there is no row."""
-    graph, gpu = task.mode in GRAPHS, job.device.type == "cuda"
-    stream = torch.cuda.Stream() if graph and gpu else None
+    graph = task.mode in GRAPHS
+    stream = torch.cuda.Stream() if graph and job.device.type == "cuda" else None
     ready: dict[str, Call] = {}
     names = ("compile", "compile-max")
     failed = {name: options.left_out for name in names if name not in options.compiled}
@@ -110,26 +110,17 @@ def prepare(
     return ready, failed
 
 
-def head(task: Task, job: Job) -> Row:
-    case, N = task.case, task.case.features
-    row: Row = {"case": case.name, "group": case.group, "dtype": task.dtype, "mode": task.mode}
-    row |= {"rows": case.rows, "features": N, "out_features": N, "order": case.order}
-    row |= {"norm": case.norm, "activation": case.activation, "backend": job.backend}
-    return row | ({"hidden": case.hidden} if case.hidden else {})
-
-
-def rates(task: Task, rounds: list[dict[str, float]], ceilings: Row) -> Row:
+def rates(task: Task, rounds: Rounds, ceilings: Row) -> Row:
     """Fused's GB/s and TFLOP/s, and what part of the machine's they are."""
     seconds = summary([r["fused"] for r in rounds])["median"]
     work, moved = flops(task), traffic(task)
     gb, tflop = moved / seconds / 1e9, work / seconds / 1e12
-    shares = gb / ceilings["copy_gb_per_s"], tflop / ceilings["matmul_tflop_per_s"][task.dtype]
-    names = ("flops", "bytes", "gb_per_s", "tflop_per_s", "copy_share", "matmul_share")
-    return dict(zip(names, (work, moved, gb, tflop, *shares), strict=True))
+    row = {"flops": work, "bytes": moved, "gb_per_s": gb, "tflop_per_s": tflop}
+    row["copy_share"] = gb / ceilings["copy_gb_per_s"]
+    return row | {"matmul_share": tflop / ceilings["matmul_tflop_per_s"][task.dtype]}
 
 
 def counted(task: Task, job: Job, ready: dict[str, Call], row: Row) -> Row:
-    """Memory, launches and host time."""
     found: Row = {}
     gpu, layers = job.device.type == "cuda", {"eager": job.eager, "fused": job.fused}
     if task.mode == STEP:

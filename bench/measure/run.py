@@ -12,9 +12,9 @@ import torch
 
 from fusedres.backends import native
 
-from . import agenda, ceilings, machine, results_file
+from . import agenda, ceilings, results_file
 from .cases import MODES, Task
-from .row import PROTOCOL, Options, Row, measure
+from .row import PROTOCOL, Options, Rounds, Row, measure
 
 LIMIT = 300.0  # seconds on a CPU, so that with a report `make bench` ends within 6 minutes
 SECONDS = {False: 0.4, True: 0.1}  # for the rounds of a row, by --quick
@@ -34,9 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Run:
-    """What a run knows while it measures. `get` tells the value of an option; ValueError if it has
-    none that makes sense.
-    """
+    """`get` tells the value of an option; ValueError if it has none that makes sense."""
 
     def __init__(self, get: Callable[[str], Any], say: Callable[[str], object]) -> None:
         self.began, self.load, self.say = perf_counter(), os.getloadavg()[0], say
@@ -57,9 +55,6 @@ class Run:
         self.has_compiled = False
         self.results: dict[str, Any] = {"rows": []}
 
-    def seconds_spent(self) -> float:
-        return perf_counter() - self.began
-
     def start(self) -> None:
         """Measures the ceilings; before the first row."""
         cpu = self.device.type == "cpu"
@@ -68,10 +63,9 @@ class Run:
         if cpu and self.load > BUSY and torch.get_num_threads() > 1:
             self.say(f"the machine is busy (load {self.load:.1f}); --threads 1 measures CPU time")
         self.results = results_file.collect(self.device, self.load)
-        self.results["clocks"] |= machine.clocks(self.device, "before")
+        self.results["clocks"] |= results_file.clocks(self.device, "before")
         self.results["protocol"] = PROTOCOL | {"modes": MODES}
-        found = ceilings.ceilings(self.device, CEILINGS[self.quick])
-        self.results["ceilings"] = found
+        found = self.results["ceilings"] = ceilings.ceilings(self.device, CEILINGS[self.quick])
         rates = ", ".join(f"{d} {rate:,.3f}" for d, rate in found["matmul_tflop_per_s"].items())
         self.say(f"ceilings: copy {found['copy_gb_per_s']:,.1f} GB/s, matmul {rates} TFLOP/s")
 
@@ -89,7 +83,7 @@ class Run:
     def compiled(self, task: Task) -> tuple[str, ...]:
         return () if self.quick else agenda.compiled(task, self.device.type, self.full)
 
-    def measure(self, task: Task) -> tuple[Row, list[dict[str, float]]]:
+    def measure(self, task: Task) -> tuple[Row, Rounds]:
         compiled = self.compiled(task)
         left_out = "--quick" if self.quick else agenda.SLOW_COMPILER
         options = Options(self.device, self.seconds, self.results["ceilings"], compiled, left_out)
@@ -110,16 +104,14 @@ class Run:
         if not self.writes:
             return None
         path = self.output or results_file.RESULTS / f"{results_file.name(self.results)}.json"
-        part = results_file.save(self.results, path.with_name(f".{path.name}.part"))
-        return part.replace(path)
+        return results_file.save(self.results, path)
 
     def finish(self) -> Path | None:
-        self.results["clocks"] |= machine.clocks(self.device, "after")
+        self.results["clocks"] |= results_file.clocks(self.device, "after")
         return self.save()
 
 
 def line(task: Task, row: Row) -> str:
-    """A row for the terminal."""
     ratios = ", ".join(f"{name} {r['median']:.2f}" for name, r in row["ratios"].items())
     disturbed = "" if row["calm"] else ", disturbed"
     return f"{task}: {row['times_us']['fused']['median']:,.1f} us; x {ratios}{disturbed}"

@@ -6,11 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..measure.form import check_results
-from ..measure.results_file import RESULTS, ROOT, Results, load, name, newest, save
+from ..measure.results_file import RESULTS, ROOT, Results, check_results, load, name, newest, save
 from . import pictures
-from .markdown import replace_part
-from .section import section
+from .section import replace_part, section
 
 README = ROOT / "README.md"
 MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -28,15 +26,6 @@ def render(found: dict[str, Results], full: bool = False, folder: Path | None = 
         links = pictures.links(found[device], folder) if folder else ""
         parts.append(f"### {title}\n\n{section(found[device], links, full)}")
     return "\n\n".join(parts)
-
-
-def write(found: dict[str, Results], readme: Path, folder: Path) -> list[Path]:
-    """README's generated part, and the pictures beside the results files."""
-    part = render(found, folder=folder.relative_to(readme.parent))
-    text = replace_part(readme, MARKERS, part)  # before drawing: it may refuse
-    drawn = [path for results in found.values() for path in pictures.draw(results, folder)]
-    readme.write_text(text, encoding="utf-8")
-    return [readme, *drawn]
 
 
 def read(path: Path) -> Results:
@@ -58,15 +47,18 @@ def main(arguments: list[str] | None = None) -> int:
     told = "take FILE over into bench/results, write the newest results of each device into "
     add("--write", action="store_true", help=f"{told}README, and draw the pictures")
     args = parser.parse_args(arguments)
-    asked = [read(args.file)] if args.file else []
-    if args.write:
-        for results in asked:
-            save(results, RESULTS / f"{name(results)}.json")
-        asked = []
-    found = asked or [read(path) for path in newest(RESULTS).values()]
+    found = [read(args.file)] if args.file else []
+    if args.write and found:
+        save(found[0], RESULTS / f"{name(found[0])}.json")
+    if args.write or not found:
+        found = [read(path) for path in newest(RESULTS).values()]
     by_device = {results["device"]: results for results in found}
     print(render(by_device, args.full))
     if args.write:
-        for path in write(by_device, README, RESULTS):
+        part = render(by_device, folder=RESULTS.relative_to(README.parent))
+        text = replace_part(README, MARKERS, part)  # before drawing: it may refuse
+        drawn = [path for each in found for path in pictures.draw(each, RESULTS)]
+        README.write_text(text, encoding="utf-8")
+        for path in (README, *drawn):
             print(f"Written: {path}", file=sys.stderr)
     return 0

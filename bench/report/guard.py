@@ -17,6 +17,8 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,7 @@ from fusedres.tools.timing import interleave, summary
 from ..measure import callgrind
 from ..measure.cases import CASES, INFERENCE, RECORD, STEP, TINY, Job, Task
 from ..measure.results_file import ROOT, collect, machine
-from .markdown import table
+from .tables import table
 
 BASELINE = ROOT / "bench" / "baseline.json"
 SECONDS, ATTEMPTS, UPDATES = 0.3, 3, 5
@@ -80,8 +82,7 @@ def measure(tasks: Iterable[Task], seconds: float = SECONDS) -> Found:
     try:
         for task in tasks:
             job = Job(task.case, task.dtype, device)
-            layers = {"eager": job.eager, "fused": job.fused}
-            calls: Any = {name: job.call(layer, task.mode) for name, layer in layers.items()}
+            calls: Any = {n: job.call(getattr(job, n), task.mode) for n in ("eager", "fused")}
             rounds, _ = interleave(calls, device, seconds)
             found[str(task)] = summary([r["fused"] / r["eager"] for r in rounds])
     finally:
@@ -104,38 +105,37 @@ def compare_times(old: Found, measure: Callable[..., Found] = measure) -> list[F
         suspects = [tasks[row] for row, found in best.items() if found["q1"] > limits[row]]
         again = measure(suspects, 3 * SECONDS) if suspects else {}
         best |= {row: min(best[row], found, key=lambda s: s["q1"]) for row, found in again.items()}
-    findings = []
-    for row, found in best.items():
-        numbers = old[row]["median"], found["median"], limits[row], found["q1"]
-        findings.append(Finding(row, "time, fused / eager", *numbers))
-    return findings
+    return [
+        Finding(row, "time, fused / eager", old[row]["median"], s["median"], limits[row], s["q1"])
+        for row, s in best.items()
+    ]
 
 
 def compare_counts(old: Found, new: Found, same_key: bool) -> list[Finding]:
     """Of another key only the ratios to eager mean something."""
     allowed = 1 + (COUNT_LIMIT if same_key else OTHER_LIMIT)
+    costs: dict[str, Any] = {"instructions, fused / eager": lambda c: c["fused"] / c["eager"]}
+    if same_key:
+        names = {"instructions": "fused", "instructions in the extension": "kernels"}
+        costs = {cost: itemgetter(name) for cost, name in names.items()}
     findings = []
-    for row in sorted(old.keys() & new.keys()):
-        both = old[row], new[row]
-        costs = {"instructions": "fused", "instructions in the extension": "kernels"}
-        pairs = {cost: [counts[key] for counts in both] for cost, key in costs.items()}
-        if not same_key:
-            pairs = {"instructions, fused / eager": [c["fused"] / c["eager"] for c in both]}
-        for cost, (before, after) in pairs.items():
-            findings.append(Finding(row, cost, before, after, before * allowed, after))
+    for row, (cost, of) in product(sorted(old.keys() & new.keys()), costs.items()):
+        before, after = of(old[row]), of(new[row])
+        findings.append(Finding(row, cost, before, after, before * allowed, after))
     return findings
 
 
 def check(kinds: Iterable[str], baseline: dict[str, Any]) -> tuple[list[Finding], list[str]]:
-    """Findings, and what could not be compared."""
     findings: list[Finding] = []
     notes: list[str] = []
     for kind in kinds:
-        reason = missing(kind) or ("" if kind in baseline else "not in the baseline, see --update")
-        if reason:
+        unknown = "" if kind in baseline else "not in the baseline, see --update"
+        if reason := missing(kind) or unknown:
             notes.append(f"{kind} not compared: {reason}")
             continue
-        old, differs = baseline[kind]["rows"], difference(baseline[kind]["key"], KEYS[kind]())
+        old, key, here = baseline[kind]["rows"], baseline[kind]["key"], KEYS[kind]()
+        names = sorted(n for n in key.keys() | here.keys() if key.get(n) != here.get(n))
+        differs = ", ".join(f"{n} {key.get(n)} (here {here.get(n)})" for n in names)
         if differs:
             how = "compared as ratios only" if kind == INSTRUCTIONS else "not compared"
             notes.append(f"{kind} {how}: the baseline has {differs}")
@@ -154,14 +154,7 @@ def missing(kind: str) -> str | None:
     return callgrind.missing() if kind == INSTRUCTIONS else native.missing
 
 
-def difference(old: dict[str, str], new: dict[str, str]) -> str:
-    """What `old` has else than `new`, for a reader; "" where they agree."""
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(f"{name} {old.get(name)} (here {new.get(name)})" for name in names)
-
-
 def update(kinds: Iterable[str], baseline: dict[str, Any]) -> dict[str, Any]:
-    """`baseline` with the kinds measured anew."""
     for kind in kinds:
         if missing(kind):
             raise SystemExit(f"bench check: cannot update {kind}: {missing(kind)}")

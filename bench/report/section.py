@@ -1,12 +1,12 @@
-"""What a results file says, as text: README's part about one device."""
+"""What a results file says, as text: README's part about one device, and where such a part goes."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from ..measure.results_file import Results
-from .rows import Row, distinct, select
-from .tables import SLOWER, full_tables, loss_table, readme_tables, short
+from .tables import SLOWER, Row, distinct, full_tables, loss_table, readme_tables, select, short
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 BRIEF = ("torch", "fusedres")
@@ -14,7 +14,6 @@ MOST_NAMED = 6  # of the layers that were not measured, for one reason
 
 
 def source(results: Results, brief: bool = False) -> str:
-    """Machine, versions, commit and date, in a line."""
     found = results["machine"]
     where = [str(found.get("gpu") or found["cpu"])]
     if results["device"] == "cpu":
@@ -30,16 +29,14 @@ def source(results: Results, brief: bool = False) -> str:
 def ceilings(results: Results) -> str:
     """What the machine reached in the same run, the yardstick of every share."""
     found = results["ceilings"]
-    rates = found.get("matmul_tflop_per_s", {}).items()
     told = [f"copy {short(found['copy_gb_per_s'])} GB/s"] if found.get("copy_gb_per_s") else []
-    for dtype, rate in rates:
+    for dtype, rate in found.get("matmul_tflop_per_s", {}).items():
         unit = f"{short(rate)} TFLOP/s" if rate >= 1 else f"{short(1e3 * rate)} GFLOP/s"
         told.append(f"matmul {dtype} {unit}")
     return ", ".join(told)
 
 
 def protocol(results: Results) -> str:
-    """How to read the tables."""
     rows, limits = results["rows"], ceilings(results)
     uneasy = sum(not row["calm"] for row in rows)
     told = [
@@ -53,21 +50,20 @@ def protocol(results: Results) -> str:
         "Graph: forward in a CUDA graph." * (results["device"] == "cuda"),
         f"Ceilings of the same run: {limits}." if limits else "",
         f"`~`: disturbed by other processes ({uneasy} of {len(rows)}), so not judged."
-        if uneasy
-        else "",
+        * bool(uneasy),
     ]
     return "\n".join(filter(None, told))
 
 
 def launches(results: Results) -> str:
-    """How many kernels or torch ops a call is, in a sentence."""
     found = [r for r in results["rows"] if r["group"] != "host" and r.get("launches")]
     unit = "Kernels on the GPU" if results["device"] == "cuda" else "Torch ops"
     told = []
-    for mode in dict.fromkeys(row["mode"] for row in found):
+    for mode in distinct(found, "mode"):
         counts = [row["launches"] for row in select(found, mode=mode)]
-        spans = [_span([f"{n} {c[n]}" for c in counts if n in c]) for n in ("fused", "eager")]
-        told += [f"{mode} {' and '.join(filter(None, spans))}"]
+        names = [name for name in ("fused", "eager") if any(name in c for c in counts)]
+        spans = [_span([f"{n} {c[n]}" for c in counts if n in c]) for n in names]
+        told += [f"{mode} {' and '.join(spans)}"]
     return f"{unit} a call: {'; '.join(told)}." if told else ""
 
 
@@ -92,8 +88,6 @@ def unmeasured(results: Results, brief: bool = True) -> list[str]:
 
 def _span(texts: list[str]) -> str:
     """Texts that differ in their numbers only as one, with the least and the largest of each."""
-    if not texts:
-        return ""
     columns = zip(*map(NUMBER.findall, texts), strict=True)
     ends = [dict.fromkeys((min(c, key=float), max(c, key=float))) for c in columns]
     spans = map(" to ".join, ends)
@@ -118,3 +112,12 @@ def section(results: Results, pictures: str = "", full: bool = False) -> str:
         "\n".join(["**Not measured:**", "", *missing]) if missing else "",
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def replace_part(page: Path, markers: tuple[str, str], part: str) -> str:
+    """The text of a page with what stands between the markers replaced."""
+    text, (begin, end) = page.read_text(encoding="utf-8"), markers
+    first, last = text.find(begin), text.find(end)
+    if first < 0 or last < first:
+        raise SystemExit(f"bench: {page.name} has no {begin} with {end} after it to write between")
+    return f"{text[: first + len(begin)]}\n{part}\n{text[last:]}"

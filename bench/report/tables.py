@@ -1,19 +1,24 @@
-"""Results as tables: those of README, and every row with everything that was measured."""
+"""Rows of a results file, and tables of them, in Markdown that reads well in a terminal too."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
+from operator import itemgetter
 from statistics import median
 from typing import Any
 
 from ..measure.cases import BACKWARD_GRAPH, GRAPH, INFERENCE, MLP, RECORD, RECORD_GRAPH, STEP
-from .markdown import table
-from .rows import MAIN_DTYPE, Row, contenders, distinct, select, strongest, sweep
 
+Row = dict[str, Any]
+
+MAIN_DTYPE = {"cpu": "fp32", "cuda": "bf16"}  # what most users of the device compute in
 SLOWER = "▼"  # beside a ratio: fused is slower by more than noise
 UNMEASURED = "-"
-BRIEF_MODES = {
+BRIEF = {
+    INFERENCE: "forward",
     STEP: "step",
     RECORD: "recording",
     GRAPH: "graph",
@@ -25,8 +30,31 @@ NAMES = {MLP: "mlp", "layer": "LN", "batch": "BN", "rms": "RMS"}
 KIB, MIB = 2**10, 2**20
 
 
-def brief(mode: str) -> str:
-    return BRIEF_MODES.get(mode, mode)
+def select(rows: Iterable[Row], /, **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def distinct(rows: Iterable[Row], key: str) -> list[Any]:
+    """The values of a column, in order of appearance."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def sweep(rows: list[Row]) -> list[Row]:
+    """The square rows of the recipe that most of them have."""
+    squares = select(rows, group="square")
+    recipes = [(row["order"], row["norm"], row["activation"]) for row in squares]
+    most = Counter(recipes).most_common(1)
+    return [row for row, recipe in zip(squares, recipes, strict=True) if recipe == most[0][0]]
+
+
+def contenders(rows: Iterable[Row], key: str = "ratios") -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row[key]))
+
+
+def strongest(row: Row, names: Iterable[str]) -> str | None:
+    """The fastest of the named contenders that ran, None where none did."""
+    ran = [name for name in names if name in row["ratios"]]
+    return min(ran, key=lambda name: row["ratios"][name]["median"], default=None)
 
 
 def recipe(row: Row) -> str:
@@ -85,6 +113,19 @@ def pair(found: dict[str, Any] | None, form: str = ",.0f", unit: float = 1.0) ->
     return " / ".join(digits(None if v is None else v / unit, form) for v in values)
 
 
+def table(head: list[str], body: list[list[str]], left: int) -> str:
+    """The first `left` columns are left-aligned, the others right."""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+
+    def line(cells: list[str]) -> str:
+        columns = enumerate(zip(cells, widths, strict=True))
+        padded = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in columns]
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(map(line, [head, rule, *body]))
+
+
 @dataclass(frozen=True)
 class Table:
     """`left` columns are text, the others numbers."""
@@ -121,25 +162,20 @@ def _against(title: str, *names: str) -> Column:
     return f"x {title}", lambda row: ratio(row, *names)
 
 
-LAYER: Column = ("layer", lambda row: row["case"])
+LAYER: Column = ("layer", itemgetter("case"))
 RECIPE: tuple[Column, ...] = (("recipe", recipe), ("rows x width", shape))
 RATIOS = (_against("eager", "eager"), _against("compile", *COMPILED), _against("matmul", "matmul"))
 LAUNCHES: Column = ("launches", lambda row: pair(row.get("launches")))
-FORWARD: tuple[Column, ...] = (LAYER, *RECIPE, ("us", time), *RATIOS)
-BOTH: tuple[Column, ...] = (
-    LAYER,
-    ("us", time),
-    *RATIOS,
+TIMES: tuple[Column, ...] = (("us", time), *RATIOS)
+SHARES: tuple[Column, ...] = (
     ("saved", lambda row: share(row, "saved_bytes")),
     ("peak", lambda row: share(row, "peak_bytes")),
-    LAUNCHES,
 )
+FORWARD, BOTH = (LAYER, *RECIPE, *TIMES), (LAYER, *TIMES, *SHARES, LAUNCHES)
 NAMED: tuple[Column, ...] = (
     LAYER,
     *RECIPE,
-    ("dtype", lambda row: row["dtype"]),
-    ("mode", lambda row: row["mode"]),
-    ("backend", lambda row: row["backend"]),
+    *((key, itemgetter(key)) for key in ("dtype", "mode", "backend")),
     ("fused, us", time),
     ("quartiles", lambda row: " to ".join(microseconds(row["times_us"]["fused"][q]) for q in ENDS)),
 )
@@ -185,17 +221,13 @@ def readme_tables(results: dict[str, Any]) -> list[Table]:
 
 def summary_table(rows: list[Row]) -> Table:
     """One line a group, mode and dtype: the middle and the ends of its ratios."""
-    head = ["rows", "mode", "dtype"]
-    for name in ("eager", "compile"):
-        head += [f"x {name}", "range", "slower"]
+    head = ["rows", "mode", "dtype", "x eager", "range", "slower", "x compile", "range", "slower"]
+    modes, dtypes = distinct(rows, "mode"), distinct(rows, "dtype")
     body = []
-    for group in ("model", "square"):
-        for mode in distinct(rows, "mode"):
-            for dtype in distinct(rows, "dtype"):
-                chosen = select(rows, group=group, mode=mode, dtype=dtype)
-                line = [f"{group}s", brief(mode), dtype]
-                line += [*_spread(chosen, ("eager",)), *_spread(chosen, COMPILED)]
-                body += [line] if chosen else []
+    for group, mode, dtype in product(("model", "square"), modes, dtypes):
+        if chosen := select(rows, group=group, mode=mode, dtype=dtype):
+            spreads = *_spread(chosen, ("eager",)), *_spread(chosen, COMPILED)
+            body.append([f"{group}s", BRIEF[mode], dtype, *spreads])
     return Table("All rows in short", head, body, left=3, note="medians")
 
 
@@ -212,15 +244,14 @@ def _spread(rows: list[Row], names: tuple[str, ...]) -> list[str]:
 def square_table(rows: list[Row], dtype: str) -> Table:
     """One line a mode, contender and number of rows; one column a width."""
     rows = select(sweep(rows), dtype=dtype)
-    widths = sorted(distinct(rows, "features"))
+    widths, counts = (sorted(distinct(rows, key)) for key in ("features", "rows"))
+    against = ("eager", ("eager",)), ("compile", COMPILED)
     body = []
-    for mode in distinct(rows, "mode"):
-        for title, names in (("eager", ("eager",)), ("compile", COMPILED)):
-            for count in sorted(distinct(rows, "rows")):
-                line = {r["features"]: r for r in select(rows, mode=mode, rows=count)}
-                cells = [ratio(line.get(width), *names) for width in widths]
-                measured = any(cell != UNMEASURED for cell in cells)
-                body += [[brief(mode), title, f"{count:,}", *cells]] if measured else []
+    for mode, (title, names), count in product(distinct(rows, "mode"), against, counts):
+        line = {r["features"]: r for r in select(rows, mode=mode, rows=count)}
+        cells = [ratio(line.get(width), *names) for width in widths]
+        if set(cells) != {UNMEASURED}:
+            body.append([BRIEF[mode], title, f"{count:,}", *cells])
     kind = f" ({recipe(rows[0])})" if rows else ""
     head = ["mode", "against", "rows", *map(str, widths)]
     return Table(f"Square layers{kind}, {dtype}", head, body, left=2, note="times faster by width")
@@ -229,8 +260,8 @@ def square_table(rows: list[Row], dtype: str) -> Table:
 def host_table(rows: list[Row]) -> Table:
     """Microseconds the host takes for a call, on tensors too small to compute anything."""
     rows = select(rows, group="host")
-    names = list(dict.fromkeys(name for row in rows for name in row["host_us"]))
-    columns: list[Column] = [("mode", lambda row: brief(row["mode"]))]
+    names = contenders(rows, "host_us")
+    columns: list[Column] = [("mode", lambda row: BRIEF[row["mode"]])]
     columns += [(n, lambda row, n=n: microseconds(row["host_us"].get(n))) for n in names]
     columns += [_against(name, name) for name in contenders(rows) if name in names]
     sizes = f", {shape(rows[0])}, {rows[0]['dtype']}" if rows else ""
@@ -243,7 +274,7 @@ def loss_table(rows: list[Row]) -> Table:
     body = []
     for found, name, row in sorted(lost, key=lambda entry: entry[0]["median"]):
         low, middle, high = (digits(found[key]) for key in ("q1", "median", "q3"))
-        line = [row["case"], row["dtype"], brief(row["mode"]), name]
+        line = [row["case"], row["dtype"], BRIEF[row["mode"]], name]
         body.append([*line, middle + SLOWER, f"{low}-{high}"])
     head = ["layer", "dtype", "mode", "against", "ratio", "quartiles"]
     return Table("Where it loses", head, body, left=4, note="the worst first")

@@ -8,15 +8,15 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ..measure.cases import HOST, INFERENCE, STEP
 from ..measure.results_file import RESULTS, ROOT, Results, load, newest
-from ..report.markdown import replace_part, table
-from .exchange import data_parallel, tensor_parallel
-from .model import Layer, Machine, depth_bytes, of_row, saved_bytes, seconds
+from ..report.section import replace_part
+from ..report.tables import select, table
+from . import model
+from .model import Layer, Machine, of_row, seconds
 
 PAGE = ROOT / "bench" / "scaling.md"
 MARKERS = "<!-- bench scaling: begin -->", "<!-- bench scaling: end -->"
@@ -49,17 +49,16 @@ RECIPES = (
 def measured(results: Results) -> Machine:
     """The machine of a results file. A call's overhead is what it takes with nothing to compute."""
     found, ceilings = results["machine"], results["ceilings"]
-    rows = [row for row in results["rows"] if row["group"] == HOST]
-    return Machine(
-        results["device"],
-        found.get("gpu") or f"{found['cpu']}, {found['threads']} threads",
-        f"measured, commit {results['commit']}, {results['date']}",
+    rows = select(results["rows"], group=HOST)
+    return replace(
+        ASSUMED,
+        device=results["device"],
+        name=found.get("gpu") or f"{found['cpu']}, {found['threads']} threads",
+        source=f"measured, commit {results['commit']}, {results['date']}",
         copy=ceilings["copy_gb_per_s"] * 1e9,
         matmul={dtype: rate * 1e12 for dtype, rate in ceilings["matmul_tflop_per_s"].items()},
-        launch=ASSUMED.launch,
         host={(n, row["mode"]): row["times_us"][n]["median"] / 1e6 for row in rows for n in TIMED},
         link=ASSUMED.link if results["device"] == "cuda" else 0.0,
-        latency=ASSUMED.latency,
     )
 
 
@@ -109,7 +108,6 @@ def _span(factors: tuple[float, ...]) -> str:
 
 
 def row_table(results: Results, dtype: str) -> str:
-    """Every row of a dtype: predicted, measured."""
     body = []
     for row, ours, found in comparison(results):
         if row["dtype"] == dtype:
@@ -122,14 +120,11 @@ def row_table(results: Results, dtype: str) -> str:
 
 
 def growth_table(layers: Iterable[Layer], machine: Machine) -> str:
-    """Times in us, fused and eager over fused, forward and step."""
     body = []
     for layer in layers:
-        line = [f"{layer.M} x {layer.N}"]
-        for mode in (INFERENCE, STEP):
-            fused, _, ratio = predicted(layer, mode, machine)
-            line += [f"{fused:,.1f}", f"{ratio:.2f}"]
-        body.append(line)
+        found = [predicted(layer, mode, machine) for mode in (INFERENCE, STEP)]
+        cells = (cell for us, _, ratio in found for cell in (f"{us:,.1f}", f"{ratio:.2f}"))
+        body.append([f"{layer.M} x {layer.N}", *cells])
     head = ["rows x width", f"{INFERENCE}, us", "x eager", f"{STEP}, us", "x eager"]
     return table(head, body, left=1)
 
@@ -139,14 +134,13 @@ def memory_table(device: str) -> str:
     body = []
     for order, norm, activation in RECIPES:
         layer = Layer(4096, 1024, 1024, order, norm, activation, "bf16", order == "bert-output")
-        kept = [saved_bytes(layer, name, device) / layer.y for name in TIMED]
-        deep = [depth_bytes(layer, name, DEEP, device) / 2**30 for name in TIMED]
+        kept = [model.saved_bytes(layer, name, device) / layer.y for name in TIMED]
+        deep = [model.depth_bytes(layer, name, DEEP, device) / 2**30 for name in TIMED]
         numbers = [*kept, kept[0] / kept[1], *deep, deep[0] / deep[1]]
         recipe = ", ".join(filter(None, (order, norm, activation)))
         body.append([recipe, *(f"{n:.2f}" for n in numbers)])
-    head = ["recipe", "fused", "eager", "ratio"]
-    head += [f"{DEEP} layers: fused, GiB", "eager, GiB", "ratio"]
-    return table(head, body, left=1)
+    deep_head = [f"{DEEP} layers: fused, GiB", "eager, GiB", "ratio"]
+    return table(["recipe", *TIMED, "ratio", *deep_head], body, left=1)
 
 
 def parallel_table(machine: Machine, rows: int = 65536) -> str:
@@ -160,8 +154,8 @@ def parallel_table(machine: Machine, rows: int = 65536) -> str:
         for p in (2, 8):
             part, cut = replace(layer, M=rows // p), replace(layer, N=width // p, residual=True)
             step, forward = (seconds(part, "fused", mode, machine) for mode in (STEP, INFERENCE))
-            exchange = data_parallel(part, p, machine)
-            outputs = tensor_parallel(layer, p, machine)
+            exchange = model.data_parallel(part, p, machine)
+            outputs = model.tensor_parallel(layer, p, machine)
             hidden = forward + max(step - forward, exchange)
             narrow = seconds(cut, "fused", STEP, machine)
             line = [width, p, 1e6 * alone, 1e6 * exchange, 1e6 * outputs]
@@ -202,11 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", nargs="?", type=Path, help="results; default: newest of a device")
     parser.add_argument("--write", action="store_true", help=f"into bench/{PAGE.name}")
     args = parser.parse_args(arguments)
-    files = [args.file] if args.file else list(newest(RESULTS).values())
-    part = render({results["device"]: results for results in map(load, files)})
+    part = render({device: load(path) for device, path in newest(RESULTS).items()})
     print(part)
     if args.write:
         PAGE.write_text(replace_part(PAGE, MARKERS, f"\n{part}\n"), encoding="utf-8")

@@ -16,13 +16,15 @@ template <class T>
 struct BackwardCall {
   Layer layer;
   BackwardOut out;
-  Rows<T> dy, z, x, dz, dt, dx, dresidual;
+  Rows<T> z, dz, dt;
+  MixedRows<T> dy, x, dx, dresidual;
   Side prologue, epilogue;
   BlockSize size;                // of a tile
   int tiles;                     // of columns of dt; 1 where only dz and dresidual are asked for
   int groups;                    // programs that share them
   int steps;                     // along N
-  bool product;                  // dt or dx is asked for
+  bool walks;                    // rows of dz are made for the product, which
+  bool product;                  // makes dt or dx, where asked for
   bool skip;                     // `add` after `linear` sends a part of dx
   bool adds_before, adds_after;  // `add` stands there
   bool walk_x;                   // something is asked for of the stages before `linear`
@@ -56,8 +58,8 @@ struct Backward {
         weight(dz + (streamed() ? kDepth : c.steps) * panel()),
         dt(static_cast<float*>(static_cast<void*>(weight))) {}
 
-  // Without stages after `linear`, dz is dy.
-  __device__ __forceinline__ bool streamed() const { return call.epilogue.stages.count == 0; }
+  // dz is dy.
+  __device__ __forceinline__ bool streamed() const { return !call.walks; }
 
   __device__ __forceinline__ int k0() const { return tile * size.n; }
   __device__ __forceinline__ int panel() const { return size.m * kLineStride; }  // a block of dz
@@ -125,13 +127,15 @@ struct Backward {
   // The tile is dt, or dx where nothing stands before `linear`; then what `add` sends lies in dx.
   __device__ __forceinline__ void finish_tile() const {
     const bool last = call.prologue.stages.count == 0;
-    const Rows<T>& to = last ? call.dx : call.dt;
     const Team team = team_of(size.n);
     for (int r = team.row; r < size.m; r += team.rows) {
       const Place at = place(r, k0() + team.lane * kStrip, static_cast<int>(layer.K));
       Strip d = load_packed(dt + r * (size.n + kTilePad) + team.lane * kStrip);
-      if (last && call.skip) d = plus(d, load<T, true>(to, at));
-      store(to, at, d);
+      if (last && call.skip) d = plus(d, load<T, true>(call.dx, at));
+      if (last)
+        store(call.dx, at, d);
+      else
+        store(call.dt, at, d);
     }
   }
 
@@ -198,19 +202,20 @@ const char* residual_backward_sm80(const Layer& layer, const BackwardOut& out, c
     using T = decltype(type);
     const BackwardCall<T> call = {layer,
                                   out,
-                                  rows_of<T>(out.dy),
                                   rows_of<T>(out.z),
-                                  rows_of<T>(layer.x),
                                   rows_of<T>(out.dz),
                                   rows_of<T>(out.dt),
-                                  rows_of<T>(out.dx),
-                                  rows_of<T>(out.dresidual),
+                                  rows_of<T>(out.dy, layer.y_dtype),
+                                  rows_of<T>(layer.x, layer.x_dtype),
+                                  rows_of<T>(out.dx, layer.x_dtype),
+                                  rows_of<T>(out.dresidual, layer.residual_dtype),
                                   prologue,
                                   epilogue,
                                   {tile.block_m, tile.block_n},
                                   tiles,
                                   tile.groups,
                                   steps,
+                                  walks_z(layer),
                                   product,
                                   skip,
                                   has(prologue.stages, Stage::add),

@@ -39,23 +39,26 @@ struct WeightTile {
     for (int i = threadIdx.x; i < kBlockK<T> * kStrips; i += kThreads) {
       const int r = i / kStrips, c = i % kStrips * kStrip;
       const Place at = {m + r, k0 + c, side.width, m + r < end};
-      if (!at.live) continue;  // 0 as it is
       T* strip = block + r * kRow + c;
-      const RowStats row = load_stats(side.over_rows ? call.out.from.stats : nullptr, layer, at);
-      store_packed(strip, run_stages<T>(layer, side.stages, 0, side.stages.count, at,
-                                        load_packed(strip), row));
+      Strip t = {};
+      if (at.live) {
+        const RowStats row = load_stats(side.over_rows ? call.out.from.stats : nullptr, layer, at);
+        t = call.casts ? load(call.input[1], at) : load_packed(strip);
+        t = run_stages<T>(layer, side.stages, 0, side.stages.count, at, t, row);
+      }
+      store_packed(strip, t);
     }
     sync_threads();
   }
 
   __device__ __forceinline__ void multiply() const {
     const Source<T> left = source<T>({call.dz.data, call.dz.stride}, end, layer.N);
-    const Source<T> right = source<T>(layer.x, end, layer.K);
+    const Source<T> right = source<T>(call.x, end, layer.K);
     const auto copy = [&](int step) {
       const int slot = step % kDepth * kOperand;
       const int64_t m = begin + int64_t{step} * kBlockK<T>;
       copy_tile(dz + slot, left, m, n0, kBlockK<T>, kSumTile);
-      copy_tile(x + slot, right, m, k0, kBlockK<T>, kSumTile);
+      if (!call.casts) copy_tile(x + slot, right, m, k0, kBlockK<T>, kSumTile);
     };
     const int steps = (static_cast<int>(end - begin) + kBlockK<T> - 1) / kBlockK<T>;
     Tile product;

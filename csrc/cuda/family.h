@@ -37,6 +37,9 @@ inline bool on_hopper(const Layer& layer, const Device& device) {
 inline Layer layer_of(const Recipe& r, DType dtype, int64_t M, int64_t N, int64_t K) {
   Layer layer = {};
   layer.dtype = dtype;
+  layer.x_dtype = r.x_dtype.value_or(dtype);
+  layer.residual_dtype = r.residual_dtype.value_or(layer.x_dtype);
+  layer.y_dtype = r.y_dtype.value_or(dtype);
   layer.M = M;
   layer.N = N;
   layer.K = K;

@@ -20,6 +20,8 @@ struct ForwardCall {
   int tiles;       // of columns
   int groups;      // programs that share them
   int steps;       // along K
+  bool walks;      // rows of x are made for the product,
+  bool casts;      // of another dtype
 };
 
 template <class T, int kAtOnce>
@@ -46,7 +48,7 @@ struct Forward {
         tile(group),
         n0(tile * size.n),
         x(static_cast<T*>(static_cast<void*>(shared_memory()))),
-        weight(x + (c.prologue.stages.count > 0 ? c.steps : kDepth) * panel()),
+        weight(x + (c.walks ? c.steps : kDepth) * panel()),
         z(static_cast<float*>(static_cast<void*>(weight))) {}
 
   __device__ __forceinline__ Place place(int row, int n, int width) const {
@@ -57,7 +59,7 @@ struct Forward {
 
   // ---- the product
 
-  __device__ __forceinline__ bool streamed() const { return call.prologue.stages.count == 0; }
+  __device__ __forceinline__ bool streamed() const { return !call.walks; }
   __device__ __forceinline__ bool to_transform() const { return !streamed() && tile == group; }
 
   __device__ __forceinline__ void copy_x(int step, int slot, int rows) const {
@@ -72,10 +74,12 @@ struct Forward {
               tile_size.n, kBlockK<T>);
   }
 
-  // x = prologue(x), in place; columns past K stay 0.
+  // x = prologue(x), in place; from memory where x has another dtype. Columns past K are 0.
   __device__ __forceinline__ void transform_x() const {
     const Side& side = call.prologue;
     const Stages& stages = side.stages;
+    const MixedRows<T> from = rows_of<T>(layer.x, layer.x_dtype);
+    const Rows<T> operand = rows_of<T>(call.out.operand);
     const Team team = team_of(side.width);
     for (int r = team.row; r < size.m; r += team.rows) {
       Place at = place(r, 0, side.width);
@@ -83,19 +87,21 @@ struct Forward {
         return x + k / kBlockK<T> * panel() + r * kLineStride + k % kBlockK<T>;
       };
       RowStats row = {0.0f, 0.0f};
+      const auto through = [&](int k, int last) {
+        at.n = k;
+        const Strip t = call.casts ? load(from, at) : load_packed(strip(k));
+        return run_stages<T>(layer, stages, 0, last, at, t, row);
+      };
       if (side.over_rows) {
-        const auto before = [&](int k) {
-          at.n = k;
-          return run_stages<T>(layer, stages, 0, side.norm_at, at, load_packed(strip(k)), row);
-        };
-        row = stats_of(moments(team, side.width, layer.norm == Norm::layer, before), side.width,
-                       layer.eps);
+        const auto before = [&](int k) { return through(k, side.norm_at); };
+        row = stats_of(layer, moments(team, side.width, layer.norm == Norm::layer, before),
+                       side.width);
         if (group == 0) store_stats(call.out.stats, layer, team, at, row);
       }
-      for (at.n = team.lane * kStrip; at.n < side.width; at.n += team.size * kStrip) {
-        const Strip t = load_packed(strip(at.n));
-        const Strip out = run_stages<T>(layer, stages, 0, stages.count, at, t, row);
-        store_packed(strip(at.n), inside(at, out));
+      for (int k = team.lane * kStrip; k < call.steps * kBlockK<T>; k += team.size * kStrip) {
+        const Strip out = through(k, stages.count);
+        store_packed(strip(k), inside(at, out));
+        if (group == 0 && operand.data) store(operand, at, out);
       }
     }
   }
@@ -106,7 +112,7 @@ struct Forward {
   __device__ __forceinline__ void finish_tile(bool shared_rows) const {
     const Side& side = call.epilogue;
     const Stages& stages = side.stages;
-    const Rows<T> y = rows_of<T>(call.out.y), kept = rows_of<T>(stored_z(shared_rows));
+    const MixedRows<T> y = rows_of<T>(call.out.y, layer.y_dtype), kept = stored_z(shared_rows);
     const Team team = team_of(size.n);
     const int norm = side.over_rows ? side.norm_at : stages.count;
     const int n = team.lane * kStrip, width = side.width - n0 < size.n ? side.width - n0 : size.n;
@@ -125,7 +131,7 @@ struct Forward {
           store_part(team, at, part);
           continue;
         }
-        row = stats_of(part, side.width, layer.eps);
+        row = stats_of(layer, part, side.width);
         store_stats(call.out.stats, layer, team, at, row);
       }
       store(y, at, run_stages<T>(layer, stages, norm, stages.count, at, t, row));
@@ -133,8 +139,9 @@ struct Forward {
   }
 
   // Where rows are shared and nobody needs z, y's memory holds it until they are finished.
-  __device__ __forceinline__ Matrix stored_z(bool shared_rows) const {
-    return shared_rows && !call.out.z.data ? call.out.y : call.out.z;
+  __device__ __forceinline__ MixedRows<T> stored_z(bool shared_rows) const {
+    return shared_rows && !call.out.z.data ? rows_of<T>(call.out.y, layer.y_dtype)
+                                           : rows_of<T>(call.out.z, layer.dtype);
   }
 
   // partial (3, tiles, M)
@@ -160,12 +167,12 @@ struct Forward {
       row = merge(row, static_cast<float>(i * size.n), part,
                   static_cast<float>(left < size.n ? left : size.n));
     }
-    return stats_of(row, at.width, layer.eps);
+    return stats_of(layer, row, at.width);
   }
 
   __device__ __forceinline__ void finish_rows() const {
     const Side& side = call.epilogue;
-    const Rows<T> y = rows_of<T>(call.out.y), kept = rows_of<T>(stored_z(true));
+    const MixedRows<T> y = rows_of<T>(call.out.y, layer.y_dtype), kept = stored_z(true);
     const Team team = team_of(side.width);
     for (int r = team.row; r < size.m; r += team.rows) {
       Place at = place(r, team.lane * kStrip, side.width);
@@ -181,7 +188,7 @@ struct Forward {
   __device__ __forceinline__ void run() {
     const bool shared_rows = call.epilogue.over_rows && call.tiles > 1;
     for (;;) {
-      if (to_transform()) {
+      if (to_transform() && !call.casts) {
         for (int step = 0; step < call.steps; ++step) copy_x(step, step, size.m);
         cp_async_commit();
       }
@@ -222,7 +229,9 @@ const char* residual_forward_sm80(const Layer& layer, const ForwardOut& out, con
                             {tile.block_m, tile.block_n},
                             static_cast<int>(ceil_div(layer.N, tile.block_n)),
                             tile.groups,
-                            static_cast<int>(ceil_div(layer.K, block_k(layer.dtype)))};
+                            static_cast<int>(ceil_div(layer.K, block_k(layer.dtype))),
+                            walks_x(layer),
+                            layer.x_dtype != layer.dtype};
   return with_element(layer.dtype, [&](auto type) {
     return with_kernel(tile, [&](auto programs) {
       return launch(residual_forward_sm80_kernel<decltype(type), programs.value>, tile.programs,

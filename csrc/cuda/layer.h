@@ -27,14 +27,15 @@ struct Vector {
   DType dtype;
 };
 
-// A matrix in the layer's dtype whose columns are adjacent; data may be null.
+// A matrix whose columns are adjacent; data may be null.
 struct Matrix {
   void* data;
   int64_t stride;
 };
 
 struct Layer {
-  DType dtype;  // of every Matrix: float32, float16 or bfloat16
+  DType dtype;  // of the product and every Matrix: float32, float16 or bfloat16. But for
+  DType x_dtype, residual_dtype, y_dtype;  // these and their gradients: `dtype` or float32
   int64_t M, N, K;
   int64_t R;                   // features of the residual; beyond them it counts as 0
   Matrix x, weight, residual;  // (M, K), (N, K), (M, R); residual's is x's where it is x
@@ -64,9 +65,10 @@ struct Tile {
 };
 
 struct ForwardOut {
-  Matrix z;      // (M, N) contiguous; data is null where nobody needs it
-  Matrix y;      // (M, N) contiguous
-  float* stats;  // (2, M): mean and rstd of each row of a norm over rows; or null
+  Matrix z;        // (M, N) contiguous; data is null where nobody needs it
+  Matrix y;        // (M, N) contiguous
+  Matrix operand;  // (M, K) contiguous: x in the product's dtype; null where nobody needs it
+  float* stats;    // (2, M): mean and rstd of each row of a norm over rows; or null
   float* partial;
   int32_t* arrived;
 };
@@ -89,6 +91,7 @@ struct BackwardOut {
 // the dtypes of the parameters they belong to; what is not asked for is null.
 struct SumsOut {
   BackwardOut from;
+  Matrix operand;  // (M, K), an input, as forward saved it: where `casts_x`, in place of x
   Matrix dweight;  // (N, K)
   void *dbias, *dnorm_weight, *dnorm_bias, *dgate;
   float* partial;

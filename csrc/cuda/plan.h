@@ -44,6 +44,17 @@ inline bool has(const Stages& stages, Stage stage) {
   return position(stages, stage) < stages.count;
 }
 
+// Whether forward makes the rows of x that the product sees, and backward those of dz. Else they are
+// copied as they are.
+inline bool walks_x(const Layer& layer) {
+  return layer.prologue.count > 0 || layer.x_dtype != layer.dtype;
+}
+inline bool walks_z(const Layer& layer) {
+  return layer.epilogue.count > 0 || layer.y_dtype != layer.dtype;
+}
+// Whether x is cast for the product, and nothing else is done to it.
+inline bool casts_x(const Layer& layer) { return walks_x(layer) && layer.prologue.count == 0; }
+
 // The stages on one side of `linear` and what walking them forward and back needs to know.
 struct Side {
   Stages stages;
@@ -80,12 +91,11 @@ inline int64_t product_bytes(DType dtype, int block_m, bool whole, int64_t reduc
 }
 
 inline int64_t forward_bytes(const Layer& layer, BlockSize size) {
-  return product_bytes(layer.dtype, size.m, layer.prologue.count > 0, layer.K,
-                       size.n * (kLine + kPad));
+  return product_bytes(layer.dtype, size.m, walks_x(layer), layer.K, size.n * (kLine + kPad));
 }
 inline int64_t backward_bytes(const Layer& layer, BlockSize size) {
   const int b_bytes = block_k(layer.dtype) * (size.n * element_bytes(layer.dtype) + kPad);
-  return product_bytes(layer.dtype, size.m, layer.epilogue.count > 0, layer.N, b_bytes);
+  return product_bytes(layer.dtype, size.m, walks_z(layer), layer.N, b_bytes);
 }
 inline int64_t sums_bytes(const Layer& layer) {
   const int rows = block_k(layer.dtype);
@@ -98,12 +108,15 @@ inline int64_t sums_bytes(const Layer& layer) {
 inline const char* why_not(const Layer& layer, int shared_limit, bool gradients) {
   const BlockSize least = kTiles[std::size(kTiles) - 1];
   if (layer.dtype == DType::float64) return "float64: tensor cores have no such form here";
+  for (const DType dtype : {layer.x_dtype, layer.residual_dtype, layer.y_dtype})
+    if (dtype != layer.dtype && dtype != DType::float32)
+      return "x, residual and y must have the product's dtype or float32";
   if (layer.N > kWidest || layer.K > kWidest) return "more than 2^20 features";
   if (layer.M > INT32_MAX) return "more than 2^31 - 1 rows";
   if (forward_bytes(layer, least) > shared_limit)
-    return "rows of x do not fit in shared memory, where stages before linear transform them";
+    return "rows of x do not fit in shared memory, where they are made for the product";
   if (gradients && backward_bytes(layer, least) > shared_limit)
-    return "rows of z do not fit in shared memory, where backward walks the stages after linear";
+    return "rows of z do not fit in shared memory, where backward makes their gradients";
   return nullptr;
 }
 
@@ -177,7 +190,7 @@ inline int64_t share(const Layer& layer, int64_t columns, BlockSize size, bool w
 inline Tile plan_forward(const Layer& layer, int multiprocessors, int shared_limit) {
   const auto bytes = [&](BlockSize size) { return forward_bytes(layer, size); };
   int64_t least_n = 0;
-  const bool walks = layer.prologue.count > 0;
+  const bool walks = walks_x(layer);
   if (walks) least_n = std::min<int64_t>(layer.N, 128);
   if (side_of(layer, false).over_rows && layer.N <= 128) least_n = layer.N;
   const BlockSize size = choose(layer.M, layer.N, least_n, multiprocessors, shared_limit, bytes);
@@ -188,7 +201,7 @@ inline Tile plan_forward(const Layer& layer, int multiprocessors, int shared_lim
 inline Tile plan_backward(const Layer& layer, const BackwardOut& out, int multiprocessors,
                           int shared_limit) {
   const auto bytes = [&](BlockSize size) { return backward_bytes(layer, size); };
-  const bool walks = layer.epilogue.count > 0;
+  const bool walks = walks_z(layer);
   const int64_t least_n = walks ? std::min<int64_t>(layer.K, 128) : 0;
   const BlockSize size = choose(layer.M, layer.K, least_n, multiprocessors, shared_limit, bytes);
   return cut_backward(

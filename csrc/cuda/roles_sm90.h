@@ -149,9 +149,9 @@ struct Survey {
   // no more than a few sigma. Of 64 elements, not of one, so that an outlier among them does no harm.
   __device__ __forceinline__ RowStats stats(int i) const {
     const float count = static_cast<float>(call.layer.K);
-    if (call.layer.norm == Norm::rms) return {0.0f, rstd_of(squares[i] / count, call.layer.eps)};
+    if (call.layer.norm == Norm::rms) return {0.0f, rstd_of_row(call.layer, squares[i] / count)};
     const float mean = total[i] / count, m2 = squares[i] - total[i] * mean;
-    return {middle[i] + mean, rstd_of((m2 < 0 ? 0.0f : m2) / count, call.layer.eps)};
+    return {middle[i] + mean, rstd_of_row(call.layer, (m2 < 0 ? 0.0f : m2) / count)};
   }
 
   __device__ __forceinline__ void publish(TileAt tile) {
@@ -315,7 +315,7 @@ struct Finish {
         if (!whole && side.over_rows && i == side.norm_at) {
           const Moments part = moments_of(t, tile, lane);
           if (call.shared_rows) return store_part(tile.column_tile, lane, at, part);
-          row = stats_of(part, side.width, layer.eps);
+          row = stats_of(layer, part, side.width);
           store_stats(call.out.stats, layer, {lane, kLanes, 0, 0}, at, row);
         }
         t = run_stage(i, at, t, loaded.skip, row);
@@ -361,7 +361,7 @@ struct Finish {
       const int seen = i * kBlockN, width = std::min(side.width - seen, kBlockN);
       row = merge(row, static_cast<float>(seen), part, static_cast<float>(width));
     }
-    shared.rows[thread] = stats_of(row, side.width, layer.eps);
+    shared.rows[thread] = stats_of(layer, row, side.width);
     if (tile.column_tile == 0)
       store_stats(call.out.stats, layer, {0, 1, 0, 0}, at, shared.rows[thread]);
     sync_warps(kFinishWarps);

@@ -71,8 +71,8 @@ __device__ __forceinline__ Moments merge(const Moments& a, float count, const Mo
   return {a.mean, a.rest + delta * share, a.m2 + b.m2 + delta * delta * (count * share)};
 }
 
-__device__ __forceinline__ RowStats stats_of(const Moments& row, int width, float eps) {
-  return {row.mean + row.rest, rstd_of(row.m2 / static_cast<float>(width), eps)};
+__device__ __forceinline__ RowStats stats_of(const Layer& layer, const Moments& row, int width) {
+  return {row.mean + row.rest, rstd_of_row(layer, row.m2 / static_cast<float>(width))};
 }
 
 // stats (2, M)

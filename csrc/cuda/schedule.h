@@ -178,6 +178,8 @@ inline const char* why_not(const Layer& layer) {
   };
   if (layer.dtype != DType::float16 && layer.dtype != DType::bfloat16)
     return "Hopper's wide tiles are for float16 and bfloat16";
+  for (const DType dtype : {layer.x_dtype, layer.residual_dtype, layer.y_dtype})
+    if (dtype != layer.dtype) return "Hopper's wide tiles take operands of one dtype";
   const bool norm = layer.prologue.count == 1 && norm_before(layer) && layer.norm != Norm::batch;
   if (layer.prologue.count > 0 && !norm)
     return "of stages before linear, Hopper's wide tiles know a norm over rows alone";

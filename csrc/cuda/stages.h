@@ -17,6 +17,12 @@ __device__ __forceinline__ float rstd_of(float variance, float eps) {
   return 1.0f / sqrtf(variance + eps);
 }
 
+// Of a row. Where a layer norm's variance overflows, the row is NaN, as torch has it, not 0.
+__device__ __forceinline__ float rstd_of_row(const Layer& layer, float variance) {
+  const float rstd = rstd_of(variance, layer.eps);
+  return layer.norm == Norm::layer ? rstd + (variance - variance) : rstd;
+}
+
 // rstd of each column, for a norm over columns.
 __device__ FUSEDRES_APART Strip column_rstd(const Layer& layer, Place at) {
   return map_in_rounds(load(layer.running_var, at, 1.0f),
@@ -116,7 +122,7 @@ __device__ FUSEDRES_APART Strip drop_sample(const Layer& layer, Place at, Strip 
 template <class T>
 __device__ __forceinline__ Strip add_residual(const Layer& layer, Place at, const Strip& t) {
   at.width = static_cast<int>(layer.R);
-  return map(t, load(rows_of<T>(layer.residual), at),
+  return map(t, load(rows_of<T>(layer.residual, layer.residual_dtype), at),
              [&](float v, float r) { return v + layer.residual_scale * r; });
 }
 

@@ -103,6 +103,20 @@ FUSEDRES_HD Rows<T> rows_of(const Matrix& m) {
   return {static_cast<T*>(m.data), m.stride, is_aligned(m.data, m.stride * sizeof(T))};
 }
 
+// Rows of T or, `single`, of float: x, residual, y and their gradients beside a 16-bit product.
+template <class T>
+struct MixedRows : Rows<T> {
+  bool single;
+  __device__ __forceinline__ Rows<float> singles() const {
+    return {reinterpret_cast<float*>(this->data), this->stride, this->wide};
+  }
+};
+
+template <class T>
+FUSEDRES_HD MixedRows<T> rows_of(const Matrix& m, DType dtype) {
+  return {rows_of<T>(m), dtype == DType::float32};  // what is aligned for T is so for float
+}
+
 template <class T, bool kPastL1 = false>
 __device__ __forceinline__ Strip load_packed(const T* p) {
   Strip out;
@@ -153,6 +167,29 @@ __device__ __forceinline__ void store(const Rows<T>& rows, const Place& at, cons
 #pragma unroll
   for (int i = 0; i < kStrip; ++i)
     if (i < count) p[i] = from_float<T>(t.v[i]);
+}
+
+// Apart, so that those who need them do not make the others' code longer.
+template <bool kPastL1>
+__device__ FUSEDRES_APART Strip load_single(Rows<float> rows, Place at) {
+  return load<float, kPastL1>(rows, at);
+}
+__device__ FUSEDRES_APART void store_single(Rows<float> rows, Place at, Strip t) {
+  store(rows, at, t);
+}
+
+template <class T, bool kPastL1 = false>
+__device__ __forceinline__ Strip load(const MixedRows<T>& rows, const Place& at) {
+  if constexpr (!std::is_same_v<T, float>)
+    if (rows.single) return load_single<kPastL1>(rows.singles(), at);
+  return load<T, kPastL1>(static_cast<const Rows<T>&>(rows), at);
+}
+
+template <class T>
+__device__ __forceinline__ void store(const MixedRows<T>& rows, const Place& at, const Strip& t) {
+  if constexpr (!std::is_same_v<T, float>)
+    if (rows.single) return store_single(rows.singles(), at, t);
+  store(static_cast<const Rows<T>&>(rows), at, t);
 }
 
 template <class T>

@@ -20,7 +20,10 @@ struct SumsCall {
   Side sides[2];  // after and before `linear`
   Wanted wanted[2];
   int stop[2];  // the first stage that sums are wanted of
-  Rows<T> dz, dweight, input[2], gradient[2];
+  Rows<T> dz, dweight;
+  MixedRows<T> input[2], gradient[2];
+  Matrix x;           // as dweight's product copies it, but where
+  bool casts;         // stages before `linear` make of it another dtype
   int64_t sums_from;  // in `partial`: dweight's parts come first
 };
 

@@ -29,11 +29,15 @@ const char* residual_sums_sm80(const Layer& layer, const SumsOut& out, const Til
     call.layer = layer;
     call.out = out;
     call.cut = cut_of(layer, out, tile);
-    call.dz = rows_of<T>(layer.epilogue.count > 0 ? from.dz : from.dy);
+    call.dz = rows_of<T>(walks_z(layer) ? from.dz : from.dy);
     call.dweight = rows_of<T>(out.dweight);
+    call.x = casts_x(layer) ? out.operand : layer.x;
+    call.casts = layer.prologue.count > 0 && layer.x_dtype != layer.dtype;
+    call.input[0] = rows_of<T>(from.z, layer.dtype);
+    call.input[1] = rows_of<T>(layer.x, layer.x_dtype);
+    call.gradient[0] = rows_of<T>(from.dy, layer.y_dtype);
+    call.gradient[1] = rows_of<T>(from.dt, layer.dtype);
     for (int side = 0; side < 2; ++side) {
-      call.input[side] = rows_of<T>(side == 0 ? from.z : layer.x);
-      call.gradient[side] = rows_of<T>(side == 0 ? from.dy : from.dt);
       call.sides[side] = side_of(layer, side == 1);
       call.wanted[side] = wanted_sums(layer, out, side == 1);
       call.stop[side] = call.wanted[side].stop(call.sides[side].stages);

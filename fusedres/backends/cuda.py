@@ -23,8 +23,6 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
         return native.missing
     if not native.has_cuda:
         return "the C++ extension is built without CUDA kernels (it needs nvcc and a CUDA torch)"
-    if spec.dtypes:
-        return "its kernels take x, weight, residual and y of one dtype"
     if spec.activation in REGISTERED:
         return f"the C++ kernels know only the built-in activations, not {spec.activation!r}"
     if device.type != "cuda":

@@ -1,12 +1,16 @@
 """The CUDA backend as seen from Python on a machine without a GPU: what it refuses, plans, says."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedres import ACTIVATIONS, ORDERS, FusedResidual, backends, fused_residual, ops
 from fusedres.backends import native
-from fusedres.spec import make_spec
+from fusedres.dtypes import typed
+from fusedres.spec import Spec, make_spec
 
 pytestmark = pytest.mark.skipif(not native.has_cuda, reason="built without CUDA kernels")
 
@@ -50,6 +54,54 @@ def test_what_the_kernels_take():
     assert "running statistics only" in refusal(norm="batch", training=True)
     assert "float64" in refusal(dtype="float64")
     assert "2^20" in refusal(N=(1 << 20) + 1)
+
+
+def calls_of_several_dtypes():
+    """(recipe, product) of every call that torch's product takes, with and without autocast."""
+    dtypes = (F32, F16, BF16, F64)
+    for order in ("note", "prenorm", "linear-add-act", "act-add-linear"):
+        plain = str(make_spec(order=order, activation="gelu"))
+        for given in itertools.product(dtypes, dtypes, (None, *dtypes), (None, F16, BF16)):
+            try:
+                yield typed(plain, *given, "cuda")
+            except TypeError:
+                continue
+
+
+def test_which_dtypes_may_meet():
+    """float32 for x, residual and y beside a product of 16 bits, and nothing else; on the sm_80
+    kernels, whatever the GPU.
+    """
+    taken = set()
+    for recipe, product in set(calls_of_several_dtypes()):
+        spec, dtype = Spec.parse(recipe), str(product).removeprefix("torch.")
+        shared = HOPPER[1]
+        reason = native.extension.cuda_why_not(recipe, dtype, 1024, 1024, shared, True)
+        known = dtype != "float64" and set(spec.dtypes) <= {"float32"}
+        assert (reason is None) == known, f"{recipe}, {dtype}: {reason}"
+        assert known or "or float32" in reason or "float64" in reason
+        if known and spec.dtypes:
+            found = native.extension.cuda_plan(recipe, dtype, 65536, 1024, 1024, *HOPPER)
+            assert found["kernel"] == "residual_forward_sm80_kernel"
+            taken.add((dtype, spec.x_dtype, spec.residual_dtype, spec.y_dtype))
+        if "float64" in spec.dtypes:
+            assert "float64" in backends.why_not("cuda", spec, product, CPU, 8, 8)
+    both = (None, "float32")
+    halves = ("float16", "bfloat16")
+    combinations = set(itertools.product(halves, both, both, both))
+    assert taken == combinations - {(dtype, None, None, None) for dtype in halves}
+
+
+def test_dtypes_that_may_not_meet_go_to_triton(fake_gpu):
+    """An error for who asked for "cuda", no wrong numbers."""
+    single = dict.fromkeys(("x_dtype", "residual_dtype", "y_dtype"), "float32")
+    recipe = str(replace(make_spec(activation="gelu"), **single))
+    for backend in ("cuda", "auto"):
+        assert backends.choose(backend, recipe, BF16, fake_gpu, 64, 64, True) == "cuda"
+    recipe = str(replace(make_spec(activation="gelu"), residual_dtype="float16"))
+    assert backends.choose("auto", recipe, BF16, fake_gpu, 64, 64, True) == "triton"
+    with pytest.raises(NotImplementedError, match=r"residual_dtype=float16.* or float32; backend="):
+        backends.choose("cuda", recipe, BF16, fake_gpu, 64, 64)
 
 
 def test_rows_too_wide_for_shared_memory():
@@ -105,6 +157,23 @@ def test_both_backends_of_gpus_save_the_same():
     y, z, stats = ops.FORWARD["cuda"](x, weight, *[None] * 8, 1, spec, True)
     assert (y.shape, z.shape, stats.shape) == ((5, 7), (5, 7), (10,))
     assert stats.dtype == F32
+
+
+@pytest.mark.parametrize("order", ["note", "prenorm"])
+def test_dtypes_of_what_is_saved_and_of_gradients(order):
+    """y has its own, what is saved the product's, a gradient that of its operand."""
+    x, residual = (torch.empty(5, n, device="meta") for n in (8, 7))
+    weight = torch.empty(7, 8, device="meta", dtype=BF16)
+    recipe, _ = typed(str(make_spec(order, activation="gelu")), F32, BF16, F32, BF16, "cuda")
+    call = (x, weight, *[None] * 4, residual, None, None, None, 1, recipe)
+    y, *saved = ops.FORWARD["cuda"](*call, True)
+    operand = [((5, 8), BF16)] if order == "note" else []
+    assert y.dtype == F32
+    assert [(t.shape, t.dtype) for t in saved] == [((5, 7), BF16), ((10,), F32), *operand]
+    grads = ops.BACKWARD["cuda"](y, saved, *call, 0b1000011)
+    assert [(t.shape, t.dtype) for t in grads] == [
+        (t.shape, t.dtype) for t in (x, weight, residual)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from bench.measure.cases import (
 )
 from bench.measure.contenders import RIVALS
 from bench.measure.counts import flops, traffic
-from bench.measure.form import check_results
+from bench.measure.results_file import check_results
 from bench.measure.row import PROTOCOL, compare, rates
 from results_sample import sample
 
@@ -209,9 +209,10 @@ def item_of(row: dict[str, Any], colours: bool) -> tuple[Any, io.StringIO]:
     writer = TerminalWriter(file := io.StringIO())
     writer.hasmarkup = colours
     task = Task(COUNTED, "fp32", INFERENCE)
-    told = SimpleNamespace(tasks=[task], seconds_spent=lambda: 1.0)
+    told = SimpleNamespace(tasks=[task], began=0.0)
     config = SimpleNamespace(get_terminal_writer=lambda: writer, stash={conftest.RUN: told})
-    item = SimpleNamespace(config=config, callspec=SimpleNamespace(params={"task": task}))
+    callspec = SimpleNamespace(params={"task": task})
+    item = SimpleNamespace(config=config, callspec=callspec, row=row)
     return item, file
 
 
@@ -223,7 +224,7 @@ def test_rows_that_lose_are_red_where_there_are_colours(colours: bool, slower: l
     row |= {"times_us": {"fused": spread}, "ratios": {"eager": spread, "functional": spread}}
     row["slower_than"] = slower
     item, file = item_of(row, colours)
-    conftest.tell(item, row)
+    conftest.pytest_runtest_makereport(item, SimpleNamespace(when="call"))
     assert ("\x1b[31m" in file.getvalue()) == (colours and slower == ["eager"])
     found = ["counted fp32, forward: eager takes 0.90 of fused's time (0.80 to 0.95)"]
     assert run.losses([row]) == (found if slower == ["eager"] else [])

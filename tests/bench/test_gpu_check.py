@@ -21,9 +21,9 @@ import torch
 
 from bench.gpu import __main__ as gpu_check
 from bench.gpu import steps as gpu_steps
-from bench.measure import agenda, contenders, graphs, machine
-from bench.measure import goals as gpu_goals
+from bench.measure import agenda, contenders, graphs, results_file
 from bench.measure import row as measure
+from bench.measure.agenda import GOALS, MEMORY, SAVED, Goal, judge, tasks
 from bench.measure.cases import (
     GRAPH,
     GRAPHS,
@@ -36,8 +36,7 @@ from bench.measure.cases import (
     Task,
     square,
 )
-from bench.measure.form import check_results
-from bench.measure.goals import GOALS, MEMORY, SAVED, Goal, judge, tasks
+from bench.measure.results_file import check_results
 from fusedres import backends
 from fusedres.spec import Spec
 
@@ -47,7 +46,7 @@ ROOT = gpu_steps.ROOT
 
 
 def make_check(folder: Path, *steps: str, total: float = 100.0) -> gpu_steps.Check:
-    return gpu_steps.Check(folder, folder, list(steps), total)
+    return gpu_steps.Check(folder, folder, list(steps), total, lambda found: None)
 
 
 # Arguments.
@@ -91,18 +90,21 @@ def test_without_a_gpu_it_says_so_and_exits_with_2(tmp_path: Path) -> None:
 # Time.
 
 
-def test_what_a_step_leaves_over_goes_to_the_next() -> None:
+def test_what_a_step_leaves_over_goes_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 100.0
+    monkeypatch.setattr(gpu_steps, "perf_counter", lambda: now)
     steps = ["build", "sanitizer", "benchmark"]
     whole = sum(gpu_steps.SECONDS[step] for step in steps)
-    budget = gpu_steps.Budget(steps, 2 * whole, lambda: now)
-    assert budget.left("build") == 2 * gpu_steps.SECONDS["build"]
+    check = make_check(tmp_path, *steps, total=2 * whole)
+    assert check.left("build") == 2 * gpu_steps.SECONDS["build"]
     now += 10
     left = 2 * (gpu_steps.SECONDS["build"] + gpu_steps.SECONDS["sanitizer"]) - 10
-    assert budget.left("sanitizer") == left
+    assert check.left("sanitizer") == left
     now += left + 5
-    assert budget.left("sanitizer") == -5, "a step that overran"
-    assert budget.left("benchmark") == 2 * gpu_steps.SECONDS["benchmark"] - 5
+    assert check.left("sanitizer") == -5, "a step that overran"
+    assert check.left("benchmark") == 2 * gpu_steps.SECONDS["benchmark"] - 5
 
 
 def python(code: str) -> list[str]:
@@ -111,7 +113,7 @@ def python(code: str) -> list[str]:
 
 def test_a_process_s_code_and_output_are_kept(tmp_path: Path) -> None:
     code = "import os, sys; print(os.environ['MORE'], os.environ['TRITON_INTERPRET']); sys.exit(3)"
-    outcome = gpu_steps.execute(python(code), tmp_path / "log", 60, {"MORE": "more"})
+    outcome = gpu_steps.execute(python(code), tmp_path / "log", 60, MORE="more")
     assert outcome.code == 3 and "more 0\n" in outcome.log
     assert outcome.log == (tmp_path / "log").read_text()
 
@@ -193,7 +195,7 @@ def test_the_build_says_what_it_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ends = iter([gpu_steps.Outcome(built, 1.0, "..."), gpu_steps.Outcome(loads[0], 1.0, loads[1])])
-    monkeypatch.setattr(gpu_steps, "execute", lambda *given: next(ends))
+    monkeypatch.setattr(gpu_steps, "execute", lambda *given, **more: next(ends))
     monkeypatch.setattr(gpu_steps, "architecture", lambda: gpu)
     (found,) = make_check(tmp_path, "build").run()
     assert found["ok"] is ok and "setuptools " in found["told"]
@@ -284,7 +286,9 @@ def test_the_verdict_on_tests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """5: no test was there to run. What has only been skipped says nothing."""
-    monkeypatch.setattr(gpu_steps, "execute", lambda *given: gpu_steps.Outcome(code, 1.0, log))
+    monkeypatch.setattr(
+        gpu_steps, "execute", lambda *given, **more: gpu_steps.Outcome(code, 1.0, log)
+    )
     check = make_check(tmp_path, "gpu-tests")
     check.pytest("gpu-tests", {"some": []}, 60.0, owed)
     assert check.found[0]["ok"] is ok
@@ -529,11 +533,11 @@ def test_memory_and_host_are_goals() -> None:
     (memory,) = (goal for goal in GOALS if goal.tasks == (MEMORY,))
     assert memory.bound == 0.5
     saved = row(MEMORY) | {"saved_bytes": {"fused": 49.0, "eager": 100.0}}
-    assert gpu_goals.value(saved, memory.pair) == 0.49
-    assert gpu_goals.value(row(MEMORY), memory.pair) is None
-    host = [goal for goal in GOALS if goal.tasks[0] in gpu_goals.HOSTS]
+    assert agenda.value(saved, memory.pair) == 0.49
+    assert agenda.value(row(MEMORY), memory.pair) is None
+    host = [goal for goal in GOALS if goal.tasks[0] in agenda.HOSTS]
     assert [goal.bound for goal in host] == [0.6, 0.55]
-    assert gpu_goals.value(row(gpu_goals.HOSTS[0], eager=2.0), host[0].pair) == 0.5
+    assert agenda.value(row(agenda.HOSTS[0], eager=2.0), host[0].pair) == 0.5
 
 
 # Rows, on CPU tensors.
@@ -645,7 +649,7 @@ def test_inputs_exceed_L2(monkeypatch: pytest.MonkeyPatch) -> None:
         assert copies * measure.traffic(task) >= 2 * L2
         assert (copies == 1) == (features == 4096) and graphs.copies(task, CPU) == 1
     assert graphs.copies(Task(square(256, 64), "bf16", GRAPH), gpu) == graphs.MOST_CALLS
-    assert graphs.copies(gpu_goals.HOSTS[0], gpu) == 1
+    assert graphs.copies(agenda.HOSTS[0], gpu) == 1
 
 
 def test_a_job_s_backend_is_that_of_its_size_and_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -712,24 +716,24 @@ def test_clocks_and_power_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
     monkeypatch.setitem(sys.modules, "pynvml", nvml := FakeNvml("pynvml"))
-    assert machine.clocks(gpu, "before") == {"sm_mhz_before": 1980}
-    assert machine.clocks(gpu, "after") == {
+    assert results_file.clocks(gpu, "before") == {"sm_mhz_before": 1980}
+    assert results_file.clocks(gpu, "after") == {
         "sm_mhz_after": 1980,
         "max_sm_mhz": 2000,
         "power_w": 345.0,
         "power_limit_w": 700.0,
     }
-    told = machine.gpu(gpu)
+    told = results_file.gpu(gpu)
     assert told["driver"] == "580.1" and told["capability"] == "9.0" and told["memory_gib"] == 80
 
     def refuse(uuid: str) -> Any:
         raise OSError("Insufficient Permissions")
 
     monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByUUID", refuse)
-    assert machine.clocks(gpu, "after") == {"unread": "Insufficient Permissions"}
+    assert results_file.clocks(gpu, "after") == {"unread": "Insufficient Permissions"}
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "not installed" in machine.clocks(gpu, "after")["unread"]
-    assert "driver" not in machine.gpu(gpu)
+    assert "not installed" in results_file.clocks(gpu, "after")["unread"]
+    assert "driver" not in results_file.gpu(gpu)
 
 
 # The whole.

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from bench.measure.form import check_results
+from bench.measure.results_file import check_results
 from bench.report import command as report
 from bench.report import pictures, section
-from bench.report.rows import select
-from bench.report.tables import COMPILED, SLOWER, UNMEASURED, full_tables, ratio
+from bench.report.tables import COMPILED, SLOWER, UNMEASURED, full_tables, ratio, select
 from results_sample import FORWARD, GRAPH, RECORD, STEP, find, sample
 
 Results = dict[str, Any]

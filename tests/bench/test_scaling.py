@@ -1,4 +1,4 @@
-"""The formulas of model.py and exchange.py against counts done by hand, limits and real layers."""
+"""The formulas of model.py against counts done by hand, limits and real layers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from bench.measure import counts
 from bench.measure.cases import HOST, INFERENCE, STEP, Case, Job
 from bench.measure.results_file import RESULTS, load, newest
-from bench.report.markdown import replace_part
+from bench.report.section import replace_part
 from bench.scaling import command as scaling
-from bench.scaling import exchange, model
+from bench.scaling import model
 from bench.scaling.model import Layer, Machine, kernels, seconds
 from fusedres.tools.bench import saved_bytes
 from results_sample import sample
@@ -132,20 +132,20 @@ def test_narrow_layers_gain_what_traffic_says_and_wide_ones_nothing() -> None:
 
 def test_exchanges_by_hand() -> None:
     """Two GPUs send half of what they gather, and all of what they add up; one sends nothing."""
-    assert exchange.all_gather(1e11, 2, IDEAL) == pytest.approx(0.5)
-    assert exchange.all_reduce(1e11, 2, IDEAL) == pytest.approx(1.0)
-    assert exchange.all_reduce(1e11, 1000, IDEAL) == pytest.approx(2, rel=0.01)
+    assert model.all_gather(1e11, 2, IDEAL) == pytest.approx(0.5)
+    assert model.all_reduce(1e11, 2, IDEAL) == pytest.approx(1.0)
+    assert model.all_reduce(1e11, 1000, IDEAL) == pytest.approx(2, rel=0.01)
     layer = Layer(M, K, N, norm="layer", dtype="bf16")
     gradients = (N * K + N + 2 * N) * 2
-    assert exchange.data_parallel(layer, 2, IDEAL) == pytest.approx(gradients / 1e11)
+    assert model.data_parallel(layer, 2, IDEAL) == pytest.approx(gradients / 1e11)
     more = (2 * N + 1) * FP32 + 2 * N * FP32  # half of both GPUs' statistics; all sums of backward
-    batch = exchange.data_parallel(replace(layer, norm="batch"), 2, IDEAL)
+    batch = model.data_parallel(replace(layer, norm="batch"), 2, IDEAL)
     assert batch == pytest.approx((gradients + more) / 1e11)
     rows = (M * N + M * K) * 2 / 2 + 2 * M * FP32 + 2 * M * FP32
-    assert exchange.tensor_parallel(layer, 2, IDEAL) == pytest.approx(rows / 1e11)
-    no_norm = exchange.tensor_parallel(replace(layer, norm=None), 2, IDEAL)
+    assert model.tensor_parallel(layer, 2, IDEAL) == pytest.approx(rows / 1e11)
+    no_norm = model.tensor_parallel(replace(layer, norm=None), 2, IDEAL)
     assert no_norm == pytest.approx((M * N + M * K) / 1e11)
-    for function in (exchange.data_parallel, exchange.tensor_parallel):
+    for function in (model.data_parallel, model.tensor_parallel):
         assert function(layer, 1, replace(IDEAL, latency=0.0)) == 0
         times = [function(layer, p, IDEAL) for p in (2, 4, 8)]
         assert times == sorted(set(times))

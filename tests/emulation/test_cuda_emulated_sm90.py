@@ -103,6 +103,27 @@ def test_everything_on(order):
     check(case)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("order", ["note", "prenorm", "bert-output"])
+def test_a_variance_that_overflows(order, norm):
+    """FIDELITY 10: NaN of layer norm, 0 of the other."""
+    for N in (256, 272):
+        case = make_case(
+            130, 72, N, order=order, norm=norm, activation=None, dtype=BF16, residual=N
+        )
+        x, residual = case.x.clone(), case.tensors["residual"].clone()
+        for t in (x, residual):
+            t[2] *= 1e20
+            t[3] = 0
+            t[3, 5] = 1e20
+        y, _, _ = forward(case.with_tensors(x=x, residual=residual))
+        rows = torch.zeros(130, dtype=torch.bool)
+        rows[2:4] = norm == "layer"
+        assert torch.equal(y.isnan(), rows[:, None].expand_as(y))
+        others = [0, 1, *range(4, 130)]
+        assert same_bytes(y[others], forward(case)[0][others])
+
+
 def test_norm_after_other_stages_and_sines():
     check(
         make_case(

@@ -41,13 +41,13 @@ bool wants_row_means(const Layer& layer) { return needs_row_means(layer); }
 // The planner's tile, or one of a size asked for.
 void plan_of_forward(const Layer& layer, const ForwardOut&, const Device& device, Tile* tile) {
   *tile = device.block_m ? cut_forward(layer, {device.block_m, device.block_n},
-                                       device.groups_of(layer.N, layer.prologue.count > 0))
+                                       device.groups_of(layer.N, walks_x(layer)))
                          : plan_forward(layer, device.multiprocessors, device.shared_limit);
 }
 void plan_of_backward(const Layer& layer, const BackwardOut& out, const Device& device,
                       Tile* tile) {
   *tile = device.block_m ? cut_backward(layer, out, {device.block_m, device.block_n},
-                                        device.groups_of(layer.K, layer.epilogue.count > 0))
+                                        device.groups_of(layer.K, walks_z(layer)))
                          : plan_backward(layer, out, device.multiprocessors, device.shared_limit);
 }
 void plan_of_sums(const Layer& layer, const SumsOut& out, const Device& device, Tile* tile) {

@@ -16,6 +16,7 @@ from cuda_on_cpu.structs import (
     Device,
     ForwardOut,
     Layer,
+    Matrix,
     SumsOut,
     Tile,
     Vector,
@@ -58,11 +59,12 @@ class Call:
         self.asked = case.asked if asked is None else asked
         self.keep, self.library = keep, library or kernels(self.settings.watched)
         self.memory, self.inputs = Memory(self.library), []
-        self.dtype = case.x.dtype
+        self.dtype, self.y_dtype = case.tensors["weight"].dtype, case.dy.dtype
         t = {name: t.reshape(-1, t.shape[-1]) for name, t in case.tensors.items() if t.dim() > 1}
         self.t = {**case.tensors, **t}
         self.M, self.K = self.t["x"].shape
         self.N = len(self.t["weight"])
+        self.casts = not self.spec.prologue and self.t["x"].dtype != self.dtype
         self.layer = self._layer()
 
     def __enter__(self):
@@ -117,6 +119,9 @@ class Call:
         self.seed = self._input(torch.tensor([self._drawn_seed()]))
         return Layer(
             dtype=DTYPES.index(self.dtype),
+            x_dtype=DTYPES.index(x.dtype),
+            residual_dtype=DTYPES.index(residual.dtype),
+            y_dtype=DTYPES.index(self.y_dtype),
             M=self.M,
             N=self.N,
             K=self.K,
@@ -185,13 +190,33 @@ class Call:
 
     def forward(self):
         """y, z and stats, the latter None where nothing is kept."""
-        self.y = self._empty(self.M, self.N)
+        self.y = self._empty(self.M, self.N, dtype=self.y_dtype)
         self.z = self._empty(self.M, self.N) if self.keep and self.spec.saves_z else None
         rows = self.keep and self.spec.norm in ("layer", "rms")
         self.stats = self._empty(2, self.M, dtype=torch.float32) if rows else None
-        out = ForwardOut(matrix(self.z), matrix(self.y), address(self.stats), None, None)
+        self.operand = self._empty(self.M, self.K) if self.keep and self.casts else None
+        kept = matrix(self.z), matrix(self.y), matrix(self.operand), address(self.stats)
+        out = ForwardOut(*kept, None, None)
         self.tile = self._launch("forward", out)
         return self.y, self.z, self.stats
+
+    def _without_what_backward_ignores(self) -> None:
+        """x and residual as autograd.py keeps them: where backward must not look there is no more
+        than a NaN, and behind it guarded memory.
+        """
+        spec, own = self.spec, "residual" not in self.t
+        reads_x = spec.prologue or ("weight" in self.asked and not self.casts)
+        if not reads_x and not (own and spec.saves_residual):
+            self.layer.x = self._stand_in(self.t["x"].dtype)
+        if own:
+            self.layer.residual = self.layer.x
+        elif not spec.saves_residual:
+            self.layer.residual = self._stand_in(self.t["residual"].dtype)
+        if "weight" not in self.asked:
+            self.operand = None
+
+    def _stand_in(self, dtype):
+        return Matrix(address(self.memory.empty(1, dtype=dtype)), 0)
 
     def backward(self) -> dict[str, torch.Tensor]:
         """The gradients asked for, as oracle.py names them."""
@@ -200,7 +225,11 @@ class Call:
         dy = self._input(self.case.dy.reshape(self.M, self.N))
         users = {"norm_weight": "norm", "norm_bias": "norm", "gate": "gate", "residual": "add"}
         before = {n for n, stage in users.items() if stage in self.spec.prologue}
-        reads_dz = self.spec.epilogue and summed & {"weight", "bias"}
+        self._without_what_backward_ignores()
+        reads_dz = (self.spec.epilogue or self.y_dtype != self.dtype) and summed & {
+            "weight",
+            "bias",
+        }
         reads_dt = self.spec.prologue and ("x" in self.asked or before & set(self.asked))
         dz = self._empty(self.M, self.N) if reads_dz else None
         dt = self._empty(self.M, self.K) if reads_dt else None
@@ -221,7 +250,8 @@ class Call:
         self._launch("backward", first)
         if summed:
             vectors = [address(got.get(f"d{n}")) for n in VECTORS]
-            self._launch("sums", SumsOut(first, matrix(got.get("dweight")), *vectors, None, None))
+            matrices = matrix(self.operand), matrix(got.get("dweight"))
+            self._launch("sums", SumsOut(first, *matrices, *vectors, None, None))
         return got
 
 

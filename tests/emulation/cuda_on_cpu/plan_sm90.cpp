@@ -8,7 +8,7 @@ using namespace fusedres::cuda;
 extern "C" const char* plan_sm90(int64_t M, int64_t N, int64_t K, bool norm_first, int norm,
                                  int multiprocessors, int64_t* out) {
   Layer layer = {};
-  layer.dtype = DType::float16;
+  layer.dtype = layer.x_dtype = layer.residual_dtype = layer.y_dtype = DType::float16;
   layer.M = M, layer.N = N, layer.K = K;
   layer.x.stride = layer.weight.stride = K;
   layer.norm = static_cast<Norm>(norm);

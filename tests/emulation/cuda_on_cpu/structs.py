@@ -29,6 +29,9 @@ class Matrix(Structure):
 class Layer(Structure):
     _fields_ = [
         ("dtype", c_int),
+        ("x_dtype", c_int),
+        ("residual_dtype", c_int),
+        ("y_dtype", c_int),
         ("M", c_int64),
         ("N", c_int64),
         ("K", c_int64),
@@ -77,6 +80,7 @@ class ForwardOut(Structure):
     _fields_ = [
         ("z", Matrix),
         ("y", Matrix),
+        ("operand", Matrix),
         ("stats", c_void_p),
         ("partial", c_void_p),
         ("arrived", c_void_p),
@@ -101,6 +105,7 @@ class BackwardOut(Structure):
 class SumsOut(Structure):
     _fields_ = [
         ("from_", BackwardOut),
+        ("operand", Matrix),
         ("dweight", Matrix),
         ("dbias", c_void_p),
         ("dnorm_weight", c_void_p),
