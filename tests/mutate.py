@@ -2,7 +2,7 @@
 
 No GPU; the goal is 90 %. A bug is caught if a test fails; a break that does not compile, crashes or
 hangs is an error of this table, not a catch. The broken kernels live in temporary copies of the
-tree; their row loops are compiled once each, without SIMD clones.
+tree, for the instruction set of any CPU alone.
 """
 
 import argparse
@@ -51,6 +51,7 @@ SUITES = {
     "surgery": ("surgery_by_hand", ""),
     "tools": ("graph_tools", "flops or exported"),
     "locale": ("errors", "decimal_comma"),
+    "products": ("cpu_kernels", "products or batch_norm or any_number"),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
     "triton drops": ("triton", "masks or everything_on"),
     "triton acts": ("triton", "activation or scales or cdf"),
@@ -115,7 +116,7 @@ TABLE = {
     ("masks", "drop-path drops rows, not samples", "drop_sample(t, n, p.seed, m / p.sample_rows",
      "drop_sample(t, n, p.seed, m"),
 ],
-"csrc/cpu/backward.cpp": [
+"csrc/cpu/backward.h": [
     ("batch", "batch norm's gradient divides by M - 1", "static_cast<A>(p.M)",
      "static_cast<A>(p.M - 1)"),
     ("step", "no gamma in backward", "if (p.gamma) scale_shift<A>(d, p.gamma, nullptr, d, n);", ""),
@@ -126,11 +127,34 @@ TABLE = {
     ("ways", "no residual_scale in backward", "scale = static_cast<A>(r.residual_scale)",
      "scale = 1"),
     ("ways", "a scaled skip of x goes back unscaled", "static_cast<A>(b.skip_scale)", "A(1)"),
-    ("random", "the last block of rows is not added",
-     "    store_row(d, b.dinput, m, p.width);\n  }\n  sums.flush();",
-     "    store_row(d, b.dinput, m, p.width);\n  }"),
+    ("random", "the last block of rows is not added", "  after.flush();\n", ""),
     ("random", "no shortcut to x before the product",
-     "if (p.residual_is_input) accumulate(d, buffers.dx_add, p.width);", ""),
+     "accumulate(row, dx_add(i), width_);", ""),
+    ("products", "dweight of the last 128 rows only", "K, c, stride, m > first);",
+     "K, c, stride, false);"),
+    ("products", "a part of dweight is left out", "int64_t part = 1; part < count",
+     "int64_t part = 2; part < count"),
+],
+"csrc/cpu/product.h": [
+    ("products", "sums beyond 48 write over those before", "add || k > 0);", "add);"),
+    ("products", "rows are interleaved with themselves", "(i + kLanes) / 2 + i % 2 * kLanes",
+     "i / 2 + i % 2 * kLanes"),
+    ("products", "an odd end of the inner dimension is not packed", "for (; k < count; ++k)",
+     "for (; k + 1 < count; ++k)"),
+    ("products", "an odd end of dz's columns is not packed", "n + j < end; ++j", "n + j + 1 < end; ++j"),
+    ("products", "the next tile of rows of this one", "m / kTileRows * a.tile", "0 * a.tile"),
+],
+"csrc/cpu/forward.h": [
+    ("batch", "blocks' variances are merged without their means' distance",
+     "+ more + d * d * (seen * here / all)", "+ more"),
+    ("mixed", "the product's own bias is left out",
+     "if (f.early_bias) add(row, f.early_bias, N);", ""),
+],
+"csrc/side.h": [
+    ("products", "chunks' variances are merged without their means' distance",
+     "next[C] + d * d * (seen * more / all)", "next[C]"),
+    ("products", "chunks' sums are not added", "chunk < chunks.count; ++chunk)\n      for (int64_t i",
+     "chunk < 1; ++chunk)\n      for (int64_t i"),
 ],
 "csrc/cuda/rows.h": [
     ("cuda", "layer norm's gradient without mean(d)", "(v - means.g - u * means.gc)",
@@ -322,9 +346,6 @@ def make_tree(path: Path) -> None:
     for name in ("csrc", "fusedres", "tests"):
         shutil.copytree(ROOT / name, path / name, ignore=junk)
     shutil.copy(ROOT / "pyproject.toml", path)
-    stages = path / "csrc/cpu/stages.h"
-    clones = r"(#define FUSEDRES_SIMD_CLONES)(.*\\\n)*.*"
-    stages.write_text(re.sub(clones, r"\1", stages.read_text()))
 
 
 class Tree:
@@ -360,7 +381,12 @@ class Tree:
         """Compiles all, or what includes `changed`, apart from the unbroken objects; links."""
         compiler = os.environ.get("CXX", "g++").split()
         places = [*include_paths(), sysconfig.get_path("include")]
-        flags = [*FLAGS.split(), "-Icsrc", *(f"-isystem{place}" for place in places)]
+        flags = [
+            *FLAGS.split(),
+            "-DFUSEDRES_BASELINE_ONLY",
+            "-Icsrc",
+            *(f"-isystem{place}" for place in places),
+        ]
         objects = []
         for source in self.sources:
             broken = changed is not None and self.includes(source, changed)

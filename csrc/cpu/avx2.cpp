@@ -1,5 +1,7 @@
 // The kernels for CPUs with AVX2 and FMA.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include "cpu/kernels.h"
+
+#ifdef FUSEDRES_X86_SETS
 #include "cpu/common.h"
 
 #pragma GCC target("avx2,fma,bmi,bmi2,f16c")

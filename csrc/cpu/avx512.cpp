@@ -1,10 +1,13 @@
 // The kernels for CPUs with AVX-512; where a CPU has products of bf16 pairs, too, they are used.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include "cpu/kernels.h"
+
+#ifdef FUSEDRES_X86_SETS
 #include <immintrin.h>
 
 #include "cpu/common.h"
 
-#pragma GCC target("prefer-vector-width=512,avx512f,avx512vl,avx512dq,avx512bw,avx512cd,avx2,fma,bmi,bmi2,f16c")
+#pragma GCC target( \
+    "prefer-vector-width=512,avx512f,avx512vl,avx512dq,avx512bw,avx512cd,avx2,fma,bmi,bmi2,f16c")
 
 #define FUSEDRES_ISA avx512
 #define FUSEDRES_VECTOR_BYTES 64

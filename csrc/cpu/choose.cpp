@@ -16,8 +16,7 @@ namespace fusedres::cpu {
   extern const Kernels<double> of_double; \
   }
 FUSEDRES_SET(baseline)
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FUSEDRES_X86_SETS
+#ifdef FUSEDRES_X86_SETS
 FUSEDRES_SET(avx2)
 FUSEDRES_SET(avx512)
 #endif
@@ -57,7 +56,7 @@ Set choose() {
                               names);
 }
 
-constexpr int64_t kFewRows = 16, kSmallWeight = 64 * 64;
+constexpr int64_t kFewRows = 16;
 constexpr int64_t kLargestWeight = int64_t{1} << 24;  // bytes that a share of L3 holds
 
 const Set& chosen() {
@@ -81,13 +80,11 @@ const char* instruction_set() { return chosen().name; }
 bool multiplies_pairs() { return chosen().pairs; }
 
 bool own_product(int64_t M, int64_t N, int64_t K, DType dtype) {
-  const bool wide = dtype == DType::float64;
-  const bool native =
-      dtype == DType::float32 || wide || (dtype == DType::bfloat16 && multiplies_pairs());
-  const int64_t units = dtype == DType::bfloat16 && native ? (N * K + 1) / 2 : N * K;
-  // Packing costs as much as five rows of the product; of what is slow by itself, less.
-  if (native && M < kFewRows && N * K > kSmallWeight) return false;
-  return units * (wide ? 8 : 4) <= kLargestWeight;
+  if (dtype == DType::float64) return false;  // it is there to be compared with torch
+  const bool pairs = dtype == DType::bfloat16 && multiplies_pairs();
+  // Packing costs as much as five rows of the product; where the library has no fast one, less.
+  if ((pairs || dtype == DType::float32) && M < kFewRows) return false;
+  return N * K * (pairs ? 2 : 4) <= kLargestWeight;
 }
 
 // torch multiplies fp32 through MKL on x86. MKL runs its widest code on Intel CPUs only; elsewhere

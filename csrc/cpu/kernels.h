@@ -7,6 +7,12 @@
 
 #include "params.h"
 
+// Whether there are kernels for AVX2 and AVX-512 beside those for every CPU.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(FUSEDRES_BASELINE_ONLY)
+#define FUSEDRES_X86_SETS
+#endif
+
 namespace fusedres::cpu {
 
 // The right side of a product, (inner, width), in panels: see cpu/product.h.

@@ -23,9 +23,8 @@ struct Pair {  // two bf16, adjacent along the inner dimension
 template <class Unit>
 using Sum = std::conditional_t<std::is_same_v<Unit, Pair>, float, Unit>;
 
-// Units that are summed up from 0 before they go to c: for accuracy, and so that the panel's part
-// is still in the cache for the next rows.
-constexpr int64_t kInner = 256;
+// Units that are summed up from 0 before they are added to c: rounding errors grow with a sum.
+constexpr int64_t kInner = 48;
 
 template <class Unit>
 inline int64_t units(int64_t inner) {
@@ -127,15 +126,14 @@ inline void multiply(const Left<Unit>& a, int64_t rows, const Unit* b, int64_t i
                      Sum<Unit>* c, int64_t stride, bool add) {
   using V = Vector<Sum<Unit>>;
   static constexpr Tiles<Unit> tiles;
-  for (int64_t k = 0; k < inner || k == 0; k += kInner) {
-    const int64_t count = std::min(kInner, inner - k);
-    for (int64_t n = 0; n < width; n += V::kPanel) {
-      const int64_t vectors = std::min(kTileVectors, (width - n + V::kLanes - 1) / V::kLanes);
-      const Unit* panel = b + n * inner + k * vectors * V::kLanes;
-      for (int64_t m = 0; m < rows; m += kTileRows)
-        tiles.of[std::min(kTileRows, rows - m) - 1][vectors - 1](
-            a.data + m / kTileRows * a.tile + k * a.step, a.row, a.step, panel, count,
-            c + m * stride + n, stride, add || k > 0);
+  for (int64_t n = 0; n < width; n += V::kPanel) {
+    const int64_t vectors = std::min(kTileVectors, (width - n + V::kLanes - 1) / V::kLanes);
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      const auto function = tiles.of[std::min(kTileRows, rows - m) - 1][vectors - 1];
+      const Unit* const left = a.data + m / kTileRows * a.tile;
+      for (int64_t k = 0; k < inner || k == 0; k += kInner)
+        function(left + k * a.step, a.row, a.step, b + n * inner + k * vectors * V::kLanes,
+                 std::min(kInner, inner - k), c + m * stride + n, stride, add || k > 0);
     }
   }
 }
@@ -168,7 +166,8 @@ inline void with_units_across(const Rows& rows, int64_t k, int64_t inner, F&& f)
     else
       f([=](int64_t n) { return Pair{in[n]}; });
   } else {
-    with_row<Unit>(rows, k, [&](const auto* in) { f([=](int64_t n) { return Unit(to_float(in[n])); }); });
+    with_row<Unit>(rows, k,
+                   [&](const auto* in) { f([=](int64_t n) { return Unit(to_float(in[n])); }); });
   }
 }
 

@@ -16,7 +16,8 @@ struct Vector {
   static constexpr int64_t kLanes = FUSEDRES_VECTOR_BYTES / sizeof(T);
   static constexpr int64_t kPanel = kTileVectors * kLanes;
   typedef T Aligned __attribute__((vector_size(FUSEDRES_VECTOR_BYTES), may_alias));
-  typedef T Anywhere __attribute__((vector_size(FUSEDRES_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+  typedef T Anywhere
+      __attribute__((vector_size(FUSEDRES_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

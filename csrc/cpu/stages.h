@@ -96,9 +96,8 @@ inline A sum(const A* t, int64_t n) {
 
 template <class A>
 inline A dot(const A* a, const A* b, int64_t n) {
-  return sum_of<A>(n, [&](int64_t i, auto v) {
-    return at<decltype(v)>(a, i) * at<decltype(v)>(b, i);
-  });
+  return sum_of<A>(
+      n, [&](int64_t i, auto v) { return at<decltype(v)>(a, i) * at<decltype(v)>(b, i); });
 }
 
 // c = (t - shift) * rstd

@@ -241,7 +241,7 @@ def _kernel(
     if backend == "vendor":
         return "the library's product, then residual_finish_kernel", {}
     if backend == "cpu" and native.extension is not None:
-        tiles = native.extension.plan(M, N, K, dtype == torch.float32)
+        tiles = native.extension.plan(M, N, K, str(dtype).removeprefix("torch."))
         return "fusedres::residual_forward (C++)", tiles
     return "torch operations, one after another", {}
 

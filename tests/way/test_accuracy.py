@@ -94,9 +94,11 @@ def test_batch_norm_in_evaluation(order, dtype):
 @pytest.mark.parametrize("norm", EACH_NORM)
 @pytest.mark.parametrize("order", ALIASES)
 def test_input_scales(order, norm, dtype, scale):
+    # At scale 1000 gelu bends for a few elements in a thousand, whose errors are most of all.
+    rows = 256 if scale > 1 else 32
     for activation in ("relu", "gelu"):
         case = make_case(
-            32, order=order, norm=norm, activation=activation, scale=scale, dtype=dtype
+            rows, order=order, norm=norm, activation=activation, scale=scale, dtype=dtype
         )
         check_accuracy(without_kinks(case))
 

@@ -1,0 +1,131 @@
+"""The CPU kernels by themselves: tiles, panels and parts of every size, on each instruction set here,
+and the same bits on any number of threads.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fusedres import FusedResidual
+from fusedres.backends import native as cpp
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+pytestmark = pytest.mark.usefixtures("native")
+
+SETS = ("avx512-bf16", "avx512", "avx2", "baseline")
+# Around a tile's 6 rows and 16 to 64 columns, a block's 96 rows, 48 units of the inner sum.
+SIZES = (
+    (1, 1, 1),
+    (5, 2, 17),
+    (16, 47, 63),
+    (97, 48, 64),
+    (98, 49, 65),
+    (193, 129, 95),
+    (700, 33, 34),
+)
+
+
+def errors(M, K, N, dtype):
+    """Of y and the gradients of x, weight and bias, as parts of what rounding may do at most."""
+    draw = torch.Generator().manual_seed(M + K + N)
+    layer = FusedResidual(K, N, order="linear", backend="cpu", dtype=dtype)
+    x = torch.randn(M, K, generator=draw).to(dtype).requires_grad_()
+    dy = torch.randn(M, N, generator=draw).to(dtype)
+    weight, bias = layer.linear.weight, layer.linear.bias
+    y = layer(x)
+    grads = torch.autograd.grad(y, (x, weight, bias), dy)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    true = F.linear(*wide)
+    exact = torch.autograd.grad(true, wide, dy.double())
+    with torch.no_grad():
+        a = [t.abs() for t in wide]
+        sizes = [F.linear(*a), dy.double().abs() @ a[1], dy.double().abs().T @ a[0]]
+        sizes.append(dy.double().abs().sum(0))
+    step = torch.finfo(dtype).eps + 16 * torch.finfo(F32).eps  # the last rounding, and the sums'
+    found = zip((y, *grads), (true, *exact), sizes, strict=True)
+    return [((ours.double() - e).abs() / (size * step)).max().item() for ours, e, size in found]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("M, K, N", SIZES)
+def test_products(M, K, N, dtype):
+    assert max(errors(M, K, N, dtype)) < 1
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_products_on_every_instruction_set(name):
+    """In a process of its own: the choice is made once. What is not here says so."""
+    run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "test_products and not instruction",
+        __file__,
+    ]
+    environment = os.environ | {"FUSEDRES_CPU": name}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode and f"FUSEDRES_CPU is '{name}', this CPU has" in done.stdout:
+        pytest.skip(f"this CPU has no {name}")
+    assert not done.returncode, done.stdout[-2000:]
+
+
+def test_an_unknown_instruction_set_is_named():
+    code = "import torch, fusedres; fusedres.FusedResidual(8, backend='cpu')(torch.randn(4, 8))"
+    environment = os.environ | {"FUSEDRES_CPU": "sse9"}
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "FUSEDRES_CPU is 'sse9', this CPU has" in done.stderr and "baseline" in done.stderr
+
+
+@pytest.mark.parametrize("M", [31, 97, 1000])
+@pytest.mark.parametrize("mean", [0.0, 2000.0])
+def test_batch_norm_over_many_blocks(M, mean):
+    """Mean and variance are merged from blocks and chunks of rows: as exact as torch's."""
+    draw = torch.Generator().manual_seed(0)
+    layer = FusedResidual(40, order="norm-linear", norm="batch", momentum=1.0, backend="cpu")
+    x = torch.randn(M, 40, generator=draw) + mean + torch.arange(M)[:, None] / M
+    layer(x)
+    var, exact = layer.norm.running_var.double(), x.double().var(0)
+    assert ((var - exact).abs() / exact).max() < 1e-6
+    assert (layer.norm.running_mean.double() - x.double().mean(0)).abs().max() < 2e-7 * (1 + mean)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("M, K, N", [(333, 96, 96), (2100, 64, 200)])
+def test_any_number_of_threads_gives_the_same_bits(M, K, N, norm):
+    """And column sums over chunks, and parts of dweight, are right."""
+    layer = FusedResidual(
+        K, N, order="linear-norm-act", norm=norm, activation="gelu", backend="cpu"
+    )
+    x, dy = torch.randn(M, K), torch.randn(M, N)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = layer(x)
+            found.append([y, *torch.autograd.grad(y, list(layer.parameters()), dy)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    plain = FusedResidual(K, N, order="linear-norm-act", norm=norm, activation="gelu").double()
+    plain.load_state_dict(layer.state_dict())
+    exact = torch.autograd.grad(plain(x.double()), list(plain.parameters()), dy.double())
+    for ours, e in zip(found[0][1:], exact, strict=True):
+        assert (ours.double() - e).abs().max() < 1e-4 * (1 + e.abs().max())
+
+
+def test_the_plan_says_who_multiplies():
+    def product(*call):
+        return cpp.extension.plan(*call)["product"]
+
+    assert product(256, 512, 512, "float32") == product(1, 4096, 512, "float16") == "own"
+    assert product(4, 512, 512, "float32") in ("ATen", "oneDNN")  # packing is not worth it
+    assert product(256, 8192, 8192, "bfloat16") == product(256, 64, 64, "float64") == "ATen"
