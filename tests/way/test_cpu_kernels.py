@@ -1,5 +1,5 @@
-"""The CPU kernels by themselves: tiles, panels and parts of every size, on each instruction set, and
-the same bits on any number of threads.
+"""The CPU kernels: tiles, panels and parts of every size, on each instruction set; any number of
+threads.
 """
 
 import os
