@@ -142,9 +142,13 @@ def _bias_after_product(o: Operands, backend: str) -> bool:
 
 
 def _through(
-    operands: tuple[Any, ...], recipe: str, backend: str, needs: tuple[bool, ...], d: Tensor,
+    operands: tuple[Any, ...],
+    recipe: str,
+    backend: str,
+    needs: tuple[bool, ...],
+    d: Tensor,
     grads: tuple[Any, ...],
-) -> tuple[Any, ...]:  # fmt: skip
+) -> tuple[Any, ...]:
     """`grads` with what the gradient `d` of what stands for x adds to them."""
     o = Operands._make(operands)
     dx, dbias = d, None
@@ -159,9 +163,14 @@ def _through(
 
 
 def _composite_gradients(
-    operands: tuple[Any, ...], saved: tuple[Tensor, ...], stands: bool, needs: tuple[bool, ...],
-    dy: Tensor, recipe: str, backend: str,
-) -> tuple[tuple[Tensor | None, ...], Tensor | None]:  # fmt: skip
+    operands: tuple[Any, ...],
+    saved: tuple[Tensor, ...],
+    stands: bool,
+    needs: tuple[bool, ...],
+    dy: Tensor,
+    recipe: str,
+    backend: str,
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
     """The gradients by plain torch ops, and that of what stands for x, if something does."""
     create_graph = torch.is_grad_enabled()
     no_autocast = nullcontext() if dy.is_meta else torch.autocast(dy.device.type, enabled=False)

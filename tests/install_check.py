@@ -132,9 +132,13 @@ def outcome(route: Route, folder: Path, source: Path, shared: Path) -> str:
 
     def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, cwd=cwd, env=variables, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            command,
+            cwd=cwd,
+            env=variables,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     done = run(shutil.which("bash"), "-ec", route.command, cwd=tree)
     if done.returncode == 0:
