@@ -150,7 +150,7 @@ def test_gradient_penalty(pair):
         penalty = (dx.norm(dim=1) - 1).square().sum() + layer(x).sum()
         return dx.detach(), torch.autograd.grad(penalty, [x, *layer.parameters()])
 
-    both(pair, check)
+    both(pair, check, 2e-6)  # in a scalar gate's gradient 20 terms cancel
 
 
 def test_three_derivatives(note):
