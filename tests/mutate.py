@@ -2,7 +2,7 @@
 
 No GPU; the goal is 90 %. A bug is caught if a test fails; a break that does not compile, crashes or
 hangs is an error of this table, not a catch. The broken kernels live in temporary copies of the
-tree, for the instruction set of any CPU alone.
+tree, compiled once, for this CPU.
 """
 
 import argparse
