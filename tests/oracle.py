@@ -157,7 +157,8 @@ def assert_as_accurate(ours, plain, true, what=""):
             f"largest {error.max():.3g}, eager {allowed.max():.3g}; one step {step:.3g}; n = {n}"
         )
         assert rms <= factor * rms_allowed + step * n**-0.5, told
-        assert error.max() <= 2 * oracle * allowed.max() + step, told
+        most = 2.001 * oracle * allowed.max()  # where the gradient is 0 two whole steps are a tie
+        assert error.max() <= most + step, told
 
 
 def assert_close(ours, plain, true, terms, what=""):
