@@ -128,7 +128,7 @@ TABLE = {
     ("ways", "a scaled skip of x goes back unscaled", "static_cast<A>(b.skip_scale)", "A(1)"),
     ("random", "the last block of rows is not added", "  after.flush();\n", ""),
     ("random", "no shortcut to x before the product",
-     "accumulate(row, dx_add(i), width_);", ""),
+     "accumulate(row, dx_add(i), width_);", "{}"),
     ("products", "dweight of the last 128 rows only", "K, c, stride, m > first);",
      "K, c, stride, false);"),
     ("products", "a part of dweight is left out", "int64_t part = 1; part < count",
@@ -148,7 +148,7 @@ TABLE = {
     ("layouts", "a row's width for its stride", "m * rows.stride;", "m * rows.features;"),
 ],
 "csrc/cpu/forward.h": [
-    ("batch", "blocks' variances are merged without their means' distance",
+    ("products", "blocks' variances are merged without their means' distance",
      "+ more + d * d * (seen * here / all)", "+ more"),
     ("mixed", "the product's own bias is left out",
      "if (f.early_bias) add(row, f.early_bias, N);", ""),
