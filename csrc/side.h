@@ -160,13 +160,11 @@ void run(const cpu::Forward<A>& pass, int64_t M, Side<A>& side) {
   for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
     cpu::kernels<A>().forward(pass, begin, end, &found[2 * C * chunk]);
   });
-  for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {  // as in cpu/forward.h
-    const double seen = chunks.begin(chunk), more = chunks.end(chunk) - seen, all = seen + more;
+  for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+    const double seen = chunks.begin(chunk), more = chunks.end(chunk) - seen;
     for (int64_t n = 0; n < C; ++n) {
       const double* const next = &found[2 * C * chunk + n];
-      const double d = next[0] - found[n];
-      found[n] += d * (more / all);
-      found[C + n] += next[C] + d * d * (seen * more / all);
+      cpu::merge_moments(found[n], found[C + n], seen, next[0], next[C], more);
     }
   }
   std::vector<A> mean(C), var(C);

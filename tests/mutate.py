@@ -144,12 +144,14 @@ TABLE = {
      "n + j + 1 < end; ++j"),
     ("products", "the next tile of rows of this one", "m / kTileRows * a.tile", "0 * a.tile"),
 ],
+"csrc/cpu/kernels.h": [
+    ("products", "variances are merged without their means' distance",
+     "other_squares + d * d * (seen * more / all)", "other_squares"),
+],
 "csrc/cpu/rows.h": [
     ("layouts", "a row's width for its stride", "m * rows.stride;", "m * rows.features;"),
 ],
 "csrc/cpu/forward.h": [
-    ("products", "blocks' variances are merged without their means' distance",
-     "+ more + d * d * (seen * here / all)", "+ more"),
     ("mixed", "the product's own bias is left out",
      "if (f.early_bias) add(row, f.early_bias, N);", ""),
 ],
@@ -196,8 +198,6 @@ TABLE = {
 ],
 "csrc/side.h": [
     ("ways", "chunks end a row early", "(chunk + 1) * size)", "(chunk + 1) * size - 1)"),
-    ("products", "chunks' variances are merged without their means' distance",
-     "next[C] + d * d * (seen * more / all)", "next[C]"),
     ("products", "chunks' sums are not added",
      "chunk < chunks.count; ++chunk)\n      for (int64_t i",
      "chunk < 1; ++chunk)\n      for (int64_t i"),

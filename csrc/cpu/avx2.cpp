@@ -12,11 +12,4 @@
 #define FUSEDRES_TILE_VECTORS 2
 #define FUSEDRES_TILE
 #include "cpu/table.h"
-
-namespace fusedres::cpu::avx2 {
-
-extern const Kernels<float> of_float = table<float>();
-extern const Kernels<double> of_double = table<double>();
-
-}  // namespace fusedres::cpu::avx2
 #endif

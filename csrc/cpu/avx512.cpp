@@ -16,11 +16,4 @@
 #define FUSEDRES_TILE __attribute__((target("avx512bf16")))
 #define FUSEDRES_PAIRS
 #include "cpu/table.h"
-
-namespace fusedres::cpu::avx512 {
-
-extern const Kernels<float> of_float = table<float>();
-extern const Kernels<double> of_double = table<double>();
-
-}  // namespace fusedres::cpu::avx512
 #endif

@@ -69,12 +69,9 @@ inline void backward_stage(const Walk<A>& w, Stage stage, int64_t m, const Tape<
       return drop_sample(d, n, p.seed, m / p.sample_rows, r.drop_path);
     case Stage::add: {
       const A scale = static_cast<A>(r.residual_scale);
-      if (p.residual_is_input)
+      if (p.residual_is_input || w.dresidual.data)
         for (int64_t i = 0; i < n; ++i) dx_add[i] = scale * d[i];
-      if (w.dresidual.data) {
-        for (int64_t i = 0; i < n; ++i) dx_add[i] = scale * d[i];
-        store_row(dx_add, w.dresidual, m, std::min(w.dresidual.features, n));
-      }
+      if (w.dresidual.data) store_row(dx_add, w.dresidual, m, std::min(w.dresidual.features, n));
       return;
     }
     case Stage::linear:
@@ -89,17 +86,21 @@ class Side {
  public:
   // Of its width, in scratch: the sums, and for each row what `add` sends back and five values.
   static constexpr int64_t kMostRows = 16, kSums = 4, kOfRow = 6;
-  static constexpr int64_t kVectors = kSums + kMostRows * kOfRow;
+  static int64_t elements(int64_t width) { return (kSums + at_once(width) * kOfRow) * width; }
 
-  Side(const Walk<A>* given, Arena& arena) : given_(given) {
+  Side(const Walk<A>* given, Arena& arena) {
     if (!given) return;
     walk_ = *given;
     width_ = walk_.program.width;
-    at_once_ = kMostRows;
-    while (at_once_ > 1 && at_once_ > rows_in_L1<A>(kOfRow * width_)) at_once_ /= 2;
-    memory_ = arena.take<A>((kSums + at_once_ * kOfRow) * width_);
-    for (int i = 0; i < 4; ++i) wanted(walk_, i) = total(i) ? sums() + i * width_ : nullptr;
-    std::fill_n(sums(), 4 * width_, A(0));
+    at_once_ = at_once(width_);
+    memory_ = arena.take<A>(elements(width_));
+    int i = 0;
+    for (A** sum : {&walk_.dgamma, &walk_.dbeta, &walk_.dgate, &walk_.dbias}) {
+      totals_[i] = *sum;
+      if (*sum) *sum = memory_ + i * width_;
+      ++i;
+    }
+    std::fill_n(memory_, kSums * width_, A(0));
     replayed_ = replayed(*walk_.program.stages, walk_.last);
     takes_norm_ = walk_.first > 0;
     if (takes_norm_) replayed_ = std::max(replayed_, walk_.first);
@@ -113,9 +114,9 @@ class Side {
   }
 
   void flush() {
-    if (!given_) return;
-    for (int i = 0; i < 4; ++i) accumulate(total(i), sums() + i * width_, total(i) ? width_ : 0);
-    std::fill_n(sums(), 4 * width_, A(0));
+    if (!memory_) return;
+    for (int i = 0; i < kSums; ++i) accumulate(totals_[i], memory_ + i * width_, width_);
+    std::fill_n(memory_, kSums * width_, A(0));
     rows_ = 0;
   }
 
@@ -145,15 +146,12 @@ class Side {
     return count;
   }
 
-  // dgamma, dbeta, dgate, dbias
-  static A*& wanted(Walk<A>& w, int i) {
-    return i == 0 ? w.dgamma : i == 1 ? w.dbeta : i == 2 ? w.dgate : w.dbias;
+  static int64_t at_once(int64_t width) {
+    int64_t rows = kMostRows;
+    while (rows > 1 && rows > rows_in_L1<A>(kOfRow * width)) rows /= 2;
+    return rows;
   }
-  A* total(int i) const {
-    Walk<A> copy = *given_;
-    return wanted(copy, i);
-  }
-  A* sums() { return memory_; }
+
   A* dx_add(int64_t row) { return memory_ + (kSums + row * kOfRow) * width_; }
   A* value(int64_t row, int i) { return dx_add(row) + (1 + i) * width_; }  // of the forward
 
@@ -187,8 +185,8 @@ class Side {
     }
   }
 
-  const Walk<A>* given_;
   Walk<A> walk_;
+  A* totals_[kSums] = {};  // where the caller wants the sums: dgamma, dbeta, dgate, dbias
   int64_t width_ = 0, rows_ = 0, at_once_ = 1;
   A* memory_ = nullptr;
   size_t replayed_ = 0;
@@ -203,7 +201,9 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
   const int64_t inner = units<Unit>(N), wide = round_up(K, Vector<A>::kLanes);
   const int64_t step = round_up(std::max<int64_t>(1, N), Vector<A>::kLanes);
   const int64_t rows = block_rows(N, wide);
-  Arena arena((rows * step + rows * inner + rows * wide + Side<A>::kVectors * (N + K)) * sizeof(A));
+  Arena arena(
+      (rows * step + rows * inner + rows * wide + Side<A>::elements(N) + Side<A>::elements(K)) *
+      sizeof(A));
   Side<A> after(b.after, arena), before(b.before, arena);
   A* const t = arena.take<A>(rows * step);
   Unit* const left = arena.take<Unit>(rows * inner);

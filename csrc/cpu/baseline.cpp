@@ -12,10 +12,3 @@
 #endif
 #define FUSEDRES_TILE
 #include "cpu/table.h"
-
-namespace fusedres::cpu::baseline {
-
-extern const Kernels<float> of_float = table<float>();
-extern const Kernels<double> of_double = table<double>();
-
-}  // namespace fusedres::cpu::baseline

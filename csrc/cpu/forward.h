@@ -27,7 +27,7 @@ inline size_t stages_before_norm(const std::vector<Stage>& stages) {
 }
 
 // Merges the rows t (rows, n) into the mean and squares of `seen` rows: two passes about the block's
-// own mean, whose rounding shows as the mean of what is left; then as Chan et al. (1983) do.
+// own mean, whose rounding shows as the mean of what is left. Both begin as 0.
 template <class A>
 inline void merge_statistics(const A* t, int64_t stride, int64_t rows, int64_t n, int64_t seen,
                              double* mean, double* squares, A* sums) {
@@ -42,13 +42,12 @@ inline void merge_statistics(const A* t, int64_t stride, int64_t rows, int64_t n
       rest[i] += d;
       square[i] += d * d;
     }
-  const double here = static_cast<double>(rows), all = static_cast<double>(seen + rows);
+  const double here = static_cast<double>(rows);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const double shift = rest[i] / here;
-    const double d = sums[i] + shift - (seen ? mean[i] : 0), more = square[i] - rest[i] * shift;
-    mean[i] = seen ? mean[i] + d * (here / all) : d;
-    squares[i] = seen ? squares[i] + more + d * d * (seen * here / all) : more;
+    merge_moments(mean[i], squares[i], static_cast<double>(seen), sums[i] + shift,
+                  square[i] - rest[i] * shift, here);
   }
 }
 

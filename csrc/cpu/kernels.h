@@ -15,6 +15,14 @@
 
 namespace fusedres::cpu {
 
+// Mean, and sum of squared distances from it, of `seen` values and `more` others: Chan et al. (1983).
+FUSEDRES_INLINE void merge_moments(double& mean, double& squares, double seen, double other_mean,
+                                   double other_squares, double more) {
+  const double d = other_mean - mean, all = seen + more;
+  mean += d * (more / all);
+  squares += other_squares + d * d * (seen * more / all);
+}
+
 // The right side of a product, (inner, width), in panels: see cpu/product.h.
 struct Packed {
   void* data = nullptr;  // null: there is no product in this pass
@@ -88,8 +96,6 @@ struct WeightGradient {
 
 template <class A>
 struct Kernels {
-  // Rows in a block for a product of `inner` by `width`.
-  int64_t (*block_rows)(int64_t inner, int64_t width);
   // For `statistics`, (2, width) of double: mean, and sum of squared distances from it, of what
   // reaches the norm; then nothing after it is done.
   void (*forward)(const Forward<A>&, int64_t begin, int64_t end, double* statistics);

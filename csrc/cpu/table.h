@@ -37,7 +37,6 @@ inline auto with_unit(DType dtype, F&& f) {
 template <class A>
 constexpr Kernels<A> table() {
   Kernels<A> k = {};
-  k.block_rows = block_rows;
   k.forward = [](const Forward<A>& f, int64_t begin, int64_t end, double* statistics) {
     with_unit<A>(f.product,
                  [&](auto unit) { forward<A, decltype(unit)>(f, begin, end, statistics); });
@@ -63,5 +62,8 @@ constexpr Kernels<A> table() {
   k.lanes = Vector<A>::kLanes;
   return k;
 }
+
+extern const Kernels<float> of_float = table<float>();
+extern const Kernels<double> of_double = table<double>();
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA
