@@ -14,11 +14,13 @@ namespace fusedres {
 
 // ---- rows in chunks
 
+// Chunks are whole tiles of the product but for the last rows, and differ by a tile at most.
 struct Chunks {
-  int64_t rows, count, size;
+  int64_t rows, count, tile;
 
   // For a pass over rows of `width` elements, with a product of `inner` by `width` or without.
-  Chunks(int64_t M, int64_t width, int64_t inner) : rows(M) {
+  Chunks(int64_t M, int64_t width, int64_t inner, int64_t tile_rows = 1)
+      : rows(M), tile(tile_rows) {
     constexpr int64_t kMost = 64, kLeast = 32;
     constexpr int64_t kElements = 8192;  // in a chunk, so that small calls stay on one thread
     constexpr int64_t kProducts = 16;    // multiply-adds that cost as much as an element
@@ -26,11 +28,13 @@ struct Chunks {
     const int64_t least = std::max(inner ? kLeast : 1, kElements / cost);
     count = 1;
     while (count < kMost && count * 2 * least <= M) count *= 2;
-    size = (M + count - 1) / count;
-    count = size ? (M + size - 1) / size : 0;
+    if (M == 0) count = 0;
   }
-  int64_t begin(int64_t chunk) const { return chunk * size; }
-  int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * size); }
+  int64_t begin(int64_t chunk) const {
+    const int64_t tiles = (rows + tile - 1) / tile;
+    return std::min(rows, chunk * tiles / count * tile);
+  }
+  int64_t end(int64_t chunk) const { return begin(chunk + 1); }
 };
 
 // f(i) for i in [0, count), on all threads.
@@ -46,6 +50,13 @@ void in_parallel(int64_t count, const F& f) {
 template <class F>
 void for_each_chunk(const Chunks& chunks, const F& f) {
   in_parallel(chunks.count, [&](int64_t i) { f(i, chunks.begin(i), chunks.end(i)); });
+}
+
+// Those of a pass with the product `b` or, where it has no data, without.
+template <class A>
+Chunks chunks_of(int64_t M, int64_t width, const cpu::Packed& b) {
+  if (!b.data) return Chunks(M, width, 0);
+  return Chunks(M, width, b.inner, cpu::kernels<A>().tile_rows(b.dtype));
 }
 
 // ---- packed weights
@@ -145,8 +156,7 @@ struct Side {
 template <class A>
 void run(const cpu::Forward<A>& pass, int64_t M) {
   const int64_t width = pass.weight.data ? pass.weight.width : pass.x.features;
-  const int64_t inner = pass.weight.data ? pass.weight.inner : 0;
-  for_each_chunk(Chunks(M, width, inner), [&](int64_t, int64_t begin, int64_t end) {
+  for_each_chunk(chunks_of<A>(M, width, pass.weight), [&](int64_t, int64_t begin, int64_t end) {
     cpu::kernels<A>().forward(pass, begin, end, nullptr);
   });
 }
@@ -155,7 +165,7 @@ void run(const cpu::Forward<A>& pass, int64_t M) {
 template <class A>
 void run(const cpu::Forward<A>& pass, int64_t M, Side<A>& side) {
   const int64_t C = side.program.width;
-  const Chunks chunks(M, C, pass.weight.data ? pass.weight.inner : 0);
+  const Chunks chunks = chunks_of<A>(M, C, pass.weight);
   std::vector<double> found(2 * C * std::max<int64_t>(1, chunks.count));
   for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
     cpu::kernels<A>().forward(pass, begin, end, &found[2 * C * chunk]);
@@ -189,7 +199,7 @@ struct BackwardPass {
     pass.before = before ? &*before : nullptr;
     const int64_t stride = point(after, before, nullptr);
     const int64_t width = std::max(pass.dy.features, pass.weight.width);
-    const Chunks chunks(M, width, pass.weight.data ? pass.weight.inner : 0);
+    const Chunks chunks = chunks_of<A>(M, width, pass.weight);
     sums_.resize(stride * std::max<int64_t>(1, chunks.count));
     for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
       cpu::Backward<A> mine = pass;

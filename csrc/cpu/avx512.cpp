@@ -1,4 +1,4 @@
-// The kernels for CPUs with AVX-512; where a CPU has products of bf16 pairs, too, they are used.
+// The kernels for CPUs with AVX-512; where a CPU has products of bf16 pairs, or AMX's, they are used.
 #include "cpu/kernels.h"
 
 #ifdef FUSEDRES_X86_SETS
@@ -13,7 +13,7 @@
 #define FUSEDRES_VECTOR_BYTES 64
 #define FUSEDRES_TILE_ROWS 6
 #define FUSEDRES_TILE_VECTORS 4
-#define FUSEDRES_TILE __attribute__((target("avx512bf16")))
+#define FUSEDRES_TILE __attribute__((target("avx512bf16,amx-tile,amx-bf16")))
 #define FUSEDRES_PAIRS
 #include "cpu/table.h"
 #endif

@@ -200,7 +200,7 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
   const int64_t N = b.dy.features, K = multiplies ? b.weight.width : N;
   const int64_t inner = units<Unit>(N), wide = round_up(K, Vector<A>::kLanes);
   const int64_t step = round_up(std::max<int64_t>(1, N), Vector<A>::kLanes);
-  const int64_t rows = block_rows(N, wide);
+  const int64_t rows = block_rows<Unit>(N, wide);
   Arena arena(
       (rows * step + rows * inner + rows * wide + Side<A>::elements(N) + Side<A>::elements(K)) *
       sizeof(A));
@@ -250,9 +250,10 @@ void weight_gradient(const WeightGradient<A>& g, int64_t first, int64_t last, in
                      int64_t end) {
   constexpr int64_t kRows = 128;
   const int64_t K = g.x.features, wide = round_up(K, Vector<A>::kLanes), width = end - begin;
-  Arena arena((kRows * (wide + round_up(width, kTileRows)) + width * wide) * sizeof(A));
+  const int64_t left_rows = round_up(width + kTileRows, kAmx);  // in tiles of either size
+  Arena arena((kRows * (wide + left_rows) + width * wide) * sizeof(A));
   Unit* const right = arena.take<Unit>(kRows * wide);
-  Unit* const left = arena.take<Unit>(kRows * round_up(width, kTileRows));
+  Unit* const left = arena.take<Unit>(kRows * left_rows);
   A* const c = g.dweight.data ? arena.take<A>(width * wide) : g.part + begin * g.part_stride;
   const int64_t stride = g.dweight.data ? wide : g.part_stride;
   for (int64_t m = first; m < last || m == first; m += kRows) {

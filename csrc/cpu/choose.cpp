@@ -8,6 +8,14 @@
 
 #include "cpu/kernels.h"
 
+#ifdef FUSEDRES_X86_SETS
+#include <cpuid.h>
+#endif
+#if defined(FUSEDRES_X86_SETS) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fusedres::cpu {
 
 #define FUSEDRES_SET(isa)                 \
@@ -25,23 +33,38 @@ namespace {
 
 struct Set {
   const char* name;
-  bool here, pairs;
+  bool here, pairs, tiles;
   const Kernels<float>* of_float;
   const Kernels<double>* of_double;
 };
+
+// Linux gives a process AMX's registers when it asks for them.
+bool may_use_amx() {
+#if defined(FUSEDRES_X86_SETS) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // EDX of leaf 7
+  constexpr long kRequest = 0x1023, kTileData = 18;       // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 std::vector<Set> all_sets() {
   std::vector<Set> sets;
 #ifdef FUSEDRES_X86_SETS
   __builtin_cpu_init();
   const bool wide = __builtin_cpu_supports("x86-64-v4");
-  sets.push_back({"avx512-bf16", wide && __builtin_cpu_supports("avx512bf16"), true,
-                  &avx512::of_float, &avx512::of_double});
-  sets.push_back({"avx512", wide, false, &avx512::of_float, &avx512::of_double});
-  sets.push_back({"avx2", bool(__builtin_cpu_supports("x86-64-v3")), false, &avx2::of_float,
+  const bool pairs = wide && __builtin_cpu_supports("avx512bf16");
+  sets.push_back(
+      {"amx-bf16", pairs && may_use_amx(), true, true, &avx512::of_float, &avx512::of_double});
+  sets.push_back({"avx512-bf16", pairs, true, false, &avx512::of_float, &avx512::of_double});
+  sets.push_back({"avx512", wide, false, false, &avx512::of_float, &avx512::of_double});
+  sets.push_back({"avx2", bool(__builtin_cpu_supports("x86-64-v3")), false, false, &avx2::of_float,
                   &avx2::of_double});
 #endif
-  sets.push_back({"baseline", true, false, &baseline::of_float, &baseline::of_double});
+  sets.push_back({"baseline", true, false, false, &baseline::of_float, &baseline::of_double});
   return sets;
 }
 
@@ -78,6 +101,7 @@ const Kernels<double>& kernels<double>() {
 const char* instruction_set() { return chosen().name; }
 
 bool multiplies_pairs() { return chosen().pairs; }
+bool multiplies_tiles() { return chosen().tiles; }
 
 bool own_product(int64_t M, int64_t N, int64_t K, DType dtype) {
   if (dtype == DType::float64) return false;  // it is there to be compared with torch

@@ -10,10 +10,12 @@
 namespace fusedres::cpu::FUSEDRES_ISA {
 
 // Rows of a block such that both sides of the product stay in L2 beside a panel.
+template <class Unit>
 inline int64_t block_rows(int64_t inner, int64_t width) {
   constexpr int64_t kElements = 1 << 16, kMost = 96;
   const int64_t rows = std::min(kMost, kElements / std::max<int64_t>(1, inner + width));
-  return std::max(kTileRows, rows / kTileRows * kTileRows);
+  const int64_t tile = tile_rows<Unit>();
+  return std::max(tile, rows / tile * tile);
 }
 
 template <class A>
@@ -80,7 +82,7 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
   const Program<A>* const last = f.after ? f.after : f.before;  // the side that statistics are of
   const int64_t K = f.x.features, N = multiplies ? f.weight.width : K;
   const int64_t inner = units<Unit>(K), wide = round_up(N, Vector<A>::kLanes);
-  const int64_t rows = block_rows(K, wide), width = last ? last->width : 0;
+  const int64_t rows = block_rows<Unit>(K, wide), width = last ? last->width : 0;
   const int64_t step = round_up(std::max<int64_t>(1, K), Vector<A>::kLanes);
   const bool apart = !std::is_same_v<Unit, A>;  // units are made of what a row of floats holds
   Arena arena((rows * step + rows * inner + rows * wide + 3 * width) * sizeof(A));

@@ -107,6 +107,7 @@ struct Kernels {
   // b = matrix.T if `transposed`, else matrix, panels [begin, end).
   void (*pack)(const Rows& matrix, bool transposed, const Packed& b, int64_t begin, int64_t end);
   int64_t (*packed_bytes)(const Packed&);
+  int64_t (*tile_rows)(DType product);
   int64_t panel;  // columns
   int64_t lanes;  // a part's stride is a multiple of it
 };
@@ -115,11 +116,12 @@ struct Kernels {
 template <class A>
 const Kernels<A>& kernels();
 
-// Its instruction set, "avx512-bf16", "avx512", "avx2" or "baseline".
+// Its instruction set: "amx-bf16", "avx512-bf16", "avx512", "avx2" or "baseline".
 const char* instruction_set();
 
-// Whether products of bf16 are made of pairs.
+// Whether products of bf16 are made of pairs, and those in tiles of AMX.
 bool multiplies_pairs();
+bool multiplies_tiles();
 
 // This thread's scratch, aligned to 64 bytes, which the next call takes back.
 void* scratch(size_t bytes);

@@ -3,6 +3,7 @@
 //   tile: kTileRows x (up to kTileVectors vectors) of sums in registers; one step of the inner sum
 //         loads a row of the panel and broadcasts an element of each row of `a`
 //   unit: what one step takes from a row of `a`: a float, a double, or a pair of bf16
+//   AMX:  tiles of 16 x 16 sums, and of 16 pairs of 16 rows; what they leave over is done as before
 //
 // Sums go along the inner dimension in an order of their own, so that a row's result depends on
 // that row alone.
@@ -22,6 +23,8 @@ struct Pair {  // two bf16, adjacent along the inner dimension
 
 template <class Unit>
 using Sum = std::conditional_t<std::is_same_v<Unit, Pair>, float, Unit>;
+
+constexpr int64_t kAmx = 16;  // rows, columns and pairs of a tile of AMX
 
 // Units that are summed up from 0 before they are added to c: rounding errors grow with a sum.
 constexpr int64_t kInner = 48;
@@ -108,6 +111,79 @@ struct Tiles {
   }
 };
 
+#ifdef FUSEDRES_PAIRS
+// ---- the same by AMX
+
+struct AmxRegisters {
+  FUSEDRES_TILE AmxRegisters() {
+    alignas(64) static constexpr struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  FUSEDRES_TILE ~AmxRegisters() { _tile_release(); }
+};
+
+// c (16 kRows, 16 kColumns) (+)= a @ b; b's rows, of 16 pairs each, are `step` pairs apart.
+template <int kRows, int kColumns>
+FUSEDRES_TILE void amx_tile(const Pair* a, int64_t row, const Pair* b, int64_t step, int64_t inner,
+                            float* c, int64_t stride, bool add) {
+  asm volatile("" ::: "memory");  // gcc does not know that tile loads read memory
+  float* const c2 = c + kAmx * stride;
+  const int64_t c_bytes = stride * 4, a_bytes = row * 4, b_bytes = step * 4;
+  if (add) {
+    _tile_loadd(0, c, c_bytes);
+    if (kColumns > 1) _tile_loadd(1, c + kAmx, c_bytes);
+    if (kRows > 1) _tile_loadd(2, c2, c_bytes);
+    if (kRows > 1 && kColumns > 1) _tile_loadd(3, c2 + kAmx, c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < inner; k += kAmx, b += kAmx * step) {
+    _tile_loadd(4, a + k, a_bytes);
+    _tile_loadd(6, b, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (kColumns > 1) {
+      _tile_loadd(7, b + kAmx, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (kRows > 1) {
+      _tile_loadd(5, a + kAmx * row + k, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if (kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if (kColumns > 1) _tile_stored(1, c + kAmx, c_bytes);
+  if (kRows > 1) _tile_stored(2, c2, c_bytes);
+  if (kRows > 1 && kColumns > 1) _tile_stored(3, c2 + kAmx, c_bytes);
+}
+
+// The first `rows` rows of c (+)= the first `amx_inner` steps of a @ b, both whole tiles.
+inline void amx_multiply(const Pair* a, int64_t row, int64_t rows, const Pair* b, int64_t inner,
+                         int64_t amx_inner, int64_t width, float* c, int64_t stride, bool add) {
+  constexpr int64_t kPanel = Vector<float>::kPanel;
+  const AmxRegisters registers;
+  for (int64_t n = 0; n < width; n += kPanel) {
+    const int64_t step = std::min(kPanel, round_up(width - n, kAmx));
+    for (int64_t j = 0; j < step; j += 2 * kAmx)
+      for (int64_t m = 0; m < rows; m += 2 * kAmx) {
+        const bool two_rows = rows - m > kAmx, two_columns = step - j > kAmx;
+        const auto function = two_rows      ? two_columns ? amx_tile<2, 2> : amx_tile<2, 1>
+                              : two_columns ? amx_tile<1, 2>
+                                            : amx_tile<1, 1>;
+        function(a + m * row, row, b + n * inner + j, step, amx_inner, c + m * stride + n + j,
+                 stride, add);
+      }
+  }
+}
+#endif
+
 // Where the units of `a` are: (i, k) at data + i / kTileRows * tile + i % kTileRows * row + k * step.
 template <class Unit>
 struct Left {
@@ -120,21 +196,45 @@ inline Left<Unit> row_major(const Unit* data, int64_t stride) {
   return {data, stride, 1, kTileRows * stride};
 }
 
+template <class Unit>
+inline bool in_amx() {
+  return std::is_same_v<Unit, Pair> && multiplies_tiles();
+}
+
+// Rows that a tile takes.
+template <class Unit>
+inline int64_t tile_rows() {
+  return in_amx<Unit>() ? kAmx : kTileRows;
+}
+
 // c (rows, width), its rows `stride` apart and as long as whole vectors, (+)= a @ b.
 template <class Unit>
 inline void multiply(const Left<Unit>& a, int64_t rows, const Unit* b, int64_t inner, int64_t width,
                      Sum<Unit>* c, int64_t stride, bool add) {
   using V = Vector<Sum<Unit>>;
   static constexpr Tiles<Unit> tiles;
+  int64_t amx_rows = 0, amx_inner = 0;  // that AMX multiplies
+#ifdef FUSEDRES_PAIRS
+  if constexpr (std::is_same_v<Unit, Pair>)
+    if (in_amx<Unit>() && rows >= kAmx && inner >= kAmx) {
+      amx_rows = rows / kAmx * kAmx;
+      amx_inner = inner / kAmx * kAmx;
+      amx_multiply(a.data, a.row, amx_rows, b, inner, amx_inner, width, c, stride, add);
+    }
+#endif
   for (int64_t n = 0; n < width; n += V::kPanel) {
     const int64_t vectors = std::min(kTileVectors, (width - n + V::kLanes - 1) / V::kLanes);
-    for (int64_t m = 0; m < rows; m += kTileRows) {
-      const auto function = tiles.of[std::min(kTileRows, rows - m) - 1][vectors - 1];
-      const Unit* const left = a.data + m / kTileRows * a.tile;
-      for (int64_t k = 0; k < inner || k == 0; k += kInner)
-        function(left + k * a.step, a.row, a.step, b + n * inner + k * vectors * V::kLanes,
-                 std::min(kInner, inner - k), c + m * stride + n, stride, add || k > 0);
-    }
+    const auto rest = [&](int64_t begin, int64_t end, int64_t from) {
+      for (int64_t m = begin; m < end; m += kTileRows) {
+        const auto function = tiles.of[std::min(kTileRows, end - m) - 1][vectors - 1];
+        const Unit* const left = a.data + (a.step == 1 ? m * a.row : m / kTileRows * a.tile);
+        for (int64_t k = from; k < inner || k == 0; k += kInner)
+          function(left + k * a.step, a.row, a.step, b + n * inner + k * vectors * V::kLanes,
+                   std::min(kInner, inner - k), c + m * stride + n, stride, add || k > 0);
+      }
+    };
+    if (amx_inner < inner) rest(0, amx_rows, amx_inner);
+    rest(amx_rows, rows, 0);
   }
 }
 
@@ -249,12 +349,27 @@ inline void pack_rows(const Rows& matrix, int64_t row, int64_t inner, int64_t wi
     });
 }
 
-// The left side of a.T @ b, in tiles of columns [begin, end) of `matrix`.
+// The left side of a.T @ b, from columns [begin, end) of `matrix`: in tiles, or row by row for AMX.
 template <class Unit>
 inline Left<Unit> pack_left(const Rows& matrix, int64_t row, int64_t inner, int64_t begin,
                             int64_t end, Unit* out) {
   const int64_t count = units<Unit>(inner);
   const Rows from = rows_from<Sum<Unit>>(matrix, row);
+  if (in_amx<Unit>()) {
+    const int64_t stride = round_up(count, kAmx);
+    alignas(64) Unit square[kAmx * kAmx];
+    for (int64_t k = 0; k < count; k += kAmx)
+      for (int64_t n = begin; n < end; n += kAmx) {
+        std::fill_n(square, kAmx * kAmx, Unit{});
+        for (int64_t i = 0; i < std::min(kAmx, count - k); ++i)
+          with_units_across<Unit>(from, k + i, inner, [&](auto get) {
+            for (int64_t j = 0; j < std::min(kAmx, end - n); ++j) square[i * kAmx + j] = get(n + j);
+          });
+        if constexpr (Vector<Index<Unit>>::kLanes == kAmx)
+          transpose_square(square, kAmx, out + (n - begin) * stride + k, stride);
+      }
+    return row_major(const_cast<const Unit*>(out), stride);
+  }
   for (int64_t k = 0; k < count; ++k)
     with_units_across<Unit>(from, k, inner, [&](auto get) {
       Unit* to = out + k * kTileRows;

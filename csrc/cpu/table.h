@@ -58,6 +58,9 @@ constexpr Kernels<A> table() {
   k.packed_bytes = [](const Packed& b) {
     return with_unit<A>(b.dtype, [&](auto unit) { return bytes_of<decltype(unit)>(b); });
   };
+  k.tile_rows = [](DType dtype) {
+    return with_unit<A>(dtype, [](auto unit) { return tile_rows<decltype(unit)>(); });
+  };
   k.panel = Vector<A>::kPanel;
   k.lanes = Vector<A>::kLanes;
   return k;
