@@ -23,7 +23,7 @@ demo: $(VENV)/built ## train plain and residual nets on real digits and draw the
 test: $(VENV)/built ## run all tests, in parallel
 	$(PY) -m pytest tests -n $(CORES) --dist worksteal
 
-bench: $(VENV)/built ## time fused against eager and torch.compile, then tables and pictures (6 minutes)
+bench: $(VENV)/built ## time fused against eager and torch.compile, judge the goals, then tables and pictures (10 minutes)
 	$(PY) -m bench
 	$(PY) -m bench report --write
 	$(PY) -m bench scaling --write >/dev/null
