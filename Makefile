@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench bench-check gpu-check mutate sanitize install-check lint clean FORCE
+.PHONY: help demo test bench bench-check gpu-check mutate sanitize races install-check lint clean FORCE
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -44,6 +44,17 @@ sanitize: $(VENV)/installed ## the CPU kernels' tests with AddressSanitizer and 
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		pytest -q -p no:cacheprovider -o pythonpath="$$(echo build/sanitize/lib*) tests" \
+		tests/way/test_cpu_kernels.py -k "(products and not instruction) or batch or any_number"
+
+# Threads of our own in place of torch's OpenMP, of which ThreadSanitizer understands nothing. Without -R,
+# address space is laid out in a way that some versions of it cannot use.
+races: $(VENV)/installed ## the CPU kernels' threads with ThreadSanitizer (2 minutes)
+	FORCE_ONLY_CPU=1 CFLAGS="-O1 -g1 -fsanitize=thread" LDFLAGS="-fsanitize=thread" \
+		$(PY) setup.py --quiet build --build-base build/races
+	$(CXX) -std=c++20 -O1 -g1 -fsanitize=thread -fPIC -shared tests/threads.cpp -o build/races/threads.so
+	setarch -R env LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so) build/races/threads.so" \
+		TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 OMP_NUM_THREADS=1 \
+		$(PY) -m pytest -q -s -p no:cacheprovider -o pythonpath="$$(echo build/races/lib*) tests" \
 		tests/way/test_cpu_kernels.py -k "(products and not instruction) or batch or any_number"
 
 install-check: $(VENV)/installed ## install by every route into environments that are thrown away (ARGS=--quick: 3 minutes)
