@@ -38,7 +38,7 @@ mutate: $(VENV)/built ## break the kernels on purpose and count how many breaks 
 	$(PY) tests/mutate.py
 
 # The path comes before the tree's own package; without -k a process of its own would not see it.
-sanitize: $(VENV)/installed ## the CPU kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer (3 minutes)
+sanitize: $(VENV)/installed ## the CPU kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer (5 minutes)
 	FORCE_ONLY_CPU=1 CFLAGS="-O1 -g1 -fsanitize=address,undefined" LDFLAGS="-fsanitize=address,undefined" \
 		$(PY) setup.py --quiet build --build-base build/sanitize
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
@@ -63,7 +63,7 @@ install-check: $(VENV)/installed ## install by every route into environments tha
 lint: $(VENV)/installed ## ruff, clang-format and mypy
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run -Werror $(SOURCES) tests/emulation/cuda_on_cpu/*.cpp tests/emulation/cuda_on_cpu/*.h
+	clang-format --dry-run -Werror $(SOURCES) tests/threads.cpp tests/emulation/cuda_on_cpu/*.cpp tests/emulation/cuda_on_cpu/*.h
 	mypy
 
 clean: ## remove .venv and everything built
