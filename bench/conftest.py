@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from .measure.run import OPTIONS, Run, line, losses
+from .measure.judge import losses
+from .measure.run import OPTIONS, Run, line
 
 RUN = pytest.StashKey[Run]()
 

@@ -204,7 +204,7 @@ struct BackwardPass {
     for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
       cpu::Backward<A> mine = pass;
       auto my_after = after, my_before = before;
-      point(my_after, my_before, &sums_[stride * chunk]);
+      point(my_after, my_before, sums_.data() + stride * chunk);
       mine.after = after ? &*my_after : nullptr;
       mine.before = before ? &*my_before : nullptr;
       cpu::kernels<A>().backward(mine, begin, end);

@@ -23,16 +23,15 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ..measure import results_file
-from ..measure.agenda import judge
+from ..measure.judge import judge, losses
 from ..measure.results_file import Results, whole
-from ..measure.run import losses
-from ..report.tables import digits, table
+from ..report.goals import goal_table
+from ..report.tables import table
 from .steps import RESULTS_FILE, SECONDS, VERDICTS, Check, Found
 
 NO_GPU = 2
 TOTAL = sum(SECONDS.values())
 REPORT, SUMMARY, LOGS = "gpu-check.json", "summary.md", "logs.tar.gz"
-GOAL_VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
 
 
 def combine(out: Path, found: Found, commit: str) -> Results:
@@ -40,7 +39,7 @@ def combine(out: Path, found: Found, commit: str) -> Results:
     path, device = out / RESULTS_FILE, torch.device("cuda")
     results = results_file.load(path) if path.exists() else results_file.collect(device)
     results["commit"] = commit or results["commit"]
-    return results | {"steps": found, "goals": judge(results["rows"])}
+    return results | {"steps": found, "goals": judge(results)}
 
 
 def write(out: Path, work: Path, commit: str, found: Found) -> str:
@@ -68,11 +67,7 @@ def text(results: Results) -> str:
     failed = [f"* {name}" for s in steps for name in s.get("failed", [])]
     parts += ["\n".join(["Failed tests:", *failed])] if failed else []
     if results["rows"]:
-        body = [
-            [g["goal"], g["row"], g["bound"], digits(g["value"]), GOAL_VERDICTS[g["met"]]]
-            for g in results["goals"]
-        ]
-        parts.append(table(["goal", "row", "bound", "found", ""], body, left=2))
+        parts.append(goal_table(results["goals"], full=True).markdown())
         lines = [f"* {line}" for line in losses(results["rows"])] or ["* nowhere"]
         parts.append("\n".join(["Where fused is slower than eager or torch.compile:", *lines]))
     return "\n\n".join(parts)

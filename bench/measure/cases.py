@@ -16,23 +16,30 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
 from fusedres import FusedResidual, FusedResidualMLP, backends
+from fusedres.dtypes import typed
 from fusedres.reference import ACTIVATION_FUNCTIONS
 from fusedres.spec import Spec
 from fusedres.tools.bench import DTYPES, INFERENCE, STEP
 
 RECORD = "forward, recording"
+ONE_THREAD, STEP_ONE_THREAD = "forward, one thread", "forward + backward, one thread"
 GRAPH, RECORD_GRAPH = "forward, CUDA graph", "forward, recording, CUDA graph"
 BACKWARD_GRAPH = "backward, CUDA graph"
 GRAPHS = (GRAPH, RECORD_GRAPH, BACKWARD_GRAPH)
+FORWARDS, STEPS = (INFERENCE, ONE_THREAD, GRAPH), (STEP, STEP_ONE_THREAD)
 MODES = {
     INFERENCE: "under no_grad, in eval()",
     RECORD: "in train(), with the graph for backward",
     STEP: "in train(), gradients of x, residual and every parameter",
+    ONE_THREAD: "as forward, with one thread of torch's and its CPU time",
+    STEP_ONE_THREAD: "as forward + backward, with one thread of torch's and its CPU time",
     GRAPH: "as forward, many calls captured in one CUDA graph",
     RECORD_GRAPH: "as forward, recording, many calls captured in one CUDA graph",
     BACKWARD_GRAPH: "gradients of x, residual and every parameter for one recorded forward pass, "
     "many times in one CUDA graph",
 }
+AUTOCAST = "autocast"  # tensors in fp32, products in bf16
+TENSORS = DTYPES | {AUTOCAST: torch.float32}
 MODEL, SQUARE, HOST = "model", "square", "host"
 MLP = "norm-linear-act-linear-add"
 
@@ -87,10 +94,17 @@ class Task(NamedTuple):
         return f"{self.case.name} {self.dtype}, {self.mode}"
 
 
-def square(rows: int, features: int, order: str = "note", norm: str = "layer") -> Case:
-    suffix = "".join(f"-{word}" for word in (order, norm) if word not in ("note", "layer"))
-    name = f"square-{rows}x{features}{suffix}"
-    return Case(name, rows, features, order, norm, group=SQUARE)
+def product_dtype(dtype: str) -> str:
+    """The one that a row's products are taken in."""
+    return "bf16" if dtype == AUTOCAST else dtype
+
+
+def square(
+    rows: int, features: int, order: str = "note", norm: str = "layer", activation: str = "gelu"
+) -> Case:
+    recipe = order, norm, activation
+    suffix = "".join(f"-{word}" for word in recipe if word not in ("note", "layer", "gelu"))
+    return Case(f"square-{rows}x{features}{suffix}", rows, features, *recipe, group=SQUARE)
 
 
 TINY = Case("tiny", 4, 8, activation="relu", group=HOST, dtypes=("fp32",))
@@ -148,7 +162,7 @@ class Job:
     def __init__(self, case: Case, dtype: str, device: torch.device, copies: int = 1) -> None:
         torch.manual_seed(0)
         self.case, self.dtype, self.device = case, dtype, device
-        self.where: Any = {"device": device, "dtype": DTYPES[dtype]}
+        self.where: Any = {"device": device, "dtype": TENSORS[dtype]}
         self.fused = self.layer(case.activation)
         layers = (self.fused.fc1, self.fused.fc2) if case.hidden else (self.fused,)
         self.first = layers[0]
@@ -171,9 +185,14 @@ class Job:
     @property
     def backend(self) -> str:
         """The one that `auto` takes for that call."""
-        (N, K), dtype = self.first.linear.weight.shape, DTYPES[self.dtype]
+        (N, K), spec, dtype = self.first.linear.weight.shape, self.spec.text, self.where["dtype"]
+        if self.dtype == AUTOCAST:
+            spec, dtype = typed(spec, dtype, dtype, None, DTYPES["bf16"], self.device.type)
         small = backends.is_small(self.device, dtype, self.case.rows, N, K)
-        return backends.choose("auto", self.spec.text, dtype, self.device, N, K, small)
+        return backends.choose("auto", spec, dtype, self.device, N, K, small)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, DTYPES["bf16"], enabled=self.dtype == AUTOCAST)
 
     def layer(self, activation: str | None) -> Any:
         """A fused layer of the case with parameters of its own."""
@@ -192,13 +211,15 @@ class Job:
 
     def set_mode(self, mode: str) -> None:
         for module in (self.fused, self.eager):
-            module.train(mode not in (INFERENCE, GRAPH))
+            module.train(mode not in FORWARDS)
 
     def call(self, layer: Callable[..., Tensor], mode: str) -> Call:
         """One thing to time: `layer` run once in `mode`, each time on the next set of inputs."""
         self.set_mode(mode)
         if isinstance(layer, nn.Module):
             layer.train(self.fused.training)
+        if self.dtype == AUTOCAST:
+            layer = self._cast(layer)
         turns, parameters = cycle(self.sets), self.parameters
 
         def record() -> None:
@@ -212,9 +233,16 @@ class Job:
 
         if mode == BACKWARD_GRAPH:
             return self._backward(layer)
-        if mode in (INFERENCE, GRAPH):
+        if mode in FORWARDS:
             return torch.no_grad()(record)
-        return step if mode == STEP else record
+        return step if mode in STEPS else record
+
+    def _cast(self, layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def cast(*inputs: Tensor) -> Tensor:
+            with self.autocast():
+                return layer(*inputs)
+
+        return cast
 
     def _backward(self, layer: Callable[..., Tensor]) -> Call:
         with functorch_config.patch(donated_buffer=False):  # else a compiled one runs only once

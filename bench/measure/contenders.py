@@ -14,14 +14,26 @@ from torch import Tensor
 
 from fusedres import FusedResidual, backends
 
-from .cases import BACKWARD_GRAPH, GRAPH, GRAPHS, HOST, RECORD, STEP, Call, Job, Task
+from .cases import (
+    BACKWARD_GRAPH,
+    DTYPES,
+    GRAPH,
+    GRAPHS,
+    HOST,
+    RECORD,
+    STEPS,
+    Call,
+    Job,
+    Task,
+    product_dtype,
+)
+from .goals import asked
 
 Layer = Callable[..., Tensor]
 Makers = dict[str, Callable[[], Call]]  # name -> what makes its call; making it may fail
 
 FUSED_BACKENDS = ("cpu", "triton", "cuda")
 RIVALS = ("eager", "compile", "compile-max", "functional")  # what fused must not lose to
-TANH_ROWS, TANH_WIDTHS = 65536, (512, 1024)  # where a goal compares erf's GELU with tanh's
 
 ABOUT = {
     "fused": "fusedres, with the backend that `auto` takes",
@@ -34,7 +46,8 @@ ABOUT = {
     "cpu, triton, cuda": "fusedres with that backend, where `auto` takes another",
     "training": "fusedres's forward with all that backward needs saved, beside inference",
     "copy": "x copied: the traffic of a layer of no arithmetic",
-    "gelu_tanh": "fusedres with the tanh form of GELU",
+    "gelu_tanh": "fusedres with the tanh form of GELU; where a goal asks for it",
+    "linear": "F.linear alone, bias included; where a goal asks for it",
 }
 
 
@@ -56,8 +69,10 @@ def makers(job: Job, task: Task, compiled: tuple[str, ...]) -> Makers:
     if mode == GRAPH:
         found["training"] = lambda: job.call(job.fused, RECORD)
         found["copy"] = lambda: _copy(job)
-        if task.case.rows == TANH_ROWS and task.case.features in TANH_WIDTHS:
-            found["gelu_tanh"] = run(lambda: job.layer("gelu_tanh"))
+    if "gelu_tanh" in asked(task):
+        found["gelu_tanh"] = run(lambda: job.layer("gelu_tanh"))
+    if "linear" in asked(task):
+        found["linear"] = run(lambda: lambda x, *_: job.first.linear(x))
     return found | {"fused": run(lambda: job.fused)}
 
 
@@ -94,11 +109,13 @@ def _compiled(job: Job, name: str, mode: str) -> Layer:
 
 def _products(job: Job, mode: str) -> Call:
     """With two matmuls, random h (M, hidden) stands for what is between them, and for dh."""
-    weights = [linear.weight.detach() for linear in job.linears]
+    dtype = DTYPES[product_dtype(job.dtype)]
+    weights = [linear.weight.detach().to(dtype) for linear in job.linears]
     h = [torch.randn(job.case.rows, weight.shape[0], **job.where) for weight in weights[:-1]]
     chains = [[operands.inputs[0].detach(), *h, operands.dy] for operands in job.sets]
+    chains = [[t.to(dtype) for t in chain] for chain in chains]
     turns = cycle([list(zip(chain, weights, chain[1:], strict=False)) for chain in chains])
-    forward, backward = mode != BACKWARD_GRAPH, mode in (STEP, BACKWARD_GRAPH)
+    forward, backward = mode != BACKWARD_GRAPH, mode in (*STEPS, BACKWARD_GRAPH)
 
     def run() -> None:
         for a, weight, da in next(turns):

@@ -10,12 +10,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .cases import BACKWARD_GRAPH, DTYPES, STEP, Call, Task
+from .cases import BACKWARD_GRAPH, STEPS, TENSORS, Call, Task
 
 HOST_ROUNDS, HOST_CALLS = 9, 5
 OPS = ("aten::", "fusedres::", "mkldnn::")  # what the profiler calls an op that was dispatched
 VIEWS = {f"aten::{name}" for name in ("t", "transpose", "view", "detach", "expand", "as_strided")}
-PASSES = {STEP: 3, BACKWARD_GRAPH: 2}  # in units of the forward pass
+PASSES = {**dict.fromkeys(STEPS, 3), BACKWARD_GRAPH: 2}  # in units of the forward pass
 
 
 def flops(task: Task) -> int:
@@ -32,7 +32,7 @@ def traffic(task: Task) -> int:
     activations = case.rows * (2 * N + 2 * H + N * case.residual)
     parameters = case.weights + H + N * (2 if case.norm == "rms" else 3)
     passes = PASSES.get(task.mode, 1)
-    return (activations + parameters) * DTYPES[task.dtype].itemsize * passes
+    return (activations + parameters) * TENSORS[task.dtype].itemsize * passes
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

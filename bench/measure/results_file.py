@@ -22,7 +22,7 @@ import torch
 
 import fusedres
 
-from .cases import DTYPES, GRAPHS, HOST, MODEL, MODES, SQUARE, STEP
+from .cases import GRAPHS, HOST, MODEL, MODES, SQUARE, STEPS, TENSORS
 from .contenders import RIVALS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ FILE: Form = {
 ROW: Form = {
     str: ("case", "order", "norm", "backend"),
     (MODEL, SQUARE, HOST): ("group",),
-    tuple(DTYPES): ("dtype",),
+    tuple(TENSORS): ("dtype",),
     tuple(MODES): ("mode",),
     str | None: ("activation",),
     int: ("rows", "features", "out_features", "rounds", "flops", "bytes"),
@@ -49,6 +49,13 @@ ROW: Form = {
     float: ("gb_per_s", "tflop_per_s", "copy_share", "matmul_share"),
     dict: ("times_us", "ratios", "failed"),
     list: ("slower_than",),
+}
+GOAL: Form = {
+    str: ("goal", "row", "bound"),
+    str | None: ("beyond",),
+    int | float | None: ("value",),
+    bool | None: ("met", "passed"),
+    list: ("quartiles",),
 }
 
 
@@ -204,6 +211,8 @@ def check_results(results: dict[str, Any]) -> list[str]:
     found += [f"ceilings: {n!r} is not positive" for n in numbers if not _positive(n)]
     for left_out in results["not_measured"]:
         found += _fields(left_out, {str: ("case", "dtype", "mode", "why")}, "left out")
+    for goal in results.get("goals", []):
+        found += _fields(goal, GOAL, "goal")
     seen = set()
     for row in results["rows"]:
         where = " ".join(str(row.get(key)) for key in ("case", "dtype", "mode"))
@@ -237,7 +246,7 @@ def _row(row: dict[str, Any], where: str, device: str) -> list[str]:
             told.append(f"{name} has quartiles {ends}")
     if not set(row["slower_than"]) <= {*RIVALS} & {*ratios}:
         told.append(f"slower than {row['slower_than']}, which has no ratio or no say")
-    wanted = ["saved_bytes", "peak_bytes"] if row["mode"] == STEP else []
+    wanted = ["saved_bytes", "peak_bytes"] if row["mode"] in STEPS else []
     if row["mode"] not in GRAPHS:
         wanted += ["launches", *(["host_us"] if device == "cuda" or row["group"] == HOST else [])]
     for key in wanted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -13,7 +15,18 @@ from fusedres.tools.bench import check, compare, saved_bytes
 from fusedres.tools.timing import interleave, summary
 
 from . import ceilings, graphs
-from .cases import GRAPHS, HOST, STEP, Call, Case, Job, Task
+from .cases import (
+    GRAPHS,
+    HOST,
+    ONE_THREAD,
+    STEP_ONE_THREAD,
+    STEPS,
+    Call,
+    Case,
+    Job,
+    Task,
+    product_dtype,
+)
 from .contenders import ABOUT, RIVALS, makers
 from .counts import flops, host_us, launches, peak_bytes, traffic
 
@@ -35,7 +48,7 @@ PROTOCOL: dict[str, Any] = {
     "ratios": "contender / fused within a round, over rounds; above 1 fused is faster",
     "slower_than": f"if calm, of {', '.join(RIVALS)} those with median ratio < "
     f"{1 - timing.NOISE:g} and upper quartile < 1",
-    "clock": "CPU: wall time, caches warm, with --threads 1 the thread's CPU time, which a busy "
+    "clock": "CPU: wall time, caches warm, with one thread its CPU time, which a busy "
     "machine hardly disturbs; CUDA: events around the sample",
     "cold": f"on a GPU inputs rotate through `copies` sets, {graphs.COLD} times L2 in all, at most "
     f"{graphs.MOST_CALLS}; weights stay. Rows of group host do not",
@@ -60,10 +73,27 @@ class Options(NamedTuple):
 def wrong(case: Case, dtype: str, device: torch.device) -> str | None:
     """`check` of the case on fewer rows, where it has too many for float64."""
     rows = min(case.rows, CHECKED_ROWS[device.type])
-    return check(Job(replace(case, rows=rows), dtype, device))
+    job = Job(replace(case, rows=rows), dtype, device)
+    with job.autocast():
+        return check(job)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measure(task: Task, options: Options, clock: Any = interleave) -> tuple[Row, Rounds]:
+    with one_thread() if task.mode in (ONE_THREAD, STEP_ONE_THREAD) else nullcontext():
+        return _measure(task, options, clock)
+
+
+def _measure(task: Task, options: Options, clock: Any) -> tuple[Row, Rounds]:
     """The row of `task` as the results file holds it, and its rounds.
 
     Raises ArithmeticError where fused is wrong, and what fused itself raises.
@@ -117,15 +147,16 @@ def rates(task: Task, rounds: Rounds, ceilings: Row) -> Row:
     gb, tflop = moved / seconds / 1e9, work / seconds / 1e12
     row = {"flops": work, "bytes": moved, "gb_per_s": gb, "tflop_per_s": tflop}
     row["copy_share"] = gb / ceilings["copy_gb_per_s"]
-    return row | {"matmul_share": tflop / ceilings["matmul_tflop_per_s"][task.dtype]}
+    return row | {"matmul_share": tflop / ceilings["matmul_tflop_per_s"][product_dtype(task.dtype)]}
 
 
 def counted(task: Task, job: Job, ready: dict[str, Call], row: Row) -> Row:
     found: Row = {}
     gpu, layers = job.device.type == "cuda", {"eager": job.eager, "fused": job.fused}
-    if task.mode == STEP:
-        found["saved_bytes"] = {n: saved_bytes(each, *job.inputs) for n, each in layers.items()}
-        steps = {name: job.call(layer, STEP) for name, layer in layers.items()}
+    if task.mode in STEPS:
+        with job.autocast():
+            found["saved_bytes"] = {n: saved_bytes(each, *job.inputs) for n, each in layers.items()}
+        steps = {name: job.call(layer, task.mode) for name, layer in layers.items()}
         found["peak_bytes"] = {n: peak_bytes(call, job.device) for n, call in steps.items()}
     if task.mode not in GRAPHS:  # a replay is one launch, and tells nothing of its kernels
         names = [name for name in ready if gpu or not name.startswith("compile")]

@@ -14,9 +14,10 @@ from fusedres.backends import native
 
 from . import agenda, ceilings, results_file
 from .cases import MODES, Task
+from .judge import judge
 from .row import PROTOCOL, Options, Rounds, Row, measure
 
-LIMIT = 300.0  # seconds on a CPU, so that with a report `make bench` ends within 6 minutes
+LIMIT = 900.0  # seconds on a CPU, so that with a report `make bench` ends within 16 minutes
 SECONDS = {False: 0.4, True: 0.1}  # for the rounds of a row, by --quick
 CEILINGS = {False: ceilings.SECONDS, True: 0.05}
 BUSY = 0.3  # load
@@ -108,6 +109,7 @@ class Run:
 
     def finish(self) -> Path | None:
         self.results["clocks"] |= results_file.clocks(self.device, "after")
+        self.results["goals"] = judge(self.results)
         return self.save()
 
 
@@ -115,14 +117,3 @@ def line(task: Task, row: Row) -> str:
     ratios = ", ".join(f"{name} {r['median']:.2f}" for name, r in row["ratios"].items())
     disturbed = "" if row["calm"] else ", disturbed"
     return f"{task}: {row['times_us']['fused']['median']:,.1f} us; x {ratios}{disturbed}"
-
-
-def losses(rows: list[Row]) -> list[str]:
-    """Where fused is slower than eager or torch.compile by more than noise."""
-    lost = [(row, n, row["ratios"][n]) for row in rows for n in row["slower_than"]]
-    return [
-        f"{row['case']} {row['dtype']}, {row['mode']}: {name} takes {r['median']:.2f} of "
-        f"fused's time ({r['q1']:.2f} to {r['q3']:.2f})"
-        for row, name, r in lost
-        if name != "functional"
-    ]

@@ -30,6 +30,7 @@ from fusedres.tools.timing import interleave, summary
 from ..measure import callgrind
 from ..measure.cases import CASES, INFERENCE, RECORD, STEP, TINY, Job, Task
 from ..measure.results_file import ROOT, collect, machine
+from ..measure.row import one_thread
 from .tables import table
 
 BASELINE = ROOT / "bench" / "baseline.json"
@@ -77,16 +78,13 @@ def watched() -> list[Task]:
 
 def measure(tasks: Iterable[Task], seconds: float = SECONDS) -> Found:
     """Median and quartiles of fused / eager by row."""
-    threads, device, found = torch.get_num_threads(), torch.device("cpu"), {}
-    torch.set_num_threads(1)  # CPU time of one thread: what other processes do hardly counts
-    try:
+    device, found = torch.device("cpu"), {}
+    with one_thread():  # its CPU time: what other processes do hardly counts
         for task in tasks:
             job = Job(task.case, task.dtype, device)
             calls: Any = {n: job.call(getattr(job, n), task.mode) for n in ("eager", "fused")}
             rounds, _ = interleave(calls, device, seconds)
             found[str(task)] = summary([r["fused"] / r["eager"] for r in rounds])
-    finally:
-        torch.set_num_threads(threads)
     return found
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ..measure.results_file import Results
+from .goals import goal_table
 from .tables import SLOWER, Row, distinct, full_tables, loss_table, readme_tables, select, short
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -102,13 +103,14 @@ def section(results: Results, pictures: str = "", full: bool = False) -> str:
     """What README shows of one device; `full` shows every row."""
     lost, judged = loss_table(results["rows"]), sum(row["calm"] for row in results["rows"])
     slower = f"**{lost.title}**: nowhere in {_count(judged, 'row')}."
-    missing = unmeasured(results, brief=not full)
+    missing, goals = unmeasured(results, brief=not full), results.get("goals", [])
     parts = [
         protocol(results),
         *(t.markdown() for t in (full_tables if full else readme_tables)(results)),
         launches(results),
         pictures,
         lost.markdown() if lost.body else slower,
+        goal_table(goals, full).markdown() if goals else "",
         "\n".join(["**Not measured:**", "", *missing]) if missing else "",
     ]
     return "\n\n".join(filter(None, parts))

@@ -10,7 +10,17 @@ from operator import itemgetter
 from statistics import median
 from typing import Any
 
-from ..measure.cases import BACKWARD_GRAPH, GRAPH, INFERENCE, MLP, RECORD, RECORD_GRAPH, STEP
+from ..measure.cases import (
+    BACKWARD_GRAPH,
+    GRAPH,
+    INFERENCE,
+    MLP,
+    ONE_THREAD,
+    RECORD,
+    RECORD_GRAPH,
+    STEP,
+    STEP_ONE_THREAD,
+)
 
 Row = dict[str, Any]
 
@@ -20,6 +30,8 @@ UNMEASURED = "-"
 BRIEF = {
     INFERENCE: "forward",
     STEP: "step",
+    ONE_THREAD: "forward, 1 thread",
+    STEP_ONE_THREAD: "step, 1 thread",
     RECORD: "recording",
     GRAPH: "graph",
     RECORD_GRAPH: "graph, recording",

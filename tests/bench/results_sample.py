@@ -129,3 +129,11 @@ def find(results: dict[str, Any], case: str, dtype: str, mode: str) -> Any:
     wanted = (case, dtype, mode)
     [row] = [r for r in results["rows"] if (r["case"], r["dtype"], r["mode"]) == wanted]
     return row
+
+
+def task_row(task: Any, **ratios: float) -> dict[str, Any]:
+    """As much of a task's row as goals are judged by."""
+    spreads = {name: spread(ratio) for name, ratio in ratios.items()}
+    keys = {"case": task.case.name, "dtype": task.dtype, "mode": task.mode, "calm": True}
+    slower = [name for name in ("eager", "compile") if ratios.get(name, 1.0) < 0.98]
+    return keys | {"ratios": spreads, "slower_than": slower, "failed": {}}

@@ -18,7 +18,7 @@ from _pytest._io import TerminalWriter
 
 from bench import conftest, test_layers
 from bench.__main__ import main
-from bench.measure import agenda, ceilings, run
+from bench.measure import agenda, ceilings, judge, run
 from bench.measure.agenda import chosen, compiled
 from bench.measure.cases import (
     CASES,
@@ -27,10 +27,12 @@ from bench.measure.cases import (
     GRAPH,
     INFERENCE,
     MODES,
+    ONE_THREAD,
     RECORD,
     ROWS,
     SQUARES,
     STEP,
+    STEP_ONE_THREAD,
     TINY,
     WIDTHS,
     Case,
@@ -115,7 +117,7 @@ def test_it_runs_without_pytest_benchmark() -> None:
 def test_an_unknown_case_is_named_with_the_known_ones() -> None:
     done = bench("--only=nonsense")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "--only 'nonsense' leaves no case; cases: tiny, rtdl-339, " in done.stderr
+    assert "--only 'nonsense' leaves no case; cases: tiny, square-256x64, " in done.stderr
 
 
 def test_pytest_tests_collects_no_benchmark() -> None:
@@ -165,6 +167,7 @@ def test_other_commands_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda r: r["rows"][2].pop("peak_bytes"), "peak_bytes is missing"),
         (lambda r: r["rows"][2].pop("host_us"), "host_us is missing"),
         (lambda r: r["rows"].append(r["rows"][0]), "there twice"),
+        (lambda r: r.update(goals=[{"goal": "a", "row": "b"}]), "goal: bound is missing"),
         (lambda r: r["not_measured"].append({"case": "a", "dtype": "fp32"}), "mode is missing"),
     ],
 )
@@ -227,7 +230,7 @@ def test_rows_that_lose_are_red_where_there_are_colours(colours: bool, slower: l
     conftest.pytest_runtest_makereport(item, SimpleNamespace(when="call"))
     assert ("\x1b[31m" in file.getvalue()) == (colours and slower == ["eager"])
     found = ["counted fp32, forward: eager takes 0.90 of fused's time (0.80 to 0.95)"]
-    assert run.losses([row]) == (found if slower == ["eager"] else [])
+    assert judge.losses([row]) == (found if slower == ["eager"] else [])
 
 
 def test_ceilings_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,13 +299,18 @@ def test_a_longer_row_is_estimated_longer() -> None:
     assert 0.6 < seconds(small) < 0.7
     product = 6 * 4096 * 2048**2 / 0.1e12  # at the ceiling
     assert seconds(large) > 2 * 13 * product, "two contenders, 13 calls each, and more"
+    one = seconds(large._replace(mode=STEP_ONE_THREAD)) / seconds(large)
+    assert one == pytest.approx(torch.get_num_threads(), rel=0.2)
     assert seconds(small, ("compile",)) == pytest.approx(seconds(small) + 5, abs=0.1)
 
 
 def test_who_is_compiled() -> None:
-    model, sweep = CASES[1], square(256, 64)
+    model, goal, sweep = CASES[1], square(256, 64), square(256, 1024)
     assert compiled(Task(TINY, "fp32", RECORD), "cpu", False) == ("compile",)
     assert compiled(Task(model, "fp32", STEP), "cpu", False) == ("compile",)
+    assert compiled(Task(goal, "fp32", STEP), "cpu", False) == ("compile",)
+    assert compiled(Task(goal, "fp32", ONE_THREAD), "cpu", False) == ()
+    assert compiled(Task(goal, "bf16", STEP), "cpu", False) == ()
     assert compiled(Task(sweep, "fp32", STEP), "cpu", False) == ()
     assert compiled(Task(sweep, "fp32", STEP), "cpu", True) == ("compile", "compile-max")
 

@@ -9,9 +9,22 @@ import torch
 from torch import nn
 
 from bench.measure import contenders
-from bench.measure.cases import FORMULAS, GRAPH, INFERENCE, MLP, STEP, TINY, Case, Job, Task
+from bench.measure.cases import (
+    AUTOCAST,
+    FORMULAS,
+    GRAPH,
+    INFERENCE,
+    MLP,
+    ONE_THREAD,
+    STEP,
+    STEP_ONE_THREAD,
+    TINY,
+    Case,
+    Job,
+    Task,
+)
 from bench.measure.counts import flops, launches, peak_bytes, traffic
-from bench.measure.row import Options, measure
+from bench.measure.row import Options, measure, wrong
 from fusedres.tools.bench import check, saved_bytes
 
 CPU = torch.device("cpu")
@@ -130,6 +143,44 @@ def test_the_product_and_the_copy_take_turns_too(monkeypatch: pytest.MonkeyPatch
     assert seen == [job.sets[i].inputs[0].data_ptr() for i in (0, 1, 0)]
     copy()
     torch.testing.assert_close(copy(), job.sets[1].inputs[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [INFERENCE, STEP])
+def test_under_autocast_every_contender_multiplies_in_bf16(mode: str) -> None:
+    job, products = Job(COUNTED, AUTOCAST, CPU), []
+    for linear in job.linears:
+        linear.register_forward_hook(lambda module, inputs, z: products.append(z.dtype))
+    job.call(job.eager, mode)()
+    assert products == [torch.bfloat16]
+    assert {p.dtype for p in job.parameters} == {job.inputs[0].dtype} == {torch.float32}
+    row, _ = measure(Task(COUNTED, AUTOCAST, mode), Options(CPU, 0.0, CEILINGS))
+    assert row["matmul_share"] == pytest.approx(row["tflop_per_s"] / 0.2), "of bf16's ceiling"
+    assert row["backend"] == Job(COUNTED, "fp32", CPU).backend
+    assert {"eager", "matmul"} == row["ratios"].keys()
+
+
+def test_the_check_knows_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.measure.row.check", lambda job: torch.is_autocast_enabled("cpu"))
+    assert wrong.__wrapped__(COUNTED, AUTOCAST, CPU) is True
+    assert wrong.__wrapped__(COUNTED, "fp32", CPU) is False
+
+
+@pytest.mark.parametrize("mode", [ONE_THREAD, STEP_ONE_THREAD, INFERENCE])
+def test_one_thread_is_one_and_only_for_its_row(mode: str) -> None:
+    threads, seen = torch.get_num_threads(), []
+
+    def clock(calls: Any, device: torch.device, seconds: float) -> Any:
+        seen.append(torch.get_num_threads())
+        return [dict.fromkeys(calls, 1.0)], True
+
+    torch.set_num_threads(3)
+    try:
+        row, _ = measure(Task(COUNTED, "fp32", mode), Options(CPU, 0.0, CEILINGS), clock)
+        assert seen == [3 if mode == INFERENCE else 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert ("peak_bytes" in row) == ("backward" in mode)
+    assert row["flops"] == flops(Task(COUNTED, "fp32", STEP if "backward" in mode else INFERENCE))
 
 
 def test_a_named_backend_runs_the_same_parameters() -> None:

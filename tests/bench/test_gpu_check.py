@@ -1,5 +1,5 @@
-"""`make gpu-check` without a GPU: its clock, its processes, what it reads from logs, its goals, its
-report, and the rows of a GPU on CPU tensors with a clock that is not one.
+"""`make gpu-check` without a GPU: its clock, its processes, what it reads from logs, its report,
+and the rows of a GPU on CPU tensors with a clock that is not one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import torch
 
 from bench.gpu import __main__ as gpu_check
 from bench.gpu import steps as gpu_steps
-from bench.measure import agenda, contenders, graphs, results_file
+from bench.measure import contenders, graphs, results_file
 from bench.measure import row as measure
-from bench.measure.agenda import GOALS, MEMORY, SAVED, Goal, judge, tasks
 from bench.measure.cases import (
     GRAPH,
     GRAPHS,
@@ -36,9 +35,11 @@ from bench.measure.cases import (
     Task,
     square,
 )
+from bench.measure.goals import HOSTS, ON_GPU
 from bench.measure.results_file import check_results
 from fusedres import backends
 from fusedres.spec import Spec
+from results_sample import task_row as row
 
 CPU = torch.device("cpu")
 LOGIC = ("and", "or", "not")
@@ -464,82 +465,6 @@ def test_what_compute_sanitizer_found_counts_when_time_is_out(
     assert gpu_steps.sanitizer_verdict(gpu_steps.Outcome(code, 1.0, log)) == (ok, told)
 
 
-# Goals.
-
-
-def row(task: Task, **ratios: float) -> dict[str, Any]:
-    spreads = {name: {"median": r, "q1": r, "q3": r} for name, r in ratios.items()}
-    keys = {"case": task.case.name, "dtype": task.dtype, "mode": task.mode}
-    slower = [name for name in ("eager", "compile") if ratios.get(name, 1.0) < 0.98]
-    return keys | {"ratios": spreads, "slower_than": slower, "failed": {}}
-
-
-def test_each_goal_has_rows_and_each_row_comes_once() -> None:
-    every = tasks()
-    assert len(set(every)) == len(set(map(str, every))) == len(every) > 30
-    assert {task for goal in GOALS for task in goal.tasks} <= set(every)
-    widths = {t.case.features for t in every if t.mode == GRAPH and t.case.rows == 65536}
-    assert widths == {64, 128, 256, 512, 1024, 2048, 4096}
-    assert {task.case.order for task in every} >= {"note", "prenorm", "preact"}
-    assert {*GRAPHS, STEP} <= {task.mode for task in every}
-
-
-def test_the_goals_come_first_on_a_gpu() -> None:
-    every = agenda.agenda("cuda")
-    assert every[: len(tasks())] == tasks()
-    assert len(every) > 5 * len(tasks()), "and then all others"
-    assert not set(tasks()) & set(every[len(tasks()) :])
-
-
-def test_goals_are_met_missed_or_not_measured() -> None:
-    wide, narrow = (Task(square(65536, n), "bf16", GRAPH) for n in (4096, 128))
-    judged = judge(
-        [
-            row(wide, matmul=1 / 1.06, training=1.0),
-            row(narrow, matmul=1 / 1.15, eager=3.9, copy=0.80),
-        ]
-    )
-    met = {(goal["goal"], goal["row"], goal["bound"]): goal["met"] for goal in judged}
-    assert met["forward / T", str(wide), "<= 1.05"] is False
-    assert met["training / inference", str(wide), "<= 1.05"] is True
-    assert met["forward / T", str(narrow), "<= 1.15"] is True
-    assert met["eager / forward", str(narrow), ">= 3.8"] is True
-    assert met["copy / forward", str(narrow), ">= 0.85"] is False
-    assert met["forward / T", str(Task(square(65536, 2048), "bf16", GRAPH)), "<= 1.07"] is None
-    assert len(judged) == sum(len(goal.tasks) for goal in GOALS)
-
-
-def test_goals_are_compared_to_two_digits() -> None:
-    assert Goal("", "", 1.05, ()).met(1.0549) and not Goal("", "", 1.05, ()).met(1.056)
-    assert Goal("", "", 2.0, (), least=True).met(1.996)
-    assert not Goal("", "", 2.0, (), least=True).met(1.99)
-
-
-def test_goals_know_their_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each goal's pair is timed in each of its rows."""
-    made: dict[Task, set[str]] = {}
-    for goal in GOALS:
-        for task in goal.tasks:
-            small = task._replace(case=Case("small", 9, 16, task.case.order, task.case.norm))
-            if task not in made:
-                job = measure.Job(small.case, "fp32", CPU)
-                monkeypatch.setattr(contenders, "TANH_WIDTHS", (16,))
-                monkeypatch.setattr(contenders, "TANH_ROWS", 9)
-                made[task] = set(contenders.makers(job, small, ()))
-            assert goal.pair == SAVED or set(goal.pair.split(" / ")) <= made[task]
-
-
-def test_memory_and_host_are_goals() -> None:
-    (memory,) = (goal for goal in GOALS if goal.tasks == (MEMORY,))
-    assert memory.bound == 0.5
-    saved = row(MEMORY) | {"saved_bytes": {"fused": 49.0, "eager": 100.0}}
-    assert agenda.value(saved, memory.pair) == 0.49
-    assert agenda.value(row(MEMORY), memory.pair) is None
-    host = [goal for goal in GOALS if goal.tasks[0] in agenda.HOSTS]
-    assert [goal.bound for goal in host] == [0.6, 0.55]
-    assert agenda.value(row(agenda.HOSTS[0], eager=2.0), host[0].pair) == 0.5
-
-
 # Rows, on CPU tensors.
 
 TIMES = {
@@ -568,8 +493,7 @@ class FakeClock:
 @pytest.mark.parametrize("mode", GRAPHS)
 def test_a_row_holds_ratios_within_rounds(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda layer, **how: layer)
-    monkeypatch.setattr(contenders, "TANH_ROWS", 33)
-    monkeypatch.setattr(contenders, "TANH_WIDTHS", (64,))
+    monkeypatch.setattr(contenders, "asked", lambda task: {"gelu_tanh"} if mode == GRAPH else set())
     task, clock = Task(square(33, 64), "bf16", mode), FakeClock()
     found, rounds = measure.measure(task, OPTIONS, clock)
     names = {"matmul", "eager", "compile"} | (
@@ -649,7 +573,7 @@ def test_inputs_exceed_L2(monkeypatch: pytest.MonkeyPatch) -> None:
         assert copies * measure.traffic(task) >= 2 * L2
         assert (copies == 1) == (features == 4096) and graphs.copies(task, CPU) == 1
     assert graphs.copies(Task(square(256, 64), "bf16", GRAPH), gpu) == graphs.MOST_CALLS
-    assert graphs.copies(agenda.HOSTS[0], gpu) == 1
+    assert graphs.copies(HOSTS[0], gpu) == 1
 
 
 def test_a_job_s_backend_is_that_of_its_size_and_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -797,7 +721,7 @@ def test_the_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert gpu_check.main([f"--out={tmp_path}", "--commit=abc"]) == 1, "a step failed"
     found = json.loads((tmp_path / "gpu-check.json").read_text())
     assert found["commit"] == "abc" and found["steps"] == steps
-    assert len(found["goals"]) == sum(len(goal.tasks) for goal in GOALS)
+    assert len(found["goals"]) == sum(len(goal.tasks) for goal in ON_GPU)
     assert {k: found[k] for k in results if k != "commit"} == {
         k: v for k, v in results.items() if k != "commit"
     }
