@@ -72,7 +72,7 @@ std::vector<Tensor> forward(const Call& c, bool save) {
     if (own) pass.operand = rows_of(*operand);
   }
 
-  std::optional<PackedWeight<A>> weight;
+  std::optional<PackedMatrix<A>> weight;
   std::vector<A> bias;
   const bool batch = r.batch_stats && !r.epilogue.empty() && !c.in_prologue(Stage::norm);
   if (own) {
@@ -277,7 +277,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
     if (pass.after) pass.run(M);
   } else {
     const bool batch = prologue && prologue->batch_norm, at_once = own && !batch;
-    std::optional<PackedWeight<A>> weight;
+    std::optional<PackedMatrix<A>> weight;
     if (own) {
       weight.emplace(c.weight, false);
       pass.pass.weight = weight->packed;

@@ -59,17 +59,17 @@ Chunks chunks_of(int64_t M, int64_t width, const cpu::Packed& b) {
   return Chunks(M, width, b.inner, cpu::kernels<A>().tile_rows(b.dtype));
 }
 
-// ---- packed weights
+// ---- packed matrices
 
-// weight.T (forward) or weight (backward) as the right side of a product.
+// A matrix or its transpose as the right side of a product.
 template <class A>
-struct PackedWeight {
+struct PackedMatrix {
   cpu::Packed packed;
-  PackedWeight(const Tensor& weight, bool transposed) {
+  PackedMatrix(const Tensor& matrix, bool transposed) {
     const cpu::Kernels<A>& kernels = cpu::kernels<A>();
-    const int64_t N = weight.size(0), K = weight.size(1);
-    const Tensor columns = adjacent_columns(weight);
-    packed = {nullptr, transposed ? K : N, transposed ? N : K, dtype_of(weight)};
+    const int64_t N = matrix.size(0), K = matrix.size(1);
+    const Tensor columns = adjacent_columns(matrix);
+    packed = {nullptr, transposed ? K : N, transposed ? N : K, dtype_of(matrix)};
     memory_.emplace(empty({kernels.packed_bytes(packed)}, ScalarType::Byte));
     packed.data = memory_->data_ptr();
     const int64_t panels = (packed.width + kernels.panel - 1) / kernels.panel;
@@ -233,11 +233,11 @@ struct BackwardPass {
   std::vector<A> sums_;
 };
 
-// dz.T @ x as a (N, K) tensor of dz's dtype. By strips of columns and, where there are many rows,
-// parts of them: in powers of two, so that threads have equal shares.
+// dz.T @ x as a (N, K) tensor of dz's dtype. By strips of dz's columns, which share a packed x, and
+// where there are many rows by parts of them: in powers of two, so that threads have equal shares.
 template <class A>
 Tensor weight_gradient(const Tensor& dz, const Tensor& x) {
-  constexpr int64_t kTasks = 16, kColumns = 48, kRows = 512;
+  constexpr int64_t kTasks = 16, kColumns = 48, kRows = 512, kShared = 1024;
   const cpu::Kernels<A>& kernels = cpu::kernels<A>();
   const int64_t M = x.size(0), N = dz.size(1), K = x.size(1);
   Tensor out = empty({N, K}, dz);
@@ -249,6 +249,8 @@ Tensor weight_gradient(const Tensor& dz, const Tensor& x) {
   g.x = rows_of(x);
   g.product = dtype_of(dz);
   const Rows dweight = rows_of(out);
+  std::optional<PackedMatrix<A>> right;
+  if (parts == 1 && strips > 1 && M > 0 && M <= kShared) g.right = right.emplace(x, false).packed;
   Optional memory;
   if (parts == 1) {
     g.dweight = dweight;

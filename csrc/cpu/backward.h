@@ -248,19 +248,21 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
 template <class A, class Unit>
 void weight_gradient(const WeightGradient<A>& g, int64_t first, int64_t last, int64_t begin,
                      int64_t end) {
-  constexpr int64_t kRows = 128;
+  const int64_t block = g.right.data ? round_up(last - first, 2 * kAmx) : 128;
   const int64_t K = g.x.features, wide = round_up(K, Vector<A>::kLanes), width = end - begin;
   const int64_t left_rows = round_up(width + kTileRows, kAmx);  // in tiles of either size
-  Arena arena((kRows * (wide + left_rows) + width * wide) * sizeof(A));
-  Unit* const right = arena.take<Unit>(kRows * wide);
-  Unit* const left = arena.take<Unit>(kRows * left_rows);
+  Arena arena((block * ((g.right.data ? 0 : wide) + left_rows) + width * wide) * sizeof(A));
+  Unit* const packed = g.right.data ? nullptr : arena.take<Unit>(block * wide);
+  Unit* const left = arena.take<Unit>(block * left_rows);
   A* const c = g.dweight.data ? arena.take<A>(width * wide) : g.part + begin * g.part_stride;
   const int64_t stride = g.dweight.data ? wide : g.part_stride;
-  for (int64_t m = first; m < last || m == first; m += kRows) {
-    const int64_t rows = std::min(kRows, last - m);
-    pack_rows(g.x, m, rows, K, right, 0, (K + Vector<A>::kPanel - 1) / Vector<A>::kPanel);
+  for (int64_t m = first; m < last || m == first; m += block) {
+    const int64_t rows = std::min(block, last - m);
+    if (packed)
+      pack_rows(g.x, m, rows, K, packed, 0, (K + Vector<A>::kPanel - 1) / Vector<A>::kPanel);
+    const Unit* const right = packed ? packed : static_cast<const Unit*>(g.right.data);
     const Left<Unit> a = pack_left(g.dz, m, rows, begin, end, left);
-    multiply(a, width, static_cast<const Unit*>(right), units<Unit>(rows), K, c, stride, m > first);
+    multiply(a, width, right, units<Unit>(rows), K, c, stride, m > first);
   }
   if (g.dweight.data)
     for (int64_t n = begin; n < end; ++n) store_row(c + (n - begin) * stride, g.dweight, n, K);

@@ -89,6 +89,7 @@ template <class A>
 struct WeightGradient {
   Rows dz, x;
   DType product = DType::float32;
+  Packed right;       // x, where it is packed for all columns together
   Rows dweight;       // (N, K), written where data is not null, else
   A* part = nullptr;  // (N, part_stride)
   int64_t part_stride = 0;

@@ -343,13 +343,17 @@ def test_what_is_not_asked_for_changes_nothing_else(name):
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_stay_in_their_row(name, dtype, bad):
-    """Where eager has a NaN or an Inf there is one; rows that have none are as they were."""
+    """Where the formula has a NaN or an Inf there is one; rows that have none are as they were.
+
+    Not where eager has one: in 16 bits a CPU's library may spread it to the row before, as AMX's
+    does where K is no multiple of 32.
+    """
     case = make_recipe(name, dtype, M=35)
     x, dy = case.x.clone(), case.dy.clone()
     x[3, 5], dy[20, 7] = bad, bad
     spoilt = case.with_tensors(dy=dy, x=x)
     asked = tuple(n for n in ("x", "residual") if n in case.tensors)
-    ours, plain = emulated(spoilt, asked=asked), eager(spoilt, asked)
+    ours, plain = emulated(spoilt, asked=asked), exact(spoilt, asked)
     clean = emulated(case, asked=asked)
     rows = torch.ones(35, dtype=torch.bool)
     rows[[3, 20]] = False

@@ -16,15 +16,16 @@ from fusedres.backends import native as cpp
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = pytest.mark.usefixtures("native")
 
-SETS = ("avx512-bf16", "avx512", "avx2", "baseline")
-# Around a tile's 6 rows and 16 to 64 columns, a block's 96 rows, 48 units of the inner sum.
+SETS = ("amx-bf16", "avx512-bf16", "avx512", "avx2", "baseline")
+# Around a tile's 6 or 16 rows and 16 to 64 columns, a block's 96 rows, 96 units of the inner sum.
 SIZES = (
     (1, 1, 1),
     (5, 2, 17),
-    (16, 47, 63),
-    (97, 48, 64),
-    (98, 49, 65),
+    (16, 95, 63),
+    (97, 96, 64),
+    (98, 97, 65),
     (193, 129, 95),
+    (96, 250, 80),
     (700, 33, 34),
 )
 
