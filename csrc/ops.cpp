@@ -246,7 +246,14 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
   if (changes || wants(kBias)) {
     after.emplace(c, false, saved.z ? *saved.z : dy);
     load_statistics(*after);
-    const bool batch = after->batch_norm, all = want_dz || wants(kBias);
+    const auto before_norm = [&](Stage stage) {
+      const auto& stages = r.epilogue;
+      return std::find(stages.begin(), stages.begin() + after->norm(), stage) !=
+             stages.begin() + after->norm();
+    };
+    const bool batch = after->batch_norm;
+    const bool all = want_dz || wants(kBias) || (dresidual && before_norm(Stage::add)) ||
+                     (wants(kGate) && before_norm(Stage::gate));  // what lies before the norm
     if (batch ? all : want_dz && changes && (wants(kWeight) || !own))
       dz = empty({M, c.N()}, product);
     const bool stored = dz.get() != dy.get();

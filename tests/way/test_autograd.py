@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
+from cases import ALIASES
 from fusedres import FusedResidual, FusedResidualFunction, Residual, fused_residual, ops
 
 K, M = 5, 4
@@ -128,6 +129,24 @@ def test_only_gradients_that_are_needed(asked):
     layer(x.requires_grad_()).sum().backward()
     assert asked == [0b100, 0b1101]
     assert layer.linear.weight.grad is None
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("order", [*ALIASES, "gate-norm-linear-add", "linear-gate-norm-add"])
+def test_each_gradient_alone(order, norm):
+    """Also where a batch norm, whose gradient needs all rows first, lies between it and y."""
+    layer = FusedResidual(K, order=order, norm=norm, gate="channel", gate_init=0.7, backend="cpu")
+    x, residual, dy = torch.randn(M, K), torch.randn(M, K), torch.randn(M, K)
+    inputs = {"x": x, "residual": residual, **dict(layer.named_parameters())}
+
+    def gradients(*names):
+        for name, t in inputs.items():
+            t.requires_grad_(name in names)
+        return torch.autograd.grad(layer(x, residual), [inputs[name] for name in names], dy)
+
+    for name, together in zip(inputs, gradients(*inputs), strict=True):
+        (alone,) = gradients(name)
+        torch.testing.assert_close(alone, together, msg=lambda text, name=name: f"d{name}: {text}")
 
 
 def test_nothing_is_saved_where_nothing_is_needed(monkeypatch):
