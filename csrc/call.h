@@ -26,6 +26,10 @@ struct Call {
 
   // Takes them off the stack and checks them. `cuda`: what the op is for; `needs`: backward's.
   Call(StableIValue* stack, bool cuda, std::optional<int64_t> needs = std::nullopt);
+  // A link of a chain: weight is operands[next], then come those of bias, norm_weight, norm_bias and
+  // gate whose bits are set in `there`.
+  Call(const Tensor& x, const std::vector<Tensor>& operands, size_t& next, int there,
+       const Recipe& recipe);
   Call(const Call&) = delete;
 
   int64_t M() const { return x.size(0); }
@@ -150,6 +154,15 @@ inline Call::Call(StableIValue* stack, bool cuda, std::optional<int64_t> needs)
   check(*this, cuda);
   if (!needs || reads_x(*needs)) x = adjacent_columns(x);
   if (residual && (!needs || recipe.saves_residual())) residual = adjacent_columns(*residual);
+}
+
+inline Call::Call(const Tensor& x, const std::vector<Tensor>& operands, size_t& next, int there,
+                  const Recipe& recipe)
+    : x(x), weight(operands.at(next++)), sample_rows(1), recipe(recipe) {
+  Optional* const into[] = {&bias, &norm_weight, &norm_bias, &gate};
+  for (int i = 0; i < 4; ++i)
+    if (there >> i & 1) *into[i] = operands.at(next++);
+  check(*this, false);
 }
 
 // What forward kept for backward, in this order, each if there is something to keep.

@@ -195,22 +195,33 @@ struct BackwardPass {
   static inline A wanted;
 
   void run(int64_t M) {
-    pass.after = after ? &*after : nullptr;
-    pass.before = before ? &*before : nullptr;
-    const int64_t stride = point(after, before, nullptr);
     const int64_t width = std::max(pass.dy.features, pass.weight.width);
     const Chunks chunks = chunks_of<A>(M, width, pass.weight);
-    sums_.resize(stride * std::max<int64_t>(1, chunks.count));
+    prepare(chunks.count);
     for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-      cpu::Backward<A> mine = pass;
-      auto my_after = after, my_before = before;
-      point(my_after, my_before, sums_.data() + stride * chunk);
-      mine.after = after ? &*my_after : nullptr;
-      mine.before = before ? &*my_before : nullptr;
-      cpu::kernels<A>().backward(mine, begin, end);
+      run_chunk(chunk, begin, end);
     });
-    for (int64_t chunk = 1; chunk < chunks.count; ++chunk)
-      for (int64_t i = 0; i < stride; ++i) sums_[i] += sums_[chunk * stride + i];
+    finish(chunks.count);
+  }
+
+  // The same in steps, for passes that share a region.
+  void prepare(int64_t chunks) {
+    stride_ = point(after, before, nullptr);
+    sums_.resize(stride_ * std::max<int64_t>(1, chunks));
+    pass.after = after ? &*after : nullptr;
+    pass.before = before ? &*before : nullptr;
+  }
+  void run_chunk(int64_t chunk, int64_t begin, int64_t end) {
+    cpu::Backward<A> mine = pass;
+    auto my_after = after, my_before = before;
+    point(my_after, my_before, sums_.data() + stride_ * chunk);
+    mine.after = after ? &*my_after : nullptr;
+    mine.before = before ? &*my_before : nullptr;
+    cpu::kernels<A>().backward(mine, begin, end);
+  }
+  void finish(int64_t chunks) {
+    for (int64_t chunk = 1; chunk < chunks; ++chunk)
+      for (int64_t i = 0; i < stride_; ++i) sums_[i] += sums_[chunk * stride_ + i];
     point(after, before, sums_.data());
   }
 
@@ -231,6 +242,7 @@ struct BackwardPass {
   }
 
   std::vector<A> sums_;
+  int64_t stride_ = 0;
 };
 
 // dz.T @ x as a (N, K) tensor of dz's dtype. By strips of dz's columns, which share a packed x, and

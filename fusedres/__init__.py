@@ -6,6 +6,7 @@ from .functional import fused_residual
 from .mlp import FusedResidualMLP
 from .models.convert import convert, revert
 from .modules import FusedResidual
+from .network import FusedSequential
 from .reference import Residual
 from .spec import ACTIVATIONS, GATES, NORMS, ORDERS, SHORTCUTS, STAGES
 from .tools.explain import explain
@@ -22,6 +23,7 @@ __all__ = [
     "FusedResidual",
     "FusedResidualFunction",
     "FusedResidualMLP",
+    "FusedSequential",
     "Residual",
     "convert",
     "explain",

@@ -23,7 +23,7 @@ from .tracing import transforms_active
 
 _forward_ad = torch.autograd.forward_ad
 _modes = torch._C._len_torch_dispatch_stack
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
 def composite_only(x: Tensor, weight: Tensor) -> bool:
@@ -36,7 +36,7 @@ def composite_only(x: Tensor, weight: Tensor) -> bool:
     """
     if transforms_active() or getattr(_forward_ad, "_current_level", -1) >= 0:
         return True
-    if type(x) in _PLAIN and type(weight) in _PLAIN:
+    if type(x) in PLAIN and type(weight) in PLAIN:
         return False
     wrapped = torch.utils._python_dispatch.is_traceable_wrapper_subclass
     return wrapped(x) or wrapped(weight)

@@ -45,7 +45,7 @@ def _batch_norm_step(spec: Spec, norm: Any) -> tuple[Any, ...]:
     return spec, mean, var, momentum, tracked
 
 
-def _not_fused(linear: Any, norm: Any, gate: Tensor | None) -> str | None:
+def must_be_called(linear: Any, norm: Any, gate: Tensor | None) -> str | None:
     reason = customised(linear, "linear")
     if reason is not None:
         return f"self.linear: {reason}"
@@ -78,7 +78,7 @@ class FusedResidual(Residual):
         norm: Any = modules["norm"] if "norm" in modules else self.norm
         shortcut = modules["shortcut"] if "shortcut" in modules else self.shortcut
         gate = parameters["gate"] if "gate" in parameters else self.gate
-        if _not_fused(linear, norm, gate) is not None:
+        if must_be_called(linear, norm, gate) is not None:
             return self.eager(x, residual)
         asked = asked_of(norm, gate, x)
         spec = own["_specs"][own["training"]] if asked == own["_asked"] else self._recipe(asked)
@@ -112,7 +112,7 @@ class FusedResidual(Residual):
         weight = first_parameter(self.linear)
         if weight is not None and weight.dtype not in checks.DTYPES:
             return f"self.linear: its weight is stored as {weight.dtype}"
-        return _not_fused(self.linear, self.norm, self.gate)
+        return must_be_called(self.linear, self.norm, self.gate)
 
     def _project(self, shortcut: nn.Module, source: Tensor) -> Tensor:
         return project(shortcut, source, self.backend)

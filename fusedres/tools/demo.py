@@ -1,6 +1,6 @@
 """The degradation experiment on real digits: deep plain nets do not train, deep residual nets do.
 
-Each net is a stem (64 -> 64), `depth` blocks of one `FusedResidual` each, and a head (64 -> 10).
+Each net is a stem (64 -> 64), `depth` blocks of one `FusedResidual` each in a `FusedSequential`, and a head (64 -> 10).
 A plain net's layer is the same without `add`. A deep plain net could copy a shallow one and fill
 the rest with identity layers; that is shown exactly, and still training does not find it.
 Source: He et al., "Deep Residual Learning for Image Recognition" (2015), without convolutions.
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import FusedResidual
+from .. import FusedResidual, FusedSequential
 from . import console
 
 WIDTH = 64
@@ -53,7 +53,7 @@ class Net(nn.Module):
         normed_residual = kind.startswith("residual") and settings["norm"] is not None
         self.stem = nn.Linear(64, WIDTH)
         blocks = [FusedResidual(WIDTH, **settings) for _ in range(depth)]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = FusedSequential(*blocks)
         self.norm = nn.LayerNorm(WIDTH) if normed_residual else nn.Identity()
         self.head = nn.Linear(WIDTH, 10)
         for block in blocks:

@@ -23,10 +23,12 @@ ROOMS = [
     "backends",
     "ops",
     "autograd",
+    "chain",
     "graphs",
     "functional",
     "modules",
     "mlp",
+    "network",
     "models",
     "tools",
 ]

@@ -1,0 +1,281 @@
+"""FusedSequential: the same numbers as nn.Sequential of the same layers, in one call a run."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cases import ALIASES
+from fusedres import FusedResidual, FusedSequential, Residual, chain
+from oracle import assert_as_accurate
+
+pytestmark = pytest.mark.usefixtures("native")
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many links each call joins."""
+    joined, run = [], chain.run
+    monkeypatch.setattr(chain, "run", lambda x, links: joined.append(len(links)) or run(x, links))
+    return joined
+
+
+def results(net, x, dy):
+    leaf = x.clone().requires_grad_()
+    for p in net.parameters():
+        p.grad = None
+    y = net(leaf)
+    y.backward(dy.to(y.dtype))
+    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": leaf.grad, **grads}
+
+
+def three(layers, dtype=F32):
+    """Fused, plain in the same dtype, and exact."""
+    plain = nn.Sequential(*layers).to(dtype)
+    fused = FusedSequential(
+        *(copy.deepcopy(m) if not isinstance(m, Residual) else as_fused(m) for m in plain)
+    )
+    return fused, plain, copy.deepcopy(plain).double()
+
+
+def as_fused(layer):
+    settings = dict(order="-".join(layer.spec.stages), norm=layer.spec.norm)
+    settings |= dict(activation=layer.spec.activation, gate=layer.spec.gate)
+    fused = FusedResidual(layer.in_features, layer.out_features, **settings)
+    fused.load_state_dict(layer.state_dict())
+    return fused.to(layer.linear.weight.dtype)
+
+
+def by_kind(result, true):
+    """y, dx, and the gradients of all layers' parameters of a kind as one, since few elements have
+    no RMS: each over its size to the next power of two, which rounds nothing.
+    """
+    kinds = {}
+    for name, t in result.items():
+        scale = 2.0 ** true[name].square().mean().sqrt().clamp_min(1e-30).log2().round()
+        kinds.setdefault(name.partition(".")[2] or name, []).append((t / scale).flatten())
+    return {kind: torch.cat(parts).to(parts[0].dtype) for kind, parts in kinds.items()}
+
+
+def check(layers, M, dtype=F32):
+    torch.manual_seed(1)
+    K = layers[0].in_features
+    fused, plain, true = three(layers, dtype)
+    x, dy = torch.randn(M, K).to(dtype), torch.randn(M, layers[-1].out_features).to(dtype)
+    found = [results(fused, x, dy), results(plain, x, dy), results(true, x.double(), dy.double())]
+    found = [by_kind(result, found[-1]) for result in found]
+    assert_as_accurate(*found, what=f"{len(layers)} layers of {layers[0].spec}, {M} rows")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+@pytest.mark.parametrize("order", ALIASES)
+def test_a_chain_of_three(order, norm, dtype, calls):
+    torch.manual_seed(0)
+    gate = "channel" if order == "note" else "scalar" if order == "prenorm" else None
+    layers = [
+        Residual(40, order=order, norm=norm, activation="gelu", gate=gate, gate_init=0.7)
+        for _ in range(3)
+    ]
+    check(layers, 37, dtype)
+    assert calls == [3]
+
+
+@pytest.mark.parametrize("M", [17, 130, 1100])
+def test_widths_that_differ(M, calls):
+    torch.manual_seed(0)
+    widths = (24, 70, 33, 33, 96)
+    layers = [
+        Residual(k, n, order="norm-linear-act", activation="silu")
+        for k, n in zip(widths, widths[1:], strict=False)
+    ]
+    check(layers, M)
+    assert calls == [4]
+
+
+@pytest.mark.parametrize("depth, width, M", [(200, 64, 64), (40, 256, 96), (1000, 16, 20)])
+def test_deep_nets(depth, width, M, calls):
+    """Also where the weights of all layers fit no cache together."""
+    torch.manual_seed(0)
+    check([Residual(width, activation="silu") for _ in range(depth)], M)
+    assert sum(calls) == depth
+
+
+def test_a_link_that_cannot_be_joined_costs_itself_alone(calls):
+    layers = [FusedResidual(16) for _ in range(7)]
+    layers[3].linear.register_forward_hook(lambda *_: None)
+    net = FusedSequential(nn.Linear(8, 16), *layers, nn.Linear(16, 4))
+    x = torch.randn(5, 8)
+    y = net(x)
+    assert calls == [3, 3]
+    torch.testing.assert_close(y, nn.Sequential(*net)(x))
+    told = net.chains(x)
+    assert [line.split(":")[0] for line in told] == ["0", "1 to 3", "4", "5 to 7", "8"]
+    assert "has hooks" in told[2] and "it is a Linear" in told[0]
+
+
+CHANGES = {
+    "hook": lambda m: m.register_forward_hook(lambda *_: None),
+    "linear": lambda m: setattr(m, "linear", nn.Linear(16, 16)),
+    "weight": lambda m: setattr(m.linear, "weight", nn.Parameter(torch.randn(16, 16))),
+    "weight in place": lambda m: m.linear.weight.data.mul_(2),
+    "eps": lambda m: setattr(m.norm, "eps", 0.5),
+    "activation": lambda m: setattr(m, "activation", "tanh"),
+    "order": lambda m: setattr(m, "order", "preact"),
+    "no bias": lambda m: setattr(m.linear, "bias", None),
+    "backend": lambda m: setattr(m, "backend", "reference"),
+    "dropout": lambda m: setattr(m, "dropout", 1.0),
+    "forward": lambda m: setattr(m, "forward", lambda x: x + 1),
+    "batch norm": lambda m: setattr(m, "norm", nn.BatchNorm1d(16)),
+    "norm without weight": lambda m: setattr(m, "norm", nn.LayerNorm(16, elementwise_affine=False)),
+    "parametrized": lambda m: nn.utils.parametrizations.weight_norm(m.linear),
+    "frozen": lambda m: m.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_calls_counts(change):
+    torch.manual_seed(0)
+    net = FusedSequential(*(FusedResidual(16) for _ in range(4)))
+    x, dy = torch.randn(9, 16), torch.randn(9, 16)
+    net(x)
+    CHANGES[change](net[2])
+    alone = nn.Sequential(*copy.deepcopy(list(net)))
+    ours, plain = results(net, x, dy), results(alone, x, dy)
+    assert ours.keys() == plain.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], plain[name], msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_looks_like_nn_sequential():
+    net = FusedSequential(nn.Linear(8, 16), *(FusedResidual(16) for _ in range(3)))
+    plain = nn.Sequential(nn.Linear(8, 16), *(Residual(16) for _ in range(3)))
+    plain.load_state_dict(net.state_dict())
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(net(x), plain(x))
+    assert isinstance(net[1:3], FusedSequential) and len(net) == 4
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin(x), net(x))
+        twin[1].linear.weight.data.zero_()
+        assert not torch.equal(twin(x), net(x))
+
+
+@pytest.mark.parametrize("depth", [3, 30])
+def test_the_same_bits_again_and_with_any_number_of_threads(depth):
+    torch.manual_seed(0)
+    net = FusedSequential(*(FusedResidual(48, activation="gelu") for _ in range(depth)))
+    x, dy = torch.randn(300, 48), torch.randn(300, 48)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            found.append(results(net, x, dy))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in found[0])
+
+
+def test_each_gradient_alone():
+    torch.manual_seed(0)
+    net = FusedSequential(*(FusedResidual(16, order="prenorm") for _ in range(3)))
+    x, dy = torch.randn(6, 16), torch.randn(6, 16)
+    together = results(net, x, dy)
+    net.requires_grad_(False)
+    for name, p in net.named_parameters():
+        p.requires_grad_()
+        (alone,) = torch.autograd.grad(net(x), p, dy)
+        p.requires_grad_(False)
+        torch.testing.assert_close(alone, together[name])
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(net(leaf), leaf, dy)[0], together["dx"])
+
+
+def test_gradcheck_and_double_backward():
+    torch.manual_seed(0)
+    net = FusedSequential(*(FusedResidual(5, activation="tanh") for _ in range(2))).double()
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    names, tensors = zip(*net.named_parameters(), strict=True)
+
+    def call(x, *values):
+        for name, value in zip(names, values, strict=True):
+            owner, _, last = name.rpartition(".")
+            module = net.get_submodule(owner)
+            module._parameters[last] = value
+        return net(x)
+
+    assert torch.autograd.gradcheck(call, (x, *tensors))
+    assert torch.autograd.gradgradcheck(call, (x, *tensors))
+
+
+@pytest.mark.parametrize("how", ["autocast", "func", "compile", "vmap", "checkpoint"])
+def test_where_something_looks_inside(how):
+    torch.manual_seed(0)
+    net = FusedSequential(*(FusedResidual(16) for _ in range(3)))
+    plain = nn.Sequential(*copy.deepcopy(list(net)))
+    x = torch.randn(4, 16)
+
+    def call(net):
+        if how == "autocast":
+            with torch.autocast("cpu", BF16):
+                return net(x)
+        if how == "func":
+            return torch.func.grad(lambda x: net(x).square().sum())(x)
+        if how == "vmap":
+            return torch.vmap(net)(x)
+        if how == "checkpoint":
+            leaf = x.clone().requires_grad_()
+            y = torch.utils.checkpoint.checkpoint(net, leaf, use_reentrant=False)
+            return torch.autograd.grad(y.square().sum(), leaf)[0]
+        return torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+
+    ours, theirs = call(net), call(plain)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_chain(data):
+    draw = data.draw
+    width, modules = draw(st.integers(1, 70)), []
+    for _ in range(draw(st.integers(1, 5))):
+        kind = draw(st.sampled_from(["layer"] * 4 + ["linear", "act", "hook", "drop", "batch"]))
+        if kind == "linear":
+            modules.append(nn.Linear(width, width := draw(st.integers(1, 70))))
+        elif kind == "act":
+            modules.append(nn.Tanh())
+        else:
+            norm = "batch" if kind == "batch" else draw(st.sampled_from(["layer", "rms", None]))
+            order = draw(st.sampled_from(ALIASES))
+            layer = FusedResidual(width, order=order, norm=norm, activation="silu")
+            if kind == "drop":
+                layer.dropout = 0.3
+            if kind == "hook":
+                layer.register_forward_hook(lambda _m, _x, y: 2 * y)
+            modules.append(layer)
+    M = draw(st.integers(2, 120))
+    net, plain = FusedSequential(*modules), nn.Sequential(*copy.deepcopy(modules))
+    first = next((m for m in modules if hasattr(m, "in_features")), None)
+    x = torch.randn(M, width if first is None else first.in_features)
+    found = []
+    for module in (net, plain):
+        torch.manual_seed(2)
+        dy = torch.randn(M, width)
+        found.append(results(module, x, dy))
+    for name in found[1]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_does_not_fit_is_an_error_of_the_layer():
+    net = FusedSequential(FusedResidual(8), FusedResidual(8), FusedResidual(9))
+    with pytest.raises(ValueError, match="in_features=9"):
+        net(torch.randn(4, 8))
+    with pytest.raises(ValueError, match="in_features=8"):
+        net(torch.randn(4, 7))
