@@ -1,0 +1,67 @@
+"""From a graph to the same graph with fused calls, and the report of it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from .gain import loss
+from .match import Block, Matcher
+from .proof import Pair, disproof
+from .report import Add
+from .rewrite import replace, spec_of
+
+WHEN = ("faster", "always")
+
+
+def module_path(node: Node) -> str:
+    """The path of the module whose forward has this node, "blocks.0.mlp" say."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "(the model)"
+    path = next(reversed(stack.values()))[0]
+    path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = re.sub(r"(_modules\[)?'(\w+)'\]", r"\2", path).replace("_orig_mod.", "")
+    return path or "(the model)"
+
+
+def _said(block: Block) -> str:
+    recipes = ", ".join(spec_of(layer).text for layer in block.layers)
+    calls = "one fused call" if len(block.layers) == 1 else f"{len(block.layers)} fused calls"
+    return f"{recipes} in {calls}"
+
+
+def _why_not(block: Block, when: str) -> str | None:
+    pair = Pair(block)
+    reason = disproof(pair)
+    return loss(pair) if reason is None and when == "faster" else reason
+
+
+def fuse(module: GraphModule, when: str) -> list[Add]:
+    """Fuses what it can of a graph module, in place; its nodes carry example values.
+
+    `when`: "faster" leaves what is measured to be slower here, "always" does not ask.
+    """
+    adds = []
+    found = Matcher(module.graph).find()
+    chosen = []
+    for add in found:
+        reason = add.why_not if add.block is None else _why_not(add.block, when)
+        what = reason or _said(add.block)
+        adds.append(Add(module_path(add.node), reason is None, what, add.convolutional))
+        if reason is None:
+            chosen.append(add.block)
+    moved: dict[Node, Node] = {}
+    for block in chosen:
+        replace(module, block, moved)
+    if chosen:
+        module.graph.lint()
+        module.recompile()
+    return adds
+
+
+def check_when(op: str, when: Any) -> None:
+    if when not in WHEN:
+        raise ValueError(f"{op}: unknown when={when!r}; known: {', '.join(WHEN)}")

@@ -1,0 +1,54 @@
+"""What became of a model's residual adds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Add:
+    """One residual add: `where` is its module's path, `what` the fused calls or why it was left."""
+
+    where: str
+    fused: bool
+    what: str
+    convolutional: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """The residual adds of a model, in the order in which it runs them; ``print(report)``.
+
+    `convolutional` ones, whose branch ends in a convolution, are counted apart: the grammar has
+    matmuls only.
+    """
+
+    title: str
+    adds: tuple[Add, ...]
+
+    @property
+    def found(self) -> int:
+        return sum(not add.convolutional for add in self.adds)
+
+    @property
+    def fused(self) -> tuple[Add, ...]:
+        return tuple(add for add in self.adds if add.fused)
+
+    @property
+    def left(self) -> tuple[Add, ...]:
+        return tuple(add for add in self.adds if not add.fused)
+
+    def __str__(self) -> str:
+        convolutional = len(self.adds) - self.found
+        more = f"; {convolutional} of convolutions" if convolutional else ""
+        lines = [f"{self.title}: {len(self.fused)} of {self.found} residual adds fused{more}"]
+        width = max((len(add.where) for add in self.adds), default=0)
+        for add in self.adds:
+            verb = "fused" if add.fused else "left"
+            lines.append(f"  {verb:5}  {add.where:{width}}  {add.what}")
+        reasons = Counter(add.what for add in self.left)
+        if len(self.adds) > 8 and reasons:
+            lines.append("left, by reason:")
+            lines += [f"  {n:4} x {reason}" for reason, n in reasons.most_common()]
+        return "\n".join(lines)
