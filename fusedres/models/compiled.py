@@ -5,13 +5,12 @@ handed on to Inductor.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..backends import environment_flag
 from .fuse import check_when, fuse
@@ -21,20 +20,38 @@ _log = logging.getLogger("fusedres")
 _THEN = ("eager", "inductor")
 
 
-class _Reports:
-    """What was done to the graphs of every model, by the parameters that they read."""
-
-    def __init__(self) -> None:
-        self.by_tensor: Any = weakref.WeakKeyDictionary()
-
-    def keep(self, module: GraphModule, adds: list[Add]) -> None:
-        for node in module.graph.nodes:
-            tensor = getattr(node.meta.get("grapharg"), "example", None)
-            if isinstance(tensor, nn.Parameter):
-                self.by_tensor.setdefault(tensor, []).append(adds)
+# What was done to graphs, by the parameters that they read: dynamo does not tell whose they are.
+_graphs: Any = WeakIdKeyDictionary()
 
 
-_reports = _Reports()
+def _keep(module: GraphModule, adds: list[Add]) -> None:
+    for node in module.graph.nodes:
+        tensor = getattr(node.meta.get("grapharg"), "example", None)
+        if isinstance(tensor, nn.Parameter):
+            _graphs.setdefault(tensor, []).append(adds)
+
+
+def report(model: nn.Module) -> Report:
+    """What backend "fusedres" of torch.compile did with the residual adds of a model, in all the
+    graphs that were made of it so far; ``print(report(model))`` is readable.
+
+    `model`: what torch.compile returned, or the model that it got. It is recognised by its
+    parameters. Raises TypeError for anything but a torch.nn.Module, ValueError if nothing with a
+    parameter of it has been compiled by this backend.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"fusedres.report: model must be a torch.nn.Module, got {type(model).__name__}"
+        )
+    graphs: dict[int, list[Add]] = {}
+    for parameter in model.parameters():
+        graphs |= {id(adds): adds for adds in _graphs.get(parameter, ())}
+    if not graphs:
+        raise ValueError(
+            "fusedres.report: no graph of this model was compiled with backend='fusedres' so far; "
+            "torch.compile compiles when the model is called"
+        )
+    return Report.of_graphs('torch.compile(backend="fusedres")', graphs.values())
 
 
 def backend(
@@ -53,7 +70,7 @@ def backend(
             f"backend fusedres: unknown then={settings['then']!r}; known: {', '.join(_THEN)}"
         )
     adds = _fuse_all(module, settings["when"])
-    _reports.keep(module, adds)
+    _keep(module, adds)
     if environment_flag("FUSEDRES_LOG"):
         _log.warning("%s", Report("torch.compile, one graph", tuple(adds)))
     if settings["then"] == "inductor":

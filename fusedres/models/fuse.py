@@ -22,9 +22,14 @@ def module_path(node: Node) -> str:
     if not stack:
         return "(the model)"
     path = next(reversed(stack.values()))[0]
-    path = re.sub(r"^L\['\w+'\]\.?", "", path)
-    path = re.sub(r"(_modules\[)?'(\w+)'\]", r"\2", path).replace("_orig_mod.", "")
+    path = re.sub(r"^L\['\w+'\](\[\d+\])?\.?", "", path).replace("_orig_mod.", "")
     return path or "(the model)"
+
+
+def _line(node: Node) -> str:
+    """File and line of the model's source that made the node."""
+    trace = (node.meta.get("stack_trace") or node.stack_trace or "").strip().splitlines()
+    return trace[-2].strip() if len(trace) > 1 else ""
 
 
 def _said(block: Block) -> str:
@@ -50,7 +55,8 @@ def fuse(module: GraphModule, when: str) -> list[Add]:
     for add in found:
         reason = add.why_not if add.block is None else _why_not(add.block, when)
         what = reason or _said(add.block)
-        adds.append(Add(module_path(add.node), reason is None, what, add.convolutional))
+        where, line = module_path(add.node), _line(add.node)
+        adds.append(Add(where, reason is None, what, add.convolutional, line))
         if reason is None:
             chosen.append(add.block)
     moved: dict[Node, Node] = {}

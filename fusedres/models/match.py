@@ -37,6 +37,7 @@ class Layer:
     nodes: list[Node] = field(default_factory=list)
     passing: dict[Node, Node] = field(default_factory=dict)  # what is its input but for chance
     last: Node | None = None  # whose value the call returns
+    rows: bool = False  # leading dimensions change on the way
 
     def put(self, op: Op, node: Node, first: bool = False) -> None:
         """Joins a stage, as the first one or the last."""
@@ -45,6 +46,7 @@ class Layer:
             self.stages.insert(0 if first else len(self.stages), kind)
             self.tensors |= op.tensors
             self.settings |= op.settings
+        self.rows |= op.kind == "rows"
         self.nodes += [node, *op.inside]
         if op.kind in ("same", "rows", "dropout", "droppath"):
             self.passing |= dict.fromkeys((node, *op.inside), op.x)
@@ -65,7 +67,11 @@ class Block:
     add: Node
     layers: list[Layer]
     residual: Node
-    rows: bool = False  # leading dimensions are cut otherwise between product and add
+
+    @property
+    def rows(self) -> bool:
+        """Whether rows are cut into leading dimensions otherwise somewhere inside."""
+        return any(layer.rows for layer in self.layers)
 
     @property
     def out(self) -> Node:
@@ -212,13 +218,12 @@ class Matcher:
             nodes |= {n, *op.inside}
             steps.append((op, n))
             n = op.x
-        rows = any(op.kind == "rows" for op, _ in steps)
-        if rows and "droppath" in tail.stages:
-            return "its rows are cut into other samples before it adds"
         if "add" in tail.stages:
             return "its branch is a sum"
         layers = self._before(tail, nodes, add, skip)
-        block = Block(add, layers, skip, rows)
+        block = Block(add, layers, skip)
+        if block.rows and "droppath" in tail.stages:
+            return "its rows are cut into other samples before it adds"
         sum_op = self._read(add)
         assert sum_op is not None
         tail.put(Op("add", branch), add)
@@ -232,7 +237,7 @@ class Matcher:
         n, linears = tail.x, 0
         while n is not skip and self._blocked(n, nodes, add) is None:
             op = self._read(n)
-            if op is None or op.kind not in ("norm", "act", "dropout", "same", "linear"):
+            if op is None or op.kind in ("add", "gate", "factor", "droppath"):
                 break
             if op.kind == "linear" and linears:
                 break

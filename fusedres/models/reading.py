@@ -60,6 +60,12 @@ def _linear(input: Node, weight: Node, bias: Node | None = None) -> Op:
     return Op("linear", input, {"weight": weight, "bias": bias})
 
 
+def _addmm(input: Node, mat1: Node, mat2: Node, *, beta: float = 1, alpha: float = 1) -> Op | None:
+    if beta != 1 or alpha != 1 or len(shape(input)) != 1:
+        return None
+    return Op("linear", mat1, {"weight": mat2, "bias": input}, {"transposed": True})
+
+
 def _over_last(input: Node, normalized_shape: Any) -> bool:
     return len(normalized_shape) == 1 and str(normalized_shape[0]) == shape(input)[-1]
 
@@ -165,6 +171,7 @@ def _add(writes: bool) -> Callable[..., Op | None]:
 
 READERS: dict[Any, Callable[..., Op | None]] = {
     F.linear: _linear,
+    torch.addmm: _addmm,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,

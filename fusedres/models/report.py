@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -14,6 +15,7 @@ class Add:
     fused: bool
     what: str
     convolutional: bool = False
+    line: str = ""  # of the model's source
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,19 @@ class Report:
 
     title: str
     adds: tuple[Add, ...]
+
+    @staticmethod
+    def of_graphs(title: str, graphs: Iterable[Iterable[Add]]) -> Report:
+        """Of several graphs, the newest last: what two have (of training and evaluation, say) counts
+        once, as the newest has it.
+        """
+        adds: dict[tuple[str, str, int], Add] = {}
+        for graph in graphs:
+            times: Counter[tuple[str, str]] = Counter()
+            for add in graph:
+                adds[add.where, add.line, times[add.where, add.line]] = add
+                times[add.where, add.line] += 1
+        return Report(title, tuple(adds.values()))
 
     @property
     def found(self) -> int:

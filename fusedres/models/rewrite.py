@@ -78,6 +78,8 @@ def emit(graph: Graph, owner: GraphModule, block: Block, look: Look, chance: boo
         last = layer is block.layers[-1]
         t = layer.tensors
         operands = [look(t.get(name)) for name in names]
+        if layer.settings.get("transposed"):
+            operands[0] = graph.call_method("t", (operands[0],))
         operands += [_gate(graph, owner, layer, look), residual if last else None]
         operands += [look(t.get(name)) for name in ("running_mean", "running_var")]
         while operands[-1] is None:
