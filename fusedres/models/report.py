@@ -67,3 +67,44 @@ class Report:
             lines.append("left, by reason:")
             lines += [f"  {n:4} x {reason}" for reason, n in reasons.most_common()]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one module: `name` is its path in the model, `what` tells it or the reason."""
+
+    name: str
+    fused: bool
+    what: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` or `revert` did, module by module; ``print(report)`` is readable."""
+
+    title: str
+    changes: tuple[Change, ...]
+    adds: tuple[Add, ...] = ()
+
+    @property
+    def residual_adds(self) -> Report:
+        """What became of the residual adds that example inputs showed."""
+        return Report(self.title, self.adds)
+
+    @property
+    def fused(self) -> tuple[Change, ...]:
+        return tuple(change for change in self.changes if change.fused)
+
+    @property
+    def left(self) -> tuple[Change, ...]:
+        return tuple(change for change in self.changes if not change.fused)
+
+    def __str__(self) -> str:
+        width = max((len(change.name) for change in self.changes), default=0)
+        lines = [f"{self.title}: {len(self.fused)} changed, {len(self.left)} left alone"]
+        for change in self.changes:
+            verb = "changed" if change.fused else "left"
+            lines.append(f"  {verb:7}  {change.name:{width}}  {change.what}")
+        if self.adds:
+            lines = [str(self.residual_adds), *(lines if self.changes else [])]
+        return "\n".join(lines)
