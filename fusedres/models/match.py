@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..checks import DTYPES
@@ -176,7 +177,7 @@ class Matcher:
     def _residual_add(self, node: Node, later: Node, sooner: Node) -> ResidualAdd | None:
         for branch, skip in ((later, sooner), (sooner, later)):
             stream = self._stream(skip)
-            if not any(self.flow.leads_to(s, branch) for s in stream):
+            if not any(self.flow.leads_to(s, branch) or _comes_in(s) for s in stream):
                 continue
             heavy = self._heavy(branch, stream)
             if heavy is None:
@@ -325,6 +326,12 @@ def _cut(tail: Layer, steps: list[tuple[Op, Node]]) -> list[Layer]:
             break
         tail.put(op, node, first=True)
     return [tail] if first is None or tail.x is not first.last else [first, tail]
+
+
+def _comes_in(node: Node) -> bool:
+    """Whether it is an activation that was made outside the graph: who knows from what."""
+    v = value(node)
+    return node.op == "placeholder" and isinstance(v, Tensor) and not isinstance(v, nn.Parameter)
 
 
 def describe(node: Node) -> str:

@@ -7,9 +7,11 @@ dtypes, devices, ranks, and sizes where they were asked for.
 
 from __future__ import annotations
 
+import logging
 import random
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,10 +43,6 @@ _NOT_KNOWN = {"requires_grad", "data", "grad", "is_contiguous", "stride", "grad_
 
 class _Proxy(Proxy):
     """Answers what its example value knows."""
-
-    @property
-    def __class__(self) -> type:  # for isinstance(x, Tensor) in a model's code
-        return Tensor if isinstance(value(self.__dict__.get("node")), Tensor) else _Proxy
 
     def __getattr__(self, name: str) -> Any:
         v = value(self.__dict__.get("node"))
@@ -152,9 +150,7 @@ class ExampleTracer(Tracer):
         return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if issubclass(type(a), Proxy):
-            return a.node
-        if isinstance(a, Tensor) and type(a) is not nn.Parameter:
+        if isinstance(a, Tensor) and type(a) is not nn.Parameter:  # would stay the same one
             raise CannotTrace("it makes a tensor of its own")
         return super().create_arg(a)
 
@@ -213,6 +209,17 @@ class ExampleTracer(Tracer):
         return bool(self.shapes.guards) or bool(self.shapes.replacements)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log of what fake tensors could not do: that is an answer, no failure."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def _where(error: BaseException) -> str:
     """The line of the model that an error came from."""
     ours = ("/torch/", "/fusedres/models/")
@@ -240,7 +247,8 @@ def trace(
         tracer = ExampleTracer(flat, tree, sizes, lambda m: m in shut or opaque(m))
         drawn = torch.get_rng_state(), random.getstate()
         try:
-            graph = tracer.trace(module)
+            with _quiet():
+                graph = tracer.trace(module)
         except Exception as error:  # whatever a model's code raises at what it is given
             culprit = tracer.calling[-1] if tracer.calling else module
             if sizes == "free" and not isinstance(error, CannotTrace):
