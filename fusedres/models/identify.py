@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from ..reference import ACTIVATION_FUNCTIONS
 from ..spec import ACTIVATIONS
-from .reading import Op, is_float, is_vector, read, shape, value
+from .reading import Op, is_float, read, shape, value
 
 LONGEST = 16  # nodes of a region: tanh-GELU has nine, LlamaRMSNorm seven
 
@@ -135,6 +135,24 @@ def _read_drop_path(node: Node) -> Op | None:
     return Op("droppath", x, settings={"drop_path": found[0]}, inside=found[1])
 
 
+def _scaled_norm(gate: Op, order: dict[Node, int]) -> Op | None:
+    """A norm whose scale is a product of its own."""
+    inside, x = [], gate.x
+    while len(x.users) == 1:
+        op = read_long(x, order)
+        inside.append(x)
+        if op is None or op.kind not in ("same", "norm"):
+            return None
+        if op.kind == "norm":
+            scale = gate.tensors["gate"]
+            if any(op.tensors.values()) or shape(scale) != shape(x)[-1:]:
+                return None
+            inside += op.inside
+            return op._replace(tensors={"norm_weight": scale}, inside=tuple(inside))
+        x = op.x
+    return None
+
+
 def read_long(node: Any, order: dict[Node, int]) -> Op | None:
     """As `read`, and stages that take more than one node."""
     op = read(node)
@@ -146,12 +164,6 @@ def read_long(node: Any, order: dict[Node, int]) -> Op | None:
                     op = _name(x, nodes, node)
                     if op is not None:
                         break
-    elif op is not None and op.kind == "gate" and is_vector(op.tensors["gate"], shape(node)[-1]):
-        normed = read_long(op.x, order) if len(op.x.users) == 1 else None
-        full = shape(op.tensors["gate"]) == shape(node)[-1:]
-        if normed is not None and full and normed.kind == "norm" and not any(
-            normed.tensors.values()
-        ):
-            inside = (*normed.inside, op.x)
-            return normed._replace(tensors={"norm_weight": op.tensors["gate"]}, inside=inside)
+    elif op is not None and op.kind == "gate":
+        return _scaled_norm(op, order) or op
     return op
