@@ -59,8 +59,9 @@ def _mixer(**layers: str) -> Callable[[], Made]:
 
         found = {k: getattr(mlp_mixer, v, None) or getattr(common, v) for k, v in layers.items()}
         net = mlp_mixer.MlpMixer(
-            num_classes=10, img_size=32, patch_size=16, num_blocks=DEPTH, embed_dim=64, **found
-        )
+            num_classes=10, img_size=32, patch_size=16, num_blocks=DEPTH, embed_dim=64,
+            mlp_ratio=(0.5, 4.0) if not layers else 4, **found,
+        )  # fmt: skip
         return net, (_image(),)
 
     return make

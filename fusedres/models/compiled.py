@@ -76,7 +76,8 @@ def backend(
     if settings["then"] == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(module, example_inputs)
+        compiled: Any = compile_fx(module, example_inputs)
+        return compiled
     return module.forward
 
 

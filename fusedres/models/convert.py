@@ -157,10 +157,7 @@ def _convert_sums(model: nn.Module, example_inputs: tuple[Any, ...], when: str) 
 
 
 def convert(
-    model: nn.Module,
-    *example_inputs: Any,
-    linear_stacks: bool | None = None,
-    when: str = "faster",
+    model: nn.Module, *example_inputs: Any, linear_stacks: bool | None = None, when: str = "faster"
 ) -> ConversionReport:
     """Fuses, in place, the layers of a model that can be proved to stay the same function.
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -36,8 +35,9 @@ def written(node: Node) -> list[Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     target, first = node.target, [a for a in node.args[:1] if isinstance(a, Node)]
-    if isinstance(node.kwargs.get("out"), Node):
-        return [node.kwargs["out"]]
+    out = node.kwargs.get("out")
+    if isinstance(out, Node):
+        return [out]
     if target is F.batch_norm:
         op = read(node)
         training = op is None or op.settings["batch_stats"]

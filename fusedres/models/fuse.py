@@ -49,16 +49,16 @@ def fuse(module: GraphModule, when: str) -> list[Add]:
 
     `when`: "faster" leaves what is measured to be slower here, "always" does not ask.
     """
-    adds = []
-    found = Matcher(module.graph).find()
-    chosen = []
-    for add in found:
-        reason = add.why_not if add.block is None else _why_not(add.block, when)
-        what = reason or _said(add.block)
+    adds, chosen = [], []
+    for add in Matcher(module.graph).find():
+        block, reason = add.block, add.why_not
+        if block is not None:
+            reason = _why_not(block, when)
+        if block is not None and reason is None:
+            chosen.append(block)
+        what = _said(chosen[-1]) if reason is None else reason
         where, line = module_path(add.node), _line(add.node)
         adds.append(Add(where, reason is None, what, add.convolutional, line))
-        if reason is None:
-            chosen.append(add.block)
     moved: dict[Node, Node] = {}
     for block in chosen:
         replace(module, block, moved)

@@ -38,7 +38,8 @@ def _is_step(node: Node) -> bool:
 
 def _regions(node: Node, order: dict[Node, int]) -> Iterator[tuple[Node, list[Node]]]:
     """(x, nodes) for values x that alone lead to `node`, the nearest first."""
-    frontier, inside = {node}, []
+    frontier = {node}
+    inside: list[Node] = []
     while len(inside) < LONGEST:
         last = max(frontier, key=order.__getitem__)
         if not _is_step(last):
@@ -54,11 +55,12 @@ def _regions(node: Node, order: dict[Node, int]) -> Iterator[tuple[Node, list[No
 def run_nodes(nodes: Iterable[Node], values: dict[Node, Any]) -> None:
     """Runs call nodes one after another; `values` has their inputs and gets their results."""
     for node in nodes:
-        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[misc]
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            function: Any = node.target
+            values[node] = function(*args, **kwargs)
 
 
 def _close(y: Tensor, other: Tensor, rounding: float) -> bool:
@@ -96,16 +98,17 @@ def _name(x: Node, nodes: list[Node], node: Node) -> Op | None:
     width = probe.shape[-1:]
     for eps in _constants(nodes):
         for norm, function in (("rms", F.rms_norm), ("layer", F.layer_norm)):
-            if _close(y, function(probe, width, eps=eps), rounding):  # type: ignore[operator]
+            if _close(y, function(probe, width, eps=eps), rounding):
                 return Op("norm", x, {}, {"norm": norm, "eps": eps}, inside=inside)
     return None
 
 
 def _mask(node: Node) -> tuple[float, tuple[Node, ...]] | None:
     """Probability and nodes of a drop-path mask (B, 1, ...): empty, bernoulli_, div_."""
-    nodes, root = [node], node
+    nodes: list[Node] = [node]
+    root: Any = node
     while root.op == "call_method" and root.target in ("bernoulli_", "div_"):
-        root = root.args[0]  # type: ignore[assignment]
+        root = root.args[0]
         nodes.append(root)
     if root.target not in ("new_empty", torch.empty):
         return None

@@ -205,8 +205,8 @@ class Matcher:
 
     def _block(self, add: Node, branch: Node, skip: Node) -> Block | str:
         """The block that ends in `add`, or why there is none."""
-        tail, steps, n, nodes = Layer(branch), [], branch, {add}
-        while not steps or steps[-1][0].kind != "linear":
+        tail, n, nodes, kind = Layer(branch), branch, {add}, ""
+        while kind != "linear":
             reason, op = self._blocked(n, nodes, add), self._read(n)
             if op is None or op.kind == "add":
                 return f"its branch ends in {describe(n)}"
@@ -217,7 +217,6 @@ class Matcher:
                 return f"its branch has two stages '{kind}' after the last matmul"
             tail.put(op, n, first=True)
             nodes |= {n, *op.inside}
-            steps.append((op, n))
             n = op.x
         if "add" in tail.stages:
             return "its branch is a sum"
@@ -352,4 +351,3 @@ def describe(node: Node) -> str:
     if node.op == "placeholder":
         return "an input of the graph"
     return words.get(name, f"'{name}'")
-

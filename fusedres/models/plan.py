@@ -36,7 +36,7 @@ def flat_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[
     """A call's arguments as a flat list, and their structure (None: there is none)."""
     flat = [*args, *kwargs.values()]
     if any(isinstance(v, (tuple, list, dict)) for v in flat):
-        return tree_flatten((args, kwargs))  # type: ignore[return-value]
+        return tree_flatten((args, kwargs))
     return flat, (len(args), *kwargs)
 
 
@@ -206,7 +206,8 @@ class Plans:
     """The plans of one module. Copies and pickles begin anew: a plan is of these modules alone."""
 
     def __init__(self, when: str) -> None:
-        self.when, self.plans = when, []  # type: ignore[var-annotated]
+        self.when = when
+        self.plans: list[Plan] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {"when": self.when, "plans": []}
@@ -270,5 +271,5 @@ def planned_kind(kind: type) -> type:
 
 
 def _rebuild(kind: type) -> Any:
-    made = planned_kind(kind)
+    made: Any = planned_kind(kind)
     return made.__new__(made)

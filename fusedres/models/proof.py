@@ -128,9 +128,9 @@ def _compare(pair: Pair) -> str | None:
     if came.dtype != expected.dtype or came.shape != expected.shape:
         return f"it gives {came.dtype} {tuple(came.shape)}, torch {expected.dtype}"
     least = max(_precision(t) for t in (*pair.numbers(small=True), expected, pair.autocast))
-    error = (came.double() - expected.double()).abs().max()
-    if not error <= 64 * least * expected.double().abs().max():
-        return f"it differs from torch by {error:.1e}"
+    off = (came.double() - expected.double()).abs().max()
+    if not off <= 64 * least * expected.double().abs().max():
+        return f"it differs from torch by {off:.1e}"
     return None
 
 

@@ -7,7 +7,8 @@ all of them. Nodes carry example values (fake tensors) in their meta: shapes and
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +26,8 @@ class Op(NamedTuple):
 
     kind: str
     x: Node  # what the stage acts on
-    tensors: dict[str, Any] = {}  # the other operands by the names that Operands has for them
-    settings: dict[str, Any] = {}
+    tensors: Mapping[str, Any] = MappingProxyType({})  # other operands, by their names in Operands
+    settings: Mapping[str, Any] = MappingProxyType({})
     writes: bool = False  # into x
     inside: tuple[Node, ...] = ()  # nodes that belong to it besides the one that was read
 

@@ -31,7 +31,7 @@ class Report:
 
     @staticmethod
     def of_graphs(title: str, graphs: Iterable[Iterable[Add]]) -> Report:
-        """Of several graphs, the newest last: what two have (of training and evaluation, say) counts
+        """Of several graphs, the newest last: what two have, of training and evaluation say, counts
         once, as the newest has it.
         """
         adds: dict[tuple[str, str, int], Add] = {}

@@ -1,4 +1,4 @@
-"""Stacks of layers in an nn.Sequential: neighbours that one fused layer without `add` stands for."""
+"""Stacks in an nn.Sequential: neighbours that one fused layer without `add` stands for."""
 
 from __future__ import annotations
 

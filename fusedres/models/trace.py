@@ -19,11 +19,7 @@ import torch._dynamo.source
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node, Proxy, Tracer
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_unflatten
 
@@ -154,10 +150,10 @@ class ExampleTracer(Tracer):
             raise CannotTrace("it makes a tensor of its own")
         return super().create_arg(a)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *a: Any, **k: Any) -> Any:
+    def create_proxy(self, kind: str, target: Any, *call: Any, **more: Any) -> Any:
         if current_state() != self.state:
             raise CannotTrace("it switches autocast or gradients")
-        proxy = super().create_proxy(kind, target, args, kwargs, *a, **k)
+        proxy = super().create_proxy(kind, target, *call, **more)
         if kind != "placeholder":
             v = proxy.node.meta["val"] = self._value(proxy.node)
             if kind == "call_function" and _is_constant(v):
@@ -169,24 +165,23 @@ class ExampleTracer(Tracer):
             raise CannotTrace("it decides by the values of a tensor")
         return bool(value(obj.node))
 
-    def iter(self, obj: Proxy) -> Iterator[Any]:
-        return (obj[i] for i in range(len(obj)))  # type: ignore[arg-type]
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return (obj[i] for i in range(len(obj)))
 
     # the values
 
     def _argument(self, i: int, t: Tensor) -> Proxy:
         proxy = self.create_proxy("placeholder", f"in{i}", (), {})
         dims = [DimDynamic.DYNAMIC if self.free else DimDynamic.STATIC] * (t.dim() - 1)
-        context = StatelessSymbolicContext(
-            dynamic_sizes=[*dims, DimDynamic.STATIC][: t.dim()],  # type: ignore[arg-type]
-            constraint_sizes=[None] * t.dim(),  # type: ignore[arg-type]
+        context: Any = StatelessSymbolicContext(
+            dynamic_sizes=[*dims, DimDynamic.STATIC][: t.dim()], constraint_sizes=[None] * t.dim()
         )
         source = torch._dynamo.source.ConstantSource(f"in{i}")
         proxy.node.meta["val"] = self.mode.from_tensor(t, source=source, symbolic_context=context)
         return proxy
 
     def _value(self, node: Node) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), value)  # type: ignore[misc]
+        args, kwargs = map_arg((node.args, node.kwargs), value)
         self.running = True
         try:
             if node.op == "get_attr":
@@ -199,7 +194,8 @@ class ExampleTracer(Tracer):
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 if node.op == "call_module":
                     return self.root.get_submodule(str(node.target))(*args, **kwargs)
-                return node.target(*args, **kwargs)  # type: ignore[operator]
+                function: Any = node.target
+                return function(*args, **kwargs)
         finally:
             self.running = False
 

@@ -39,7 +39,9 @@ class LlamaNorm(nn.Module):
 
 
 def tanh_gelu(x):
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+    return (
+        0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+    )
 
 
 def drop_path(x, p, training):
@@ -85,7 +87,8 @@ BLOCKS = {
     ),
     "bert output": (
         lambda: _make(
-            lambda s, x: s.norm(s.fc1(torch.tanh(x)) + x), fc1=linear(), norm=lambda: nn.LayerNorm(K)
+            lambda s, x: s.norm(s.fc1(torch.tanh(x)) + x),
+            fc1=linear(), norm=lambda: nn.LayerNorm(K),
         ),
         ["act-linear-add-norm norm=layer activation=tanh"],
     ),
@@ -135,7 +138,9 @@ BLOCKS = {
     "sequential": (
         lambda: _make(
             lambda s, x: x + s.net(x),
-            net=lambda: nn.Sequential(nn.RMSNorm(K, 1e-3), nn.Linear(K, H), nn.Mish(), nn.Linear(H, K)),
+            net=lambda: nn.Sequential(
+                nn.RMSNorm(K, 1e-3), nn.Linear(K, H), nn.Mish(), nn.Linear(H, K)
+            ),
         ),
         ["norm-linear-act norm=rms activation=mish eps=0.001", "linear-add"],
     ),
@@ -195,7 +200,7 @@ LEFT = {
     ),
     "a norm that is none": (
         lambda: _make(
-            lambda s, x: x + (lambda h: h / (h.std(-1, keepdim=True) + 1e-5))(s.fc1(x)), fc1=linear()
+            lambda s, x: x + (h := s.fc1(x)) / (h.std(-1, keepdim=True) + 1e-5), fc1=linear()
         ),
         "its branch ends in",
     ),
