@@ -27,7 +27,9 @@ def module_path(node: Node) -> str:
 
 
 def _line(node: Node) -> str:
-    """File and line of the model's source that made the node."""
+    """File and line of the model's source that made the node, if it is known whose forward did."""
+    if not node.meta.get("nn_module_stack"):  # as where torch splits a graph for DDP
+        return ""
     trace = (node.meta.get("stack_trace") or node.stack_trace or "").strip().splitlines()
     return trace[-2].strip() if len(trace) > 1 else ""
 

@@ -15,7 +15,7 @@ class Add:
     fused: bool
     what: str
     convolutional: bool = False
-    line: str = ""  # of the model's source
+    line: str = ""  # of the model's source; empty where the graph does not tell
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class Report:
         once, as the newest has it.
         """
         adds: dict[tuple[str, str, int], Add] = {}
-        for graph in graphs:
+        for i, graph in enumerate(graphs):
             times: Counter[tuple[str, str]] = Counter()
             for add in graph:
-                adds[add.where, add.line, times[add.where, add.line]] = add
-                times[add.where, add.line] += 1
+                line = add.line or f"of graph {i}"
+                adds[add.where, line, times[add.where, line]] = add
+                times[add.where, line] += 1
         return Report(title, tuple(adds.values()))
 
     @property

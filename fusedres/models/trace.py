@@ -156,7 +156,7 @@ class ExampleTracer(Tracer):
         proxy = super().create_proxy(kind, target, *call, **more)
         if kind != "placeholder":
             v = proxy.node.meta["val"] = self._value(proxy.node)
-            if kind == "call_function" and _is_constant(v):
+            if kind in ("call_function", "call_method") and _is_constant(v):
                 return v
         return proxy
 
