@@ -105,6 +105,15 @@ class ResidualAdd:
     why_not: str | None = None  # where `block` is None
 
 
+@dataclass
+class _Reads:
+    """While a block is looked for: its add, its skip, and the nodes that belong to it so far."""
+
+    add: Node
+    skip: Node
+    nodes: set[Node]
+
+
 class Matcher:
     """Finds the residual adds of a graph; see the module."""
 
@@ -194,33 +203,37 @@ class Matcher:
             return add
         return None
 
-    def _blocked(self, node: Node, nodes: set[Node], add: Node) -> str | None:
-        if node in self.taken:
+    def _blocked(self, node: Node, op: Op, reads: _Reads) -> str | None:
+        """Why a stage cannot belong to the block, of which `reads.nodes` do so far."""
+        own = (node, *op.inside)
+        if reads.skip in own:
+            return "the skip is a value inside the branch"
+        if not self.taken.isdisjoint(own):
             return "its branch is part of another fused layer"
-        if any(user not in nodes for user in node.users):
+        if any(user not in reads.nodes and user not in own for n in own for user in n.users):
             return "a value inside its branch is read elsewhere, too"
-        if self.flow.state[node] != self.flow.state[add]:
+        if any(self.flow.state[n] != self.flow.state[reads.add] for n in own):
             return "autocast or gradients are switched within it"
         return None
 
     def _block(self, add: Node, branch: Node, skip: Node) -> Block | str:
         """The block that ends in `add`, or why there is none."""
-        tail, n, nodes, kind = Layer(branch), branch, {add}, ""
+        tail, n, kind = Layer(branch), branch, ""
+        reads = _Reads(add, skip, {add})
         while kind != "linear":
-            reason, op = self._blocked(n, nodes, add), self._read(n)
+            op = self._read(n)
             if op is None or op.kind == "add":
                 return f"its branch ends in {describe(n)}"
+            reason = self._blocked(n, op, reads)
             if reason is not None:
                 return reason
             kind = "gate" if op.kind == "factor" else op.kind
             if kind in tail.stages:
                 return f"its branch has two stages '{kind}' after the last matmul"
             tail.put(op, n, first=True)
-            nodes |= {n, *op.inside}
+            reads.nodes |= {n, *op.inside}
             n = op.x
-        if "add" in tail.stages:
-            return "its branch is a sum"
-        layers = self._before(tail, nodes, add, skip)
+        layers = self._before(tail, reads)
         block = Block(add, layers, skip)
         if block.rows and "droppath" in tail.stages:
             return "its rows are cut into other samples before it adds"
@@ -231,19 +244,19 @@ class Matcher:
         self._after(block)
         return self._unsafe(block, sum_op) or block
 
-    def _before(self, tail: Layer, nodes: set[Node], add: Node, skip: Node) -> list[Layer]:
+    def _before(self, tail: Layer, reads: _Reads) -> list[Layer]:
         """The layers of the block: stages before the matmul, and the matmul before them."""
         steps: list[tuple[Op, Node]] = []
         n, linears = tail.x, 0
-        while n is not skip and self._blocked(n, nodes, add) is None:
+        while True:
             op = self._read(n)
             if op is None or op.kind in ("add", "gate", "factor", "droppath"):
                 break
-            if op.kind == "linear" and linears:
+            if self._blocked(n, op, reads) is not None or (op.kind == "linear" and linears):
                 break
             linears += op.kind == "linear"
             steps.append((op, n))
-            nodes |= {n, *op.inside}
+            reads.nodes |= {n, *op.inside}
             n = op.x
         return _cut(tail, steps)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -40,27 +41,42 @@ def flat_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[
     return flat, (len(args), *kwargs)
 
 
+_INTERNAL = nn.Module().__dict__.keys() - {"training"}  # of every module
+
+
 class _Modules:
-    """The modules that a plan reads through, as they were."""
+    """The modules that a plan reads through, as they were: settings, children, hooks, classes."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
-        inner = modules[1:]  # hooks on the first one are called before its forward is
-        self.live = [m.__dict__ for m in modules] + [m._modules for m in modules]
-        self.live += [m.__dict__[name] for m in inner for name in _HOOKS]
-        self.seen = [dict(d) for d in self.live]
-        self.inner, self.kinds = inner, [type(m) for m in inner]
+        self.inner = modules[1:]  # hooks on the first one are called before its forward is
+        own = [m.__dict__ for m in modules]
+        names = [[name for name in d if name not in _INTERNAL] for d in own]
+        self.settings = [
+            (itemgetter(*names), d) for names, d in zip(names, own, strict=True) if names
+        ]
+        self.dicts = own
+        self.children = [m._modules for m in modules if m._modules]
+        self.hooks = [m.__dict__[name] for m in self.inner for name in _HOOKS]
         absent = [(m._parameters, name) for m in modules for name in m._parameters]
         self.absent = [(d, name) for d, name in absent if d[name] is None]
+        self.seen = self._facts()
+        self.hooked = any(self.hooks)
+        self.names = [dict(d) for d in self.children]
+
+    def _facts(self) -> tuple[list[Any], ...]:
+        settings = [get(d) for get, d in self.settings]
+        return settings, list(map(len, self.dicts)), list(map(type, self.inner))
 
     def same(self) -> bool:
         try:
             return (
-                self.live == self.seen
-                and [type(m) for m in self.inner] == self.kinds
-                and all(name in d and d[name] is None for d, name in self.absent)
+                self._facts() == self.seen
+                and self.children == self.names
+                and any(self.hooks) == self.hooked
+                and all(d[name] is None for d, name in self.absent)
             )
-        except (RuntimeError, ValueError):  # two tensors, or arrays, that are not the same one
+        except (KeyError, RuntimeError, ValueError):  # one less; tensors that are not the same one
             return False
 
 

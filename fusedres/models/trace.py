@@ -15,11 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._dynamo.source
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node, Proxy, Tracer
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_unflatten
 
@@ -105,6 +102,10 @@ class ExampleTracer(Tracer):
         super().__init__()
         self.record_stack_traces = True
         self.flat, self.tree, self.opaque = flat, tree, opaque
+        # these two, and what _argument imports, take seconds to import
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
         self.shapes = ShapeEnv(duck_shape=True)
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         self.free = sizes == "free"
@@ -171,12 +172,15 @@ class ExampleTracer(Tracer):
     # the values
 
     def _argument(self, i: int, t: Tensor) -> Proxy:
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
         proxy = self.create_proxy("placeholder", f"in{i}", (), {})
         dims = [DimDynamic.DYNAMIC if self.free else DimDynamic.STATIC] * (t.dim() - 1)
         context: Any = StatelessSymbolicContext(
             dynamic_sizes=[*dims, DimDynamic.STATIC][: t.dim()], constraint_sizes=[None] * t.dim()
         )
-        source = torch._dynamo.source.ConstantSource(f"in{i}")
+        source = ConstantSource(f"in{i}")
         proxy.node.meta["val"] = self.mode.from_tensor(t, source=source, symbolic_context=context)
         return proxy
 

@@ -135,6 +135,12 @@ BLOCKS = {
         lambda: _make(lambda s, x: x + s.fc1(x) + s.fc3(x), fc1=linear(), fc3=linear()),
         ["linear-add"],
     ),
+    "skip from a norm": (
+        lambda: _make(
+            lambda s, x: (h := s.norm(x)) + s.fc1(h), fc1=linear(), norm=lambda: nn.LayerNorm(K)
+        ),
+        ["linear-add"],
+    ),
     "sequential": (
         lambda: _make(
             lambda s, x: x + s.net(x),
@@ -173,6 +179,12 @@ def _seen_again(s, x):
     return y + z.view_as(y)
 
 
+def _spread(s, x):
+    h = s.fc1(x)
+    scale = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return x + h * scale, scale
+
+
 def _autocast(s, x):
     with torch.autocast("cpu", torch.bfloat16):
         y = s.fc1(x)
@@ -197,6 +209,10 @@ LEFT = {
     "two activations": (
         lambda: _make(lambda s, x: x + torch.tanh(F.relu(s.fc1(x))), fc1=linear()),
         "two stages 'act'",
+    ),
+    "a norm's inside is read": (
+        lambda: _make(_spread, fc1=linear()),
+        "read elsewhere",
     ),
     "a norm that is none": (
         lambda: _make(
