@@ -175,8 +175,8 @@ def convert(
     module is read again at its next call, up to 8 times; after that its own forward runs.
 
     Args:
-        when: of residual adds that can be fused, "faster" fuses those that are measured to be no
-            slower here, "always" all.
+        when: of residual adds that can be fused, "faster" fuses those that are measured to be
+            faster here (off a CPU all), "always" all.
 
     Returns a report to print: what was done, or why not. Raises TypeError for anything but a
     torch.nn.Module, ValueError for an unknown `when`.

@@ -17,7 +17,8 @@ from torch import Tensor
 from .proof import Pair
 from .reading import value
 
-ROUNDS, SECONDS = 7, 0.3  # of both in turn; no more than so long
+ROUNDS, SECONDS = 20, 0.3  # of both in turn; no more than so long
+MARGIN = 0.97  # of the time of what is replaced: clocks and neighbours are worth 3 %
 _MEASURED: dict[tuple[Any, ...], tuple[float, float]] = {}
 
 
@@ -54,7 +55,7 @@ def _measure(pair: Pair) -> tuple[float, float]:
 
 
 def loss(pair: Pair) -> str | None:
-    """Why the block is better left as it is; None where fused is no slower."""
+    """Why the block is better left as it is; None where fused is faster."""
     if value(pair.block.add).device.type != "cpu":
         return None
     grads = [getattr(value(node), "requires_grad", False) for node in pair.inputs]
@@ -62,6 +63,6 @@ def loss(pair: Pair) -> str | None:
     if key not in _MEASURED:
         _MEASURED[key] = _measure(pair)
     plain, fused = _MEASURED[key]
-    if fused <= plain:
+    if fused <= MARGIN * plain:
         return None
-    return f"it would be slower here: {1e3 * fused:.2f} ms fused, {1e3 * plain:.2f} ms by torch"
+    return f"it would be no faster here: {1e3 * fused:.2f} ms fused, {1e3 * plain:.2f} ms by torch"
