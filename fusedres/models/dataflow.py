@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -54,8 +55,19 @@ def written(node: Node) -> list[Node]:
     return []
 
 
+_UNKNOWN = -1
+
+
+def is_transformed(node: Node) -> bool:
+    """Whether its value is inside a torch.func transform, which dynamo puts into the graph."""
+    v = value(node)
+    return isinstance(v, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v)
+
+
 def _memory(node: Node) -> int | None:
     v = value(node)
+    if is_transformed(node):
+        return _UNKNOWN
     return v.untyped_storage()._cdata if isinstance(v, Tensor) else None
 
 
@@ -90,7 +102,7 @@ class Dataflow:
         for writer in self.writers:
             if writer in inside or not first < self.order[writer] < self.order[out]:
                 continue
-            if any(_memory(node) in memories for node in written(writer)):
+            if any(_memory(node) in {*memories, _UNKNOWN} for node in written(writer)):
                 return f"{writer.name} writes into what it reads"
         return None
 

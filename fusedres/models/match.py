@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..checks import DTYPES
-from .dataflow import Dataflow
+from .dataflow import Dataflow, is_transformed
 from .identify import read_long
 from .reading import Op, read, shape, value
 
@@ -193,6 +193,9 @@ class Matcher:
                 continue
             name = getattr(heavy.target, "__name__", "")
             add = ResidualAdd(node, name in _CONVOLUTIONS)
+            if is_transformed(node):
+                add.why_not = "it runs inside a torch.func transform"
+                return add
             for b, s in ((branch, skip), (skip, branch)):
                 found = self._block(node, b, s)
                 if isinstance(found, Block):

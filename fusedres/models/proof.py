@@ -80,7 +80,9 @@ class Pair:
 
 
 def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    """A size as it was when the graph was made; 2 where that depends on data."""
+    hint = size if isinstance(size, int) else size.node.hint
+    return 2 if hint is None else int(hint)
 
 
 def _autocast(block: Block) -> AbstractContextManager[Any]:

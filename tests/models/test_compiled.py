@@ -189,6 +189,21 @@ def test_inside_checkpointing():
     assert len(fusedres.report(fast).fused) == 1
 
 
+def test_transforms_inside():
+    """Per-sample gradients, compiled: what a transform looks into is left alone."""
+    block, x = BLOCKS["prenorm"][0](), torch.randn(5, 6, K)
+
+    def loss(parameters, row):
+        return torch.func.functional_call(block, parameters, (row[None],)).square().sum()
+
+    def grads(parameters, x):
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+
+    parameters = {name: p.detach() for name, p in block.named_parameters()}
+    fast = torch.compile(grads, backend=backend, options=ALWAYS)
+    assert_same(list(fast(parameters, x).values()), list(grads(parameters, x).values()))
+
+
 def test_graph_breaks():
     def forward(s, x):
         x = s.a(x)
