@@ -113,9 +113,9 @@ class Dataflow:
             if other is writer or _memory(other) != memory:
                 continue
             if other.op in ("placeholder", "get_attr"):
-                return "it adds in place to what the caller has"
+                return "it writes in place into what the caller has"
             if self.leads_to(writer, other):
                 continue
             if any(self.order[user] > self.order[writer] for user in other.users):
-                return f"it adds in place to {other.name}, which is read again"
+                return f"it writes in place into {other.name}, which is read again"
         return None
