@@ -19,6 +19,7 @@ EXCEPTIONS = {
     "timm convnext_atto": (4, 0, 0),  # back to channels first
     "transformers AlbertModel": (4, 4, 2),  # one layer that is called twice
     "transformers GPTNeoXModel": (2, 0, 0),  # x + (mlp + attention)
+    "transformers OPTModel": (4, 4, 4),  # convert cannot tell that the embeddings' sum is none
     "transformers T5EncoderModel": (4, 4, 3),  # makes the bias of positions within
     "torch TransformerEncoder": (4, 2, 2),  # nn.MultiheadAttention transposes
     "torch TransformerEncoder, norm first": (4, 2, 2),
@@ -40,5 +41,5 @@ def test_model(name, way):
     fused = sum(not add.convolutional for add in row.report.fused)
     found, compiled, converted = EXCEPTIONS.get(name, (row.report.found,) * 3)
     assert row.error <= 1
-    assert fused == (compiled if way == "compile" else converted) > -1
+    assert fused == (compiled if way == "compile" else converted)
     assert way == "convert" or row.report.found == found > 0
