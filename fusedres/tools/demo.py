@@ -1,6 +1,7 @@
 """The degradation experiment on real digits: deep plain nets do not train, deep residual nets do.
 
-Each net is a stem (64 -> 64), `depth` blocks of one `FusedResidual` each in a `FusedSequential`, and a head (64 -> 10).
+Each net is a stem (64 -> 64), a `FusedSequential` of `depth` `FusedResidual` blocks, and a head
+(64 -> 10).
 A plain net's layer is the same without `add`. A deep plain net could copy a shallow one and fill
 the rest with identity layers; that is shown exactly, and still training does not find it.
 Source: He et al., "Deep Residual Learning for Image Recognition" (2015), without convolutions.

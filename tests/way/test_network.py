@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,8 +46,9 @@ def three(layers, dtype=F32):
 
 
 def as_fused(layer):
-    settings = dict(order="-".join(layer.spec.stages), norm=layer.spec.norm)
-    settings |= dict(activation=layer.spec.activation, gate=layer.spec.gate)
+    spec = layer.spec
+    settings = {"order": "-".join(spec.stages), "norm": spec.norm}
+    settings |= {"activation": spec.activation, "gate": spec.gate}
     fused = FusedResidual(layer.in_features, layer.out_features, **settings)
     fused.load_state_dict(layer.state_dict())
     return fused.to(layer.linear.weight.dtype)
@@ -92,8 +94,7 @@ def test_widths_that_differ(M, calls):
     torch.manual_seed(0)
     widths = (24, 70, 33, 33, 96)
     layers = [
-        Residual(k, n, order="norm-linear-act", activation="silu")
-        for k, n in zip(widths, widths[1:], strict=False)
+        Residual(k, n, order="norm-linear-act", activation="silu") for k, n in pairwise(widths)
     ]
     check(layers, M)
     assert calls == [4]
