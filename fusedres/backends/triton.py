@@ -5,6 +5,7 @@ Importing this module imports Triton; without Triton it still imports, and `why_
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sysconfig
@@ -26,6 +27,7 @@ from .plan import Plan, WholePlan, ceil_div
 
 try:
     import triton
+    import triton.language as tl
 
     from ..kernels import backward, by_tanh, epilogue, forward, products
     from ..kernels.moments import GROUP
@@ -110,7 +112,13 @@ class Side(NamedTuple):
         return cls(stages[:at], True, stages[at + 1 :])
 
 
-def stage_operands(spec: Spec, o: Operands, stats: Tensor | None) -> StageOperands:
+def alignment(N: int, *matrices: Tensor | None) -> int:
+    """The largest power of two up to 16 that divides N and their widths and row strides."""
+    found = (t for t in matrices if t is not None)
+    return math.gcd(16, N, *(size for t in found for size in (t.shape[1], t.stride(0))))
+
+
+def stage_operands(spec: Spec, o: Operands, stats: Tensor | None, align: int) -> StageOperands:
     """What the stages read; `stats` (2, C) are this batch's mean and biased variance."""
     shortcut = (o.x if o.residual is None else o.residual) if spec.adds else None
     mean, var = o.running_mean, o.running_var
@@ -127,6 +135,7 @@ def stage_operands(spec: Spec, o: Operands, stats: Tensor | None) -> StageOperan
         dropout_scale=1 / (1 - p) if p < 1 else 0.0,
         droppath_scale=1 / (1 - q) if q < 1 else 0.0,
         residual_scale=spec.residual_scale, eps=spec.eps,
+        ALIGN=tl.constexpr(align),
     )  # fmt: skip
 
 
@@ -142,7 +151,9 @@ def residual_forward(*call: Any) -> list[Tensor]:
     (M, K), N = o.x.shape, o.weight.shape[0]
     out = o.empty_outputs(spec, save, True)
     if out.y.numel():
-        chosen = planner.plan(spec, o.weight.dtype, M, N, K, planner.device_of(o.x.device))
+        align = alignment(N, o.x, o.weight, o.residual)
+        device = planner.device_of(o.x.device)
+        chosen = planner.plan(spec, o.weight.dtype, M, N, K, device, align=align)
         _launch_forward(spec, chosen, o, out)
     return out.list()
 
@@ -157,7 +168,7 @@ def _launch_forward(spec: Spec, chosen: Plan, o: Operands, out: Outputs) -> None
     epilogue = spec.epilogue
     if family in ("rows", "wide", "columns", "batch"):
         epilogue = ("norm", *side.after)
-    head = (x, weight, o.bias, stage_operands(spec, o, stats))
+    head = (x, weight, o.bias, stage_operands(spec, o, stats, chosen.align))
     constants = {
         "PROLOGUE": spec.prologue, "BEFORE": before, "EPILOGUE": epilogue,
         "ACT": _functions(spec, weight.dtype)[0], "PRECISION": _precision(),
@@ -213,7 +224,7 @@ def residual_backward(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tenso
 
 
 def plan_whole(
-    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, device: planner.Device
+    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, device: planner.Device, align: int = 16
 ) -> WholePlan | None:
     """How one launch makes dz and dx of a layer, if it does."""
     if spec.prologue or spec.batch_stats or (dtype == torch.float32 and _precision() == "tf32"):
@@ -221,7 +232,7 @@ def plan_whole(
     if N > 256 and Side.of(spec.epilogue).before:
         return None  # what stands before a norm takes more registers than a wide row leaves
     random = bool(RANDOM & set(spec.epilogue))
-    return planner.plan_whole(dtype, M, N, K, random, device)
+    return planner.plan_whole(dtype, M, N, K, random, device, align)
 
 
 def backward_launches(
@@ -267,7 +278,8 @@ class _Backward:
         self.multiplied = o.x if kept.operand is None else kept.operand
         self.dtype = o.weight.dtype  # of the product and its gradients
         self.device = planner.device_of(dy.device)
-        self.operands = stage_operands(spec, o, kept.stats)
+        self.align = alignment(o.weight.shape[0], o.x, o.weight, o.residual, dy, kept.z)
+        self.operands = stage_operands(spec, o, kept.stats, self.align)
 
     def asked(self, stages: tuple[str, ...]) -> dict[str, Tensor]:
         """The gradients asked for of what `stages` read, but for x."""
@@ -332,7 +344,9 @@ class _Backward:
     def whole(self) -> WholePlan | None:
         """How one launch makes dz and dx, if it does."""
         spec, (M, K), N = self.spec, self.inputs.x.shape, self.dy.shape[1]
-        return plan_whole(spec, self.dtype, M, N, K, self.device) if "x" in self.grads else None
+        if "x" not in self.grads:
+            return None
+        return plan_whole(spec, self.dtype, M, N, K, self.device, self.align)
 
     def rows(
         self,
@@ -412,7 +426,7 @@ class _Backward:
         (M, K), N = x.shape, weight.shape[0]
         random, mixed = bool(RANDOM & set(spec.prologue)), bool(spec.dtypes)
         chosen = planner.plan_products(
-            self.dtype, M, N, K, dt is not None, random, self.device, mixed
+            self.dtype, M, N, K, dt is not None, random, self.device, mixed, self.align
         )
         partial = arrived = None
         if chosen.splits > 1:
@@ -432,12 +446,15 @@ class _Backward:
         """dx = dz @ weight + skip: one launch."""
         weight, dx = self.inputs.weight, self.grads["x"]
         (M, K), N = dx.shape, weight.shape[0]
-        chosen = planner.plan_products(self.dtype, M, N, K, True, False, self.device)
+        chosen = planner.plan_products(
+            self.dtype, M, N, K, True, False, self.device, align=self.align
+        )
         other, scale = (None, 0.0) if skip is None else skip
         programs = ceil_div(M, chosen.BLOCK) * ceil_div(K, chosen.BLOCK)
         products.residual_dx_kernel[(programs,)](
             dz, weight, dx, other, M, N, K, scale, *dz.stride(), *weight.stride(),
-            *((0, 0) if other is None else other.stride()), PRECISION=_precision(),
+            *((0, 0) if other is None else other.stride()),
+            ALIGN=self.align, PRECISION=_precision(),
             BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R, **chosen.options,
         )  # fmt: skip
 
