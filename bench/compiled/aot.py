@@ -125,7 +125,8 @@ def operands(
 
     C, width = spec.width("norm", K, N), spec.width("add", K, N)
     norm = (vector(C), vector(C)) if spec.norm else (None, None)
-    running = (vector(C), vector(C)) if spec.norm == "batch" and not spec.batch_stats else (None,) * 2
+    given = spec.norm == "batch" and not spec.batch_stats
+    running = (vector(C), vector(C)) if given else (None, None)
     gates = {None: None, "scalar": 1, "channel": spec.width("gate", K, N)}
     gate = gates[spec.gate] and vector(gates[spec.gate])
     residual = None
@@ -137,14 +138,18 @@ def operands(
     return (x, weight, bias, *norm, gate, residual, *running, seed)
 
 
-def forward(spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, stride: int | None = None) -> None:
+def forward(
+    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, stride: int | None = None
+) -> None:
     """What the layer launches in training."""
     from fusedres.backends import triton as backend
 
     backend.residual_forward(*operands(spec, dtype, M, N, K, stride), 1, str(spec), True)
 
 
-def backward(spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, stride: int | None = None) -> None:
+def backward(
+    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, stride: int | None = None
+) -> None:
     """What its backward launches, every gradient asked for; dy has the same row stride as x."""
     from fusedres.backends import triton as backend
 

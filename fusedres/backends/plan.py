@@ -345,8 +345,8 @@ def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) ->
     tiles, blocks = ceil_div(C, width), ceil_div(M, height)
     programs = 2 * device.resident if over == "columns" else BACKWARD_PROGRAMS
     walkers = max(1, min(blocks, programs // (1 if wide else tiles), MOST_WALKERS))
-    warps = BACKWARD_WARPS if width <= BACKWARD_TILE else 2 * BACKWARD_WARPS
-    limit = registers(2 * BACKWARD_WARPS)
+    warps = BACKWARD_WARPS * (2 if over == "rows" and width > BACKWARD_TILE else 1)
+    limit = registers(warps if wide else 2 * BACKWARD_WARPS)  # else two programs a multiprocessor
     return BackwardPlan(height, width, warps, tiles, walkers, wide, limit)
 
 

@@ -241,7 +241,7 @@ def residual_forward_batch_kernel(
     if PHASE != 1:
         for item in range(tl.program_id(0), walkers * tiles_n, tl.num_programs(0)):
             n = (item % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            for block in range(item // tiles_n, tl.cdiv(M, BLOCK_M), walkers):
+            for block in tl.range(item // tiles_n, tl.cdiv(M, BLOCK_M), walkers, num_stages=2):
                 m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
                 finish(z_ptr, y_ptr, p, m, n, M, N, None, None, BEFORE, EPILOGUE, ACT)
 

@@ -142,8 +142,9 @@ def wait_for_all(counter_ptr, count):
 
 @triton.jit
 def add_rows(ptr, first, step, count, n, N, BLOCK_N: tl.constexpr):
-    """[BLOCK_N]: the sum of rows first, first + step, ... (`count` <= GROUP of them) of ptr (., N)."""
-    ROWS: tl.constexpr = min(GROUP.value, max(1, 8192 // BLOCK_N))  # that are loaded at once
+    """[BLOCK_N]: the sum of `count` <= GROUP rows first, first + step, ... of ptr (., N)."""
+    # As many rows at once as registers hold.
+    ROWS: tl.constexpr = GROUP if BLOCK_N <= 1024 else max(1, 8192 // BLOCK_N)
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for begin in range(0, GROUP, ROWS):
         i = begin + tl.arange(0, ROWS)

@@ -320,7 +320,7 @@ def width_jobs(sm):
 def test_any_width(sm, pool):
     told, count = [], 0
     for job, kernels in pool.map(width_job, width_jobs(sm), chunksize=4):
-        _, direction, family, dtype, width, stride = job
+        _, direction, _, dtype, width, stride = job
         align = 8 if stride else width & -width
         for found in kernels:
             count += 1
