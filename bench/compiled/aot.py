@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from fusedres.backends import launch as launches
 from fusedres.backends import plan as planner
 from fusedres.spec import Spec
 
@@ -89,6 +90,12 @@ def stores(ptx: str) -> dict[int, int]:
     return found
 
 
+def forget() -> None:
+    """What was planned before, perhaps for another target."""
+    planner.plan.cache_clear()
+    launches._calls.clear()
+
+
 def compiled(
     sm: int, launch: Callable[..., object], *args: Any, look: Any = properties
 ) -> list[dict[str, Any]]:
@@ -97,6 +104,7 @@ def compiled(
     """
     triton.runtime.driver.set_active(Target(sm))
     planner.device_of = lambda _: device(sm)
+    forget()
     found, run = [], JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:

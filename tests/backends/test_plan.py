@@ -277,7 +277,7 @@ def test_powers_of_two_fill_a_device_of_132():
     for family, M, N, tile in (
         ("tile", 256, 512, (16, 64)),
         ("rows", 8192, 64, (64, 64)),
-        ("rows", 4096, 128, (64, 128)),
+        ("rows", 8192, 128, (64, 128)),
         ("wide", 4096, 1024, (128, 256)),
         ("algebraic", 1024, 512, (64, 64)),
     ):
