@@ -70,6 +70,7 @@ def properties(binary: Any) -> dict[str, Any]:
         "stack": sum(int(count) for count in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "warps": binary.metadata.num_warps,
+        "stages": binary.metadata.num_stages,
         "shared": binary.metadata.shared,
         "cooperative": binary.metadata.launch_cooperative_grid,
         "wgmma": ptx.count("wgmma.mma_async"),
@@ -147,12 +148,18 @@ def operands(
 
 
 def forward(
-    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, stride: int | None = None
+    spec: Spec,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    stride: int | None = None,
+    save: bool = True,
 ) -> None:
-    """What the layer launches in training."""
+    """What the layer launches; `save`: for backward."""
     from fusedres.backends import triton as backend
 
-    backend.residual_forward(*operands(spec, dtype, M, N, K, stride), 1, str(spec), True)
+    backend.residual_forward(*operands(spec, dtype, M, N, K, stride), 1, str(spec), save)
 
 
 def backward(

@@ -162,7 +162,7 @@ def residual_forward_wide_kernel(
     """
     N, K, stride_xm, stride_wn = aligned((N, K, stride_xm, stride_wn), p.ALIGN)
     # As many columns at once as registers hold beside a residual and a mask.
-    CHUNK: tl.constexpr = (4096 if BLOCK_M * BLOCK_N <= 4096 else 8192) // BLOCK_M
+    CHUNK: tl.constexpr = 4096 // BLOCK_M
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_n = tl.program_id(0) % tiles_n
     block = tl.program_id(0) // tiles_n
@@ -241,7 +241,7 @@ def residual_forward_batch_kernel(
     if PHASE != 1:
         for item in range(tl.program_id(0), walkers * tiles_n, tl.num_programs(0)):
             n = (item % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            for block in tl.range(item // tiles_n, tl.cdiv(M, BLOCK_M), walkers, num_stages=2):
+            for block in range(item // tiles_n, tl.cdiv(M, BLOCK_M), walkers):
                 m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
                 finish(z_ptr, y_ptr, p, m, n, M, N, None, None, BEFORE, EPILOGUE, ACT)
 
