@@ -43,19 +43,15 @@ def loops_of(code: str) -> tuple[list[Loop], int]:
         target = re.search(r"`\((\.L_x_\w+)\)", rest)
         if name == "BRA" and target and labels.get(target[1], end + 1) < end:
             ranges.append((labels[target[1]], end + 1))
-    inner = [
-        (a, b)
-        for a, b in ranges
-        if not any(a <= c and d < b for c, d in ranges if (c, d) != (a, b))
-    ]
-    found = [_loop(lines[a:b]) for a, b in inner if b - a > 8]  # else it waits for a counter
+    long = [(a, b) for a, b in ranges if b - a > 8]  # the others wait for a counter
+    inner = [r for r in long if not any(r[0] <= a and b <= r[1] and (a, b) != r for a, b in long)]
     within = {i for a, b in inner for i in range(a, b)}
-    return found, len(lines) - len(within)
+    return [_loop(lines[a:b]) for a, b in inner], len(lines) - len(within)
 
 
 def _loop(lines: list[tuple[str, str]]) -> Loop:
     copied = sum(
-        32 * int(bits[1]) // 8 if (bits := re.search(r"\.(64|128)\b", rest)) else 128
+        32 * int(bits[1]) // 8 if (bits := re.search(r"\.(64|128)$", rest.split()[0])) else 128
         for name, rest in lines
         if name == "LDGSTS"
     )
