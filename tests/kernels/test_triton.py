@@ -337,7 +337,8 @@ def test_the_library_s_product_of_16_bit_rows_of_odd_width(settings, monkeypatch
     device = torch.device(DEVICE)
     monkeypatch.setitem(ops.FORWARD, "triton", ops.FORWARD["vendor"])
     for N, K in ((33, 33), (32, 33), (33, 32)):
-        case = make(37, K, N, dtype=F16, activation="gelu", residual=min(N, K), **settings)
+        residual = None if "order" in settings else N
+        case = make(37, K, N, dtype=F16, activation="gelu", residual=residual, **settings)
         assert vendor.why_not(case.spec, F16, device, N, K) is None
         check(case)
         recipe = str(replace(case.spec, y_dtype="float32"))
