@@ -32,9 +32,11 @@ INTRODUCTION = """# The Triton kernels by counting
 
 Made by `python -m bench gpu-model --write`; nothing here was measured. bench/compiled/cost.py says
 how seconds follow from instructions. Goals are those of bench/measure/agenda.py, for the Triton
-kernels also where `auto` takes the CUDA ones. Tiles: instructions of a warp for a step of the
-product, then of a thread for each element of z, outside of loops and in the finish of wide rows;
-programs that a multiprocessor holds, bytes that they have on their way, bytes of stack."""
+kernels also where `auto` takes the CUDA ones."""
+
+TILES = """Instructions of a warp for a step of the product, then of a thread for each element of z,
+outside of loops and in the finish of wide rows; registers, programs that a multiprocessor holds,
+what they have on its way from memory, bytes of stack."""
 
 
 def shipped(sm: int) -> Iterator[tuple[str, int, planner.Tile]]:
@@ -134,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         told[f"sm_{sm}"] = found
         parts += [f"## sm_{sm}, {cost.GPUS[sm].name}: goals", goal_table(found)]
         if not chosen.goals:
-            parts += [f"## sm_{sm}: tiles", tile_table(sm)]
+            parts += [f"## sm_{sm}: tiles", TILES, tile_table(sm)]
     page = "\n\n".join(parts) + "\n"
     if chosen.write:
         PAGE.write_text(page)
