@@ -98,3 +98,13 @@ def test_every_goal_of_the_kernels_is_predicted_and_gpu_check_knows() -> None:
             assert told["met"] == goal.met(told["value"]) and told["value"] > 0
         assert len(predictions(gpu)) == len({pair[:2] for pair in asked})
     assert not predictions("AMD")
+
+
+def test_the_page_tells_of_every_shipped_tile() -> None:
+    text = command.PAGE.read_text()
+    for sm in GPUS:
+        rows = text.split(f"## sm_{sm}: tiles")[1].split("\n\n")[2]
+        assert rows.count("\n") == 1 + len(list(command.shipped(sm)))
+        for family, size, tile in command.shipped(sm):
+            sizes = " x ".join(map(str, tile[:3]))
+            assert f"{sizes}, {tile.num_warps}, {tile.num_stages}" in rows, (family, size)
