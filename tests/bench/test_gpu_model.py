@@ -103,7 +103,7 @@ def test_every_goal_of_the_kernels_is_predicted_and_gpu_check_knows() -> None:
 def test_the_page_tells_of_every_shipped_tile() -> None:
     text = command.PAGE.read_text()
     for sm in GPUS:
-        rows = text.split(f"## sm_{sm}: tiles")[1].split("\n\n")[2]
+        rows = text.split(f"## sm_{sm}: tiles")[1].split("\n\n")[2].rstrip()
         assert rows.count("\n") == 1 + len(list(command.shipped(sm)))
         for family, size, tile in command.shipped(sm):
             sizes = " x ".join(map(str, tile[:3]))
