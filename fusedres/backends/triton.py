@@ -430,6 +430,8 @@ class _Backward:
         act, act_grad = _functions(self.spec, self.dtype)
         found = {"BEFORE": side.before, "AFTER": side.after, "ACT": act, "ACT_GRAD": act_grad}
         found |= chosen.options() if whole is None else whole.tile.options(self.dtype.itemsize)
+        if not batch and self.align * self.dtype.itemsize == 2:  # many addresses
+            found["maxnreg"] = planner.registers(found["num_warps"])
         if not batch:
             rows = self.spec.norm in ("layer", "rms")
             found["NORM"] = None if not side.norm else self.spec.norm if rows else "given"
