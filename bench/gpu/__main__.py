@@ -77,7 +77,7 @@ def text(results: Results) -> str:
     failed = [f"* {name}" for s in steps for name in s.get("failed", [])]
     parts += ["\n".join(["Failed tests:", *failed])] if failed else []
     if results["rows"]:
-goals = goal_table(results["goals"], full=True, foretold=predictions(found["gpu"]))
+        goals = goal_table(results["goals"], full=True, foretold=predictions(found["gpu"]))
         parts.append(goals.markdown())
         lines = [f"* {line}" for line in losses(results["rows"])] or ["* nowhere"]
         parts.append("\n".join(["Where fused is slower than eager or torch.compile:", *lines]))
