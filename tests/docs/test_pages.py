@@ -56,6 +56,7 @@ def script(chosen: list[Block]) -> str:
 def run(command: list[str], folder: Path) -> None:
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     environment = {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(folder), "LC_ALL": "C.UTF-8"}
+    environment["OMP_NUM_THREADS"] = "1"  # tests run side by side
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
