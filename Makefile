@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench bench-check gpu-check mutate sanitize races install-check lint clean FORCE
+.PHONY: help demo test bench tables docs bench-check gpu-check mutate sanitize races install-check lint clean FORCE
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -23,10 +23,18 @@ demo: $(VENV)/built ## train plain and residual nets on real digits and draw the
 test: $(VENV)/built ## run all tests, in parallel
 	$(PY) -m pytest tests -n $(CORES) --dist worksteal
 
-bench: $(VENV)/built ## time fused against eager and torch.compile, judge the goals, then tables and pictures (10 minutes)
+bench: $(VENV)/built ## time fused against eager and torch.compile, judge the goals, then `make tables` (10 minutes)
 	$(PY) -m bench
+	@$(MAKE) --no-print-directory tables
+
+tables: $(VENV)/installed ## write the newest results into README and docs, as tables and pictures
 	$(PY) -m bench report --write
 	$(PY) -m bench scaling --write >/dev/null
+
+docs: ## build the pages of docs/ into build/site
+	@$(PY) -c "import material, mkdocstrings" 2>/dev/null || \
+		{ echo "make docs: first $(PY) -m pip install mkdocs-material 'mkdocstrings[python]'"; exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench-check: $(VENV)/built ## has fused become slower against eager? Times, and instructions by valgrind
 	$(PY) -m bench check $(ARGS)

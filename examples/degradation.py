@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fusedres.tools import demo
 
-PICTURE = Path(__file__).with_name("degradation.png")
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "degradation.png"
 
 if __name__ == "__main__":
     sys.exit(1 if demo.run(PICTURE) else 0)

@@ -61,17 +61,15 @@ def split_order(order: str) -> tuple[str, str]:
 class FusedResidualMLP(nn.Module):
     """The residual block of two matmuls, W1 (hidden, K) and W2 (N, hidden), in two fused calls.
 
-    =============== =================================== ==================================
-    order           y                                   where it is found
-    =============== =================================== ==================================
-    "prenorm"       r + drop(gate * W2 act(W1 norm(x))) ViT, ConvNeXt, SimBa, RTDL's ResNet
-    "postnorm"      norm(r + drop(W2 act(W1 x)))        BERT, the first transformer
-    "branch-norm"   r + norm(W2 act(W1 x))              mesh graph nets
-    "bro"           r + norm(W2 act(norm(W1 x)))        BRO
-    "note"          r + act(norm(W2 act(norm(W1 x))))   the note's layer, twice
-    "resnet-v1"     act(r + norm(W2 act(norm(W1 x))))   ResNet
-    "preact"        r + W2 act(norm(W1 act(norm(x))))   ResNet v2; PINNs with norm=None
-    =============== =================================== ==================================
+    | order         | y                                   | where it is found                   |
+    | ------------- | ----------------------------------- | ----------------------------------- |
+    | "prenorm"     | r + drop(gate * W2 act(W1 norm(x))) | ViT, ConvNeXt, SimBa, RTDL's ResNet |
+    | "postnorm"    | norm(r + drop(W2 act(W1 x)))        | BERT, the first transformer         |
+    | "branch-norm" | r + norm(W2 act(W1 x))              | mesh graph nets                     |
+    | "bro"         | r + norm(W2 act(norm(W1 x)))        | BRO                                 |
+    | "note"        | r + act(norm(W2 act(norm(W1 x))))   | the note's layer, twice             |
+    | "resnet-v1"   | act(r + norm(W2 act(norm(W1 x))))   | ResNet                              |
+    | "preact"      | r + W2 act(norm(W1 act(norm(x))))   | ResNet v2; PINNs with norm=None     |
 
     W x stands for ``x @ weight.T + bias``, r for ``residual_scale`` times the shortcut of x. Any
     other string of FusedResidual's stages with two ``linear`` is an order, too. Every ``norm`` is

@@ -23,7 +23,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 TREE = ("fusedres", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 README = (ROOT / "README.md").read_text()
-TORCH, INSTALL = re.search(r"## Install\n\n```\n(.*)\n(.*)\n```\n", README).groups()
+TORCH, INSTALL = re.search(r"## Install\n\n.*\n```sh\n(.*)\n(.*)\n```\n", README).groups()
 HERE = f"python3.{sys.version_info.minor}"
 # What the calls below and the exit code of `selftest` make of an installed package.
 FUSED, SILENT, WARNS = "extension, silent, 0", "none, silent, 0", "none, warns once, 1"

@@ -1,31 +1,48 @@
-"""`python -m bench report`: results files as README's tables and pictures."""
+"""`python -m bench report`: results files as tables and pictures, in README and docs."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..measure.results_file import RESULTS, ROOT, Results, check_results, load, name, newest, save
 from . import pictures
+from .headline import MOST as ROWS
+from .headline import headline
 from .section import replace_part, section
 
-README = ROOT / "README.md"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+PICTURES = ROOT / "docs" / "pictures"
 MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
 TITLES = {"cpu": "CPU", "cuda": "GPU"}
 MOST = 10  # complaints about a file
 
 
-def render(found: dict[str, Results], full: bool = False, folder: Path | None = None) -> str:
-    """README's generated part: each device, measured or not; with `folder`, its pictures."""
+def render(
+    found: dict[str, Results], part: Callable[[Results], str] = section, level: str = "##"
+) -> str:
+    """A page's generated part: what `part` says of each device, measured or not."""
     parts = []
     for device, title in TITLES.items():
-        if device not in found:
+        if device in found:
+            parts.append(f"{level} {title}\n\n{part(found[device])}")
+        else:
             parts.append(f"**{title}: not measured yet.**")
-            continue
-        links = pictures.links(found[device], folder) if folder else ""
-        parts.append(f"### {title}\n\n{section(found[device], links, full)}")
     return "\n\n".join(parts)
+
+
+def pages(found: dict[str, Results]) -> dict[Path, str]:
+    """The text of each page that shows results: README in short, docs/benchmarks.md all."""
+    folder = PICTURES.relative_to(PAGE.parent)
+    everything = render(found, lambda results: section(results, pictures.links(results, folder)))
+    rows = ROWS // max(len(found), 1)
+    short = render(found, lambda results: headline(results, rows), "###")
+    return {
+        page: replace_part(page, MARKERS, p) for page, p in ((README, short), (PAGE, everything))
+    }
 
 
 def read(path: Path) -> Results:
@@ -44,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("file", nargs="?", type=Path, metavar="FILE", help="a results file")
     add("--full", action="store_true", help="print every row and column")
-    told = "take FILE over into bench/results, write the newest results of each device into "
-    add("--write", action="store_true", help=f"{told}README, and draw the pictures")
+    told = "take FILE over into bench/results, write the newest results of each device into README "
+    add("--write", action="store_true", help=f"{told}and docs, and draw the pictures")
     args = parser.parse_args(arguments)
     found = [read(args.file)] if args.file else []
     if args.write and found:
@@ -53,12 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
     if args.write or not found:
         found = [read(path) for path in newest(RESULTS).values()]
     by_device = {results["device"]: results for results in found}
-    print(render(by_device, args.full))
+    print(render(by_device, partial(section, full=args.full)))
     if args.write:
-        part = render(by_device, folder=RESULTS.relative_to(README.parent))
-        text = replace_part(README, MARKERS, part)  # before drawing: it may refuse
-        drawn = [path for each in found for path in pictures.draw(each, RESULTS)]
-        README.write_text(text, encoding="utf-8")
-        for path in (README, *drawn):
+        texts = pages(by_device)  # before drawing: it may refuse
+        drawn = [path for each in found for path in pictures.draw(each, PICTURES)]
+        for page, text in texts.items():
+            page.write_text(text, encoding="utf-8")
+        for path in (*texts, *drawn):
             print(f"Written: {path}", file=sys.stderr)
     return 0

@@ -2,7 +2,7 @@
 stale.
 
 White behind them, so that they look the same in a dark page; colours that colour-blind readers
-tell apart; 8.5 inches at 200 dots are sharp at README's width.
+tell apart; 8.5 inches at 200 dots are sharp at a page's width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a results file says, as text: README's part about one device, and where such a part goes."""
+"""What a results file says, as text: a device's part of docs/benchmarks.md, and where it goes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..measure.results_file import Results
 from .goals import goal_table
-from .tables import SLOWER, Row, distinct, full_tables, loss_table, readme_tables, select, short
+from .tables import SLOWER, Row, distinct, full_tables, loss_table, page_tables, select, short
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 BRIEF = ("torch", "fusedres")
@@ -100,13 +100,13 @@ def _count(number: int, noun: str) -> str:
 
 
 def section(results: Results, pictures: str = "", full: bool = False) -> str:
-    """What README shows of one device; `full` shows every row."""
+    """What docs/benchmarks.md shows of one device; `full` shows every row."""
     lost, judged = loss_table(results["rows"]), sum(row["calm"] for row in results["rows"])
     slower = f"**{lost.title}**: nowhere in {_count(judged, 'row')}."
     missing, goals = unmeasured(results, brief=not full), results.get("goals", [])
     parts = [
         protocol(results),
-        *(t.markdown() for t in (full_tables if full else readme_tables)(results)),
+        *(t.markdown() for t in (full_tables if full else page_tables)(results)),
         launches(results),
         pictures,
         lost.markdown() if lost.body else slower,

@@ -215,7 +215,7 @@ def full_tables(results: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def readme_tables(results: dict[str, Any]) -> list[Table]:
+def page_tables(results: dict[str, Any]) -> list[Table]:
     rows, dtype = results["rows"], MAIN_DTYPE[results["device"]]
     models = select(rows, group="model", dtype=dtype)
     recipes = "a recipe is order, norm (LN: layer, BN: batch, RMS) and activation"

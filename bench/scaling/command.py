@@ -1,5 +1,5 @@
 """`python -m bench scaling`: how time, memory and exchange grow, predicted by model.py from
-ceilings, and how far from that is what was measured. --write puts it into bench/scaling.md.
+ceilings, and how far from that is what was measured. --write puts it into docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..report.tables import select, table
 from . import model
 from .model import Layer, Machine, of_row, seconds
 
-PAGE = ROOT / "bench" / "scaling.md"
+PAGE = ROOT / "docs" / "scaling.md"
 MARKERS = "<!-- bench scaling: begin -->", "<!-- bench scaling: end -->"
 # No GPU was measured. NVIDIA's H200 data sheet: 4.8 TB/s, 989 TFLOP/s dense bf16, NVLink 900 GB/s
 # both ways together. Of the first 90 %, of the second 80 %, of a link's way 80 % are what large
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--write", action="store_true", help=f"into bench/{PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"into docs/{PAGE.name}")
     args = parser.parse_args(arguments)
     part = render({device: load(path) for device, path in newest(RESULTS).items()})
     print(part)

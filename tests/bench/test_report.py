@@ -1,4 +1,4 @@
-"""README and pictures say what the results files say."""
+"""README, docs and pictures say what the results files say."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 from bench.measure import results_file
 from bench.report import command as report
 from bench.report import pictures
-from bench.report.section import replace_part
-from results_sample import FORWARD, find, sample
+from bench.report.headline import headline, spread
+from results_sample import FORWARD, STEP, find, sample
 
 Results = dict[str, Any]
-PICTURE_BYTES = 150_000  # what a README loads at once
+PICTURE_BYTES = 150_000  # what a page loads at once
+PROSE = (report.README, *sorted(report.PAGE.parent.glob("*.md")))
 
 
 @pytest.fixture
@@ -30,14 +31,17 @@ def gpu() -> Results:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A README and a folder of results, which `report` takes for the real ones."""
-    folder = tmp_path / "bench" / "results"
-    folder.mkdir(parents=True)
-    readme = tmp_path / "README.md"
+    """Pages and a folder of results, which `report` takes for the real ones."""
+    folder, pages = tmp_path / "bench" / "results", tmp_path / "docs"
     begin, end = report.MARKERS
-    readme.write_text(f"# before\n\n{begin}\nold\n{end}\n\nafter\n")
+    for place in (folder, pages / "pictures"):
+        place.mkdir(parents=True)
+    for page in (tmp_path / "README.md", pages / "benchmarks.md"):
+        page.write_text(f"# before\n\n{begin}\nold\n{end}\n\nafter\n")
     monkeypatch.setattr(report, "RESULTS", folder)
-    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "PAGE", pages / "benchmarks.md")
+    monkeypatch.setattr(report, "PICTURES", pages / "pictures")
     return tmp_path
 
 
@@ -55,13 +59,23 @@ def committed() -> dict[str, Results]:
     return {device: report.read(path) for device, path in files.items()}
 
 
-def test_readme_says_what_the_newest_results_say() -> None:
-    folder = results_file.RESULTS.relative_to(report.ROOT)
-    part = report.render(committed(), folder=folder)
-    fresh = replace_part(report.README, report.MARKERS, part)
-    assert report.README.read_text(encoding="utf-8") == fresh, (
-        "README is out of date: python -m bench report --write"
-    )
+def test_pages_say_what_the_newest_results_say() -> None:
+    for page, fresh in report.pages(committed()).items():
+        assert page.read_text(encoding="utf-8") == fresh, f"{page.name} is out of date: make tables"
+
+
+def test_readme_is_read_in_a_minute() -> None:
+    lines = report.README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 120
+    assert sum(line.startswith("| ") for line in lines) < 40
+
+
+def test_pages_say_that_no_gpu_has_run_as_long_as_none_has() -> None:
+    for name in ("README.md", "docs/install.md", "docs/index.md"):
+        text = " ".join((report.ROOT / name).read_text(encoding="utf-8").split())
+        assert ("nothing of this version has run on one" in text) == ("cuda" not in committed()), (
+            name
+        )
 
 
 def stamp(path: Path) -> str | None:
@@ -75,13 +89,11 @@ def stamp(path: Path) -> str | None:
 def test_pictures_are_drawn_from_the_newest_results() -> None:
     found = committed()
     expected = {name for results in found.values() for name in pictures.names(results)}
-    assert {path.name for path in results_file.RESULTS.glob("*.png")} == expected
+    assert {path.name for path in report.PICTURES.glob("c[pu]*-*.png")} == expected
     for results in found.values():
         for name in pictures.names(results):
-            path = results_file.RESULTS / name
-            assert stamp(path) == pictures.digest(results), (
-                f"{name} is out of date: python -m bench report --write"
-            )
+            path = report.PICTURES / name
+            assert stamp(path) == pictures.digest(results), f"{name} is out of date: make tables"
             assert path.stat().st_size < PICTURE_BYTES
 
 
@@ -95,9 +107,13 @@ def speed_claims(text: str) -> list[str]:
     return [s for s in sentences if MEASURED.search(s) and ABOUT_SPEED.search(s)]
 
 
-def test_the_prose_of_readme_claims_no_speed_in_numbers() -> None:
-    """Numbers stand in the generated part, where they cannot drift."""
-    assert speed_claims(replace_part(report.README, report.MARKERS, "")) == []
+GENERATED = re.compile(r"<!-- ([\w ]+?)(: ?begin)? -->.*?<!-- (\1: ?end|/\1) -->", re.S)
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_prose_claims_no_speed_in_numbers(page: Path) -> None:
+    """Numbers stand in generated parts, where they cannot drift."""
+    assert speed_claims(GENERATED.sub("", page.read_text(encoding="utf-8"))) == []
 
 
 def test_a_claim_in_prose_would_be_found() -> None:
@@ -105,6 +121,28 @@ def test_a_claim_in_prose_would_be_found() -> None:
         "It is 1.5x faster\nthan torch."
     ]
     assert speed_claims("Trained for 3 ms. Nothing is faster.") == []
+    part = "<!-- bench:begin -->\n1.5x faster\n<!-- bench:end -->"
+    assert GENERATED.sub("", f"before {part} after") == "before  after"
+
+
+# README's table.
+
+
+def test_headline_spans_the_ranking_of_undisturbed_steps(cpu: Results) -> None:
+    steps = [row for row in cpu["rows"] if row["group"] == "model" and row["mode"] == STEP]
+    ranked = [{"ratios": {"eager": {"median": i / 10}}} for i in range(25)]
+    chosen = spread(ranked[::-1], 10)
+    assert len(chosen) == 10 and chosen[0] == ranked[0] and chosen[-1] == ranked[-1]
+    assert chosen == sorted(chosen, key=ranked.index)
+    disturbed = find(cpu, "digits", "fp32", STEP)
+    disturbed |= {"calm": False}
+    assert headline(cpu, most=2).count("\n| ") == 2 + 2  # head and rule
+    text = headline(cpu)
+    names = {row["case"] for row in steps}
+    assert all((f"| {name}" in text) == (name != "digits") for name in names)
+    find(cpu, "rtdl-339", "fp32", STEP)["slower_than"] = ["eager"]
+    [line] = [line for line in headline(cpu).splitlines() if line.startswith("| rtdl-339")]
+    assert "▼" in line
 
 
 # Files.
@@ -131,10 +169,10 @@ def test_report_prints_the_file_it_is_given(
     put(site, cpu)
     assert report.main([str(put(site, gpu))]) == 0
     printed = capsys.readouterr().out
-    assert "### GPU" in printed and "### CPU" not in printed
+    assert "## GPU" in printed and "## CPU" not in printed
     assert report.main(["--full"]) == 0
     printed = capsys.readouterr().out
-    assert "### GPU" in printed and "**Every row: square**" in printed
+    assert "## GPU" in printed and "**Every row: square**" in printed
     assert "old" in report.README.read_text()
 
 
@@ -143,29 +181,29 @@ def test_markers_must_be_there(site: Path, cpu: Results) -> None:
     report.README.write_text("no markers")
     with pytest.raises(SystemExit, match=r"README\.md has no <!-- bench:begin -->"):
         report.main(["--write"])
-    assert not list(report.RESULTS.glob("*.png")), "nothing is drawn where it cannot be shown"
+    assert not list(report.PICTURES.glob("*.png")), "nothing is drawn where it cannot be shown"
     report.README.write_text(" ".join(reversed(report.MARKERS)))
     with pytest.raises(SystemExit, match="after it"):
         report.main(["--write"])
 
 
-def test_write_makes_readme_and_pictures_and_changes_nothing_twice(
+def test_write_makes_pages_and_pictures_and_changes_nothing_twice(
     site: Path, cpu: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pictures, "DPI", 30)  # nobody looks at them
     file = put(site, cpu)
-    (report.RESULTS / "cpu-stale.png").write_bytes(b"of an older report")
+    (report.PICTURES / "cpu-stale.png").write_bytes(b"of an older report")
     report.main(["--write"])
     first = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
     names = [f"cpu-{picture.name}.png" for picture in pictures.PICTURES]
-    drawn = [report.RESULTS / name for name in names]
-    assert set(first) == {report.README, file, *drawn}
+    drawn = [report.PICTURES / name for name in names]
+    assert set(first) == {report.README, report.PAGE, file, *drawn}
 
-    text = report.README.read_text(encoding="utf-8")
+    text = report.PAGE.read_text(encoding="utf-8")
     assert text.startswith("# before\n\n") and text.endswith("\n\nafter\n") and "old" not in text
     links = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     assert [Path(link).name for link in links] == names
-    assert all((site / link).is_file() for link in links)
+    assert all((report.PAGE.parent / link).is_file() for link in links)
 
     report.main(["--write"])
     assert first == {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
