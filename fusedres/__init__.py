@@ -4,6 +4,7 @@ from .activations import register_activation
 from .autograd import FusedResidualFunction
 from .functional import fused_residual
 from .mlp import FusedResidualMLP
+from .models.compiled import report
 from .models.convert import convert, revert
 from .modules import FusedResidual
 from .reference import Residual
@@ -27,5 +28,6 @@ __all__ = [
     "explain",
     "fused_residual",
     "register_activation",
+    "report",
     "revert",
 ]

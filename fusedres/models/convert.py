@@ -6,178 +6,26 @@ checkpoints and references into the model stay good, and so do copying and pickl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from ..layers import activation_name, customised, norm_features, norm_settings, stage_of, watched
+from ..layers import customised, stage_of
 from ..modules import FusedResidual
 from ..reference import Residual
+from .fuse import check_when
+from .plan import Planned, Plans, is_planned, planned_kind
+from .report import Add, Change, ConversionReport
+from .sequential import FusedSequential, become, convert_sequential
 
-
-@dataclass(frozen=True)
-class Change:
-    """What became of one module: `name` is its path in the model, `what` tells it or the reason."""
-
-    name: str
-    fused: bool
-    what: str
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What `convert` or `revert` did, module by module; ``print(report)`` is readable."""
-
-    title: str
-    changes: tuple[Change, ...]
-
-    @property
-    def fused(self) -> tuple[Change, ...]:
-        return tuple(change for change in self.changes if change.fused)
-
-    @property
-    def left(self) -> tuple[Change, ...]:
-        return tuple(change for change in self.changes if not change.fused)
-
-    def __str__(self) -> str:
-        width = max((len(change.name) for change in self.changes), default=0)
-        lines = [f"{self.title}: {len(self.fused)} changed, {len(self.left)} left alone"]
-        for change in self.changes:
-            verb = "changed" if change.fused else "left"
-            lines.append(f"  {verb:7}  {change.name:{width}}  {change.what}")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """Neighbours in an nn.Sequential that one fused layer without `add` can stand for."""
-
-    modules: tuple[nn.Module, ...]
-    settings: tuple[Any, ...]  # of those that `layer` does not ask for theirs
-    layer: FusedResidual  # over the same modules, and no module's child: it adds no state-dict keys
-
-    @staticmethod
-    def of(modules: tuple[nn.Module, ...]) -> Stack:
-        """Raises ValueError if a module's settings have no fused form."""
-        stages: dict[str, Any] = {str(stage_of(m)): m for m in modules}
-        linear, norm, dropout = stages["linear"], stages.get("norm"), stages.get("dropout")
-        for m in modules[: modules.index(linear)]:
-            if getattr(m, "inplace", False):
-                raise ValueError(f"{type(m).__name__} writes into the input (inplace=True)")
-        if isinstance(norm, nn.SyncBatchNorm):
-            raise ValueError("SyncBatchNorm sums over processes")
-        if isinstance(norm, nn.RMSNorm) and norm.eps is None:
-            raise ValueError("RMSNorm with eps=None follows the dtype; set its eps")
-        layer = FusedResidual(
-            linear.in_features,
-            linear.out_features,
-            order="-".join(stages),
-            device="meta",
-            activation=activation_name(stages.get("act")),
-            dropout=dropout.p if dropout else 0.0,
-            bias=linear.bias is not None,
-            **norm_settings(norm, linear.weight.dtype),
-        )
-        if norm_features(layer.norm) != norm_features(norm):
-            raise ValueError(f"{type(norm).__name__} has {norm_features(norm)} features")
-        layer.linear, layer.norm = linear, norm
-        layer.training = (dropout or linear).training
-        return Stack(modules, _settings(modules), layer)
-
-    def runs(self, modules: tuple[nn.Module, ...], x: Any) -> bool:
-        """Whether the fused call is still what these modules do, one after another, with x."""
-        if modules != self.modules or watched() or any(map(customised, modules)):
-            return False
-        training = self.layer.training
-        if any(type(m) is nn.Dropout and m.training != training for m in modules):
-            return False
-        if isinstance(self.layer.norm, nn.BatchNorm1d) and x.dim() != 2:
-            return False  # torch's norms dimension 1 then
-        return _settings(modules) == self.settings
-
-
-def _settings(modules: tuple[nn.Module, ...]) -> tuple[Any, ...]:
-    """What activations and dropouts were told: torch lists the names for TorchScript."""
-    return tuple(
-        getattr(m, name)
-        for m in modules
-        if stage_of(m) in ("act", "dropout")
-        for name in getattr(m, "__constants__", ())
-    )
-
-
-class FusedSequential(nn.Sequential):
-    """An nn.Sequential whose stacks run in fused calls; `convert` makes it, `revert` unmakes it.
-
-    Its modules are the nn.Sequential's own. A stack that was changed since (a module replaced, a
-    hook added, a dropout put into another mode) runs module by module, as does batch norm over
-    3-D input. Dropout draws masks as FusedResidual does: other zeros than torch's, as many.
-    """
-
-    _stacks: Any = MappingProxyType({})  # position of a stack's first module -> Stack
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As nn.Sequential's: input (..., K), the result of the last module."""
-        modules: Any = tuple(self._modules.values())
-        i = 0
-        while i < len(modules):
-            stack = self._stacks.get(i)
-            stop = i + 1 if stack is None else i + len(stack.modules)
-            if stack is not None and stack.runs(modules[i:stop], input):
-                input, i = stack.layer(input), stop
-            else:
-                input, i = modules[i](input), i + 1
-        return input
-
-    def train(self, mode: bool = True) -> FusedSequential:
-        for stack in self._stacks.values():
-            stack.layer.train(mode)
-        return super().train(mode)
-
-
-def _find_stacks(modules: Sequence[nn.Module]) -> tuple[dict[int, Stack], dict[int, str]]:
-    """Stacks by the position of their first module, and why other linears stand alone. Greedy."""
-    stages = [None if customised(m) else stage_of(m) for m in modules]
-    stacks: dict[int, Stack] = {}
-    alone: dict[int, str] = {}
-    i = 0
-    while i < len(modules):
-        stop = i
-        while stop < len(modules) and stages[stop] and stages[stop] not in stages[i:stop]:
-            stop += 1
-        reason = (
-            customised(modules[i]) or "no norm or activation with a fused form stands beside it"
-        )
-        while stop > i and "linear" in stages[i:stop] and {"norm", "act"} & {*stages[i:stop]}:
-            try:
-                stacks[i] = Stack.of(tuple(modules[i:stop]))
-            except ValueError as error:
-                reason, stop = str(error).removeprefix("fusedres: "), stop - 1
-            else:
-                break
-        if i not in stacks and isinstance(modules[i], nn.Linear):
-            alone[i] = reason
-        i = stop if i in stacks else i + 1
-    return stacks, alone
-
-
-def _convert_sequential(path: str, module: nn.Sequential) -> Iterator[Change]:
-    if "forward" in module.__dict__:
-        return
-    names, children = list(module._modules), list(module)
-    stacks, alone = _find_stacks(children)
-    for i, stack in stacks.items():
-        kinds = "-".join(type(m).__name__ for m in stack.modules)
-        order = stack.layer.order
-        yield Change(_join(path, names[i]), True, f"{kinds} in one fused call, order '{order}'")
-    for i, reason in alone.items():
-        yield Change(_join(path, names[i]), False, f"{type(children[i]).__name__}: {reason}")
-    if stacks:
-        _become(module, FusedSequential)
-        module._stacks = stacks  # type: ignore[assignment]
+_SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+TITLE = "fusedres.convert"
 
 
 def _convert_residual(name: str, module: Residual) -> Change:
@@ -191,52 +39,169 @@ def _convert_residual(name: str, module: Residual) -> Change:
             reason = f"{child_name}: {customised(child)}"
     if reason is not None:
         return Change(name, False, f"{type(module).__name__}: {reason}")
-    _become(module, FusedResidual)
+    become(module, FusedResidual)
     module._converted = True
     return Change(name, True, f"Residual is now FusedResidual, order {module.order!r}")
 
 
-def _become(module: Any, kind: type[nn.Module]) -> None:
-    module.__class__ = kind
+class _Sums(TorchFunctionMode):
+    """Sees which module's own forward adds two tensors of one shape, and what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+        self.owners: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _SUMS and self.calls and len(args) > 1:
+            a, b = args[:2]
+            both = isinstance(a, Tensor) and isinstance(b, Tensor)
+            if both and a.shape == b.shape and a.dim() > 1 and a.is_floating_point():
+                module, given, named = self.calls[-1]
+                self.owners.setdefault(module, (given, named))
+        return func(*args, **(kwargs or {}))
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.calls.append((module, args, kwargs))
+
+    def leave(self, module: nn.Module, args: Any, y: Any) -> None:
+        if self.calls and self.calls[-1][0] is module:
+            self.calls.pop()
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """A call inside changes no buffer and no generator."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
-def convert(model: nn.Module, *, linear_stacks: bool = True) -> ConversionReport:
+def _see_sums(model: nn.Module, example_inputs: tuple[Any, ...]) -> _Sums:
+    """Runs the model once, in evaluation."""
+    sums, hooks = _Sums(), []
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(sums.enter, with_kwargs=True))
+        hooks.append(module.register_forward_hook(sums.leave, always_call=True))
+    try:
+        with _evaluation(model), sums:
+            model(*example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums
+
+
+def _differs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Whether a converted module gives something else than its own forward, in evaluation."""
+    with _evaluation(module):
+        ours = tree_leaves(module(*args, **kwargs))
+        kind, module.__class__ = type(module), module._fusedres_kind
+        try:
+            plain = tree_leaves(module(*args, **kwargs))
+        finally:
+            module.__class__ = kind
+    for a, b in zip(ours, plain, strict=True):
+        if not isinstance(b, Tensor) or not b.is_floating_point():
+            continue
+        bound = 1e3 * torch.finfo(b.dtype).eps * b.abs().max()
+        if a.dtype != b.dtype or a.shape != b.shape or not (a - b).abs().max() <= bound:
+            return "its fused forward gives something else"
+    return None
+
+
+def _convert_owner(
+    name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], when: str
+) -> list[Add]:
+    """Lets a module's forward go by plans if one for these arguments fuses something."""
+    if isinstance(module, (Residual, FusedSequential)) or "forward" in module.__dict__:
+        return [Add(name, False, "its forward was replaced")] if "forward" in vars(module) else []
+    become(module, planned_kind(type(module)))
+    plans = module.__dict__["_fusedres_plans"] = Plans(when)
+    plan = plans.find(module, args, kwargs)
+    reason = "it is given a subclass of torch.Tensor" if plan is None else plan.why_not
+    fused = plan is not None and plan.call is not None
+    if fused:
+        reason = _differs(module, args, kwargs)
+    if not fused or reason is not None:
+        _unplan(module)
+    if reason is not None:
+        return [Add(name, False, f"{reason}; torch.compile(backend='fusedres') may read it")]
+    assert plan is not None
+    inner = [add.where.replace("(the model)", "") for add in plan.adds]
+    return [
+        replace(add, where=f"{name}.{where}" if where else name)
+        for add, where in zip(plan.adds, inner, strict=True)
+    ]
+
+
+def _unplan(module: Any) -> None:
+    become(module, module._fusedres_kind)
+    module.__dict__.pop("_fusedres_plans", None)
+
+
+def _convert_sums(model: nn.Module, example_inputs: tuple[Any, ...], when: str) -> list[Add]:
+    names = {module: name or "(the model)" for name, module in model.named_modules()}
+    owners = _see_sums(model, example_inputs).owners
+    adds: list[Add] = []
+    for module in sorted(owners, key=lambda m: -names[m].count(".")):  # innermost first
+        if not is_planned(module):
+            adds += _convert_owner(names[module], module, *owners[module], when)
+    places = {name: i for i, name in enumerate(names.values())}
+    return sorted(adds, key=lambda add: places.get(add.where, 0))
+
+
+def convert(
+    model: nn.Module, *example_inputs: Any, linear_stacks: bool | None = None, when: str = "faster"
+) -> ConversionReport:
     """Fuses, in place, the layers of a model that can be proved to stay the same function.
 
+    * With `example_inputs`, arguments of the model: each module whose own forward adds is read by
+      torch.fx, and what of the order grammar ends in that add runs fused, see
+      ``torch.compile(model, backend="fusedres")``, which reads more. The model is run once with
+      them, in evaluation.
     * A :class:`fusedres.Residual` becomes a :class:`fusedres.FusedResidual`.
-    * With `linear_stacks`, neighbours in an nn.Sequential that the order grammar can say (linear
-      with a norm, an activation, a dropout, in any order) run as one fused layer without `add`.
-
-    Nothing else: what another module's forward does with its layers cannot be known, so its
-    linears are left alone and listed; build those with FusedResidual or FusedResidual.from_layers.
-    Modules with hooks, parametrizations or a replaced forward and subclasses are left alone, too.
+    * With `linear_stacks` (default: without example inputs), neighbours in an nn.Sequential that
+      the order grammar can say (linear with a norm, an activation, a dropout, in any order) run as
+      one fused layer without `add`.
 
     Parameters, buffers, submodules, state-dict keys, devices, dtypes and modes stay the very same.
+    Other arguments than the examples, another mode, a changed setting or child, a new hook: a
+    module is read again at its next call, up to 8 times; after that its own forward runs.
 
-    Returns a report to print: for each such module what was done, or why not. Raises TypeError for
-    anything but a torch.nn.Module.
+    Args:
+        when: of residual adds that can be fused, "faster" fuses those that are measured to be
+            faster here (off a CPU all), "always" all.
+
+    Returns a report to print: what was done, or why not. Raises TypeError for anything but a
+    torch.nn.Module, ValueError for an unknown `when`.
     """
     _check_module("convert", model)
+    check_when("fusedres.convert", when)
+    adds = _convert_sums(model, example_inputs, when) if example_inputs else []
+    stacks = not example_inputs if linear_stacks is None else linear_stacks
+    read = {m for module in model.modules() if is_planned(module) for m in module.modules()}
     changes: list[Change] = []
     handled: set[nn.Module] = set()
     for path, module in list(model.named_modules()):
         name = path or "(the model)"
-        if module in handled:
+        if module in handled or module in read:
             continue
         if isinstance(module, Residual) or type(module) in (nn.Sequential, FusedSequential):
             handled.update(m for m in module.children() if isinstance(m, nn.Linear))
         if isinstance(module, Residual) and not isinstance(module, FusedResidual):
             changes.append(_convert_residual(name, module))
-        elif type(module) is nn.Sequential and linear_stacks:
-            changes += _convert_sequential(path, module)
-        elif isinstance(module, nn.Linear):
+        elif type(module) is nn.Sequential and stacks:
+            changes += convert_sequential(path, module)
+        elif isinstance(module, nn.Linear) and not example_inputs:
             reason = "its caller's forward is not read; see FusedResidual.from_layers"
             changes.append(Change(name, False, f"{type(module).__name__}: {reason}"))
-    return ConversionReport("fusedres.convert", tuple(changes))
+    return ConversionReport(TITLE, tuple(changes), tuple(adds))
 
 
 def revert(model: nn.Module) -> ConversionReport:
@@ -249,11 +214,17 @@ def revert(model: nn.Module) -> ConversionReport:
     for path, module in model.named_modules():
         name = path or "(the model)"
         if type(module) is FusedSequential:
-            _become(module, nn.Sequential)
+            become(module, nn.Sequential)
             module.__dict__.pop("_stacks", None)
             changes.append(Change(name, True, "an nn.Sequential again"))
+        elif isinstance(module, Planned):
+            if type(module) is not planned_kind(module._fusedres_kind):
+                changes.append(Change(name, False, "its class was changed since"))
+                continue
+            _unplan(module)
+            changes.append(Change(name, True, f"{type(module).__name__}: its own forward again"))
         elif type(module) is FusedResidual and module.__dict__.pop("_converted", False):
-            _become(module, Residual)
+            become(module, Residual)
             changes.append(Change(name, True, "a Residual again"))
     return ConversionReport("fusedres.revert", tuple(changes))
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fusedres import FusedResidual, Residual, convert, revert
-from fusedres.models.convert import ConversionReport, FusedSequential
+from fusedres.models.report import ConversionReport
+from fusedres.models.sequential import FusedSequential
 
 STACKS = {
     "linear-norm-act": lambda: [nn.Linear(12, 20), nn.LayerNorm(20), nn.GELU()],

@@ -1,0 +1,68 @@
+"""Whether a fused block is faster than what it replaces, on this machine: measured once a kind.
+
+On a CPU it depends on whose product is the better one, the library's or ours, for this width and
+this make of CPU, which no rule foretells. On a GPU fewer launches and passes over memory are taken
+for a gain.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .proof import Pair
+from .reading import value
+
+ROUNDS, SECONDS = 20, 0.3  # of both in turn; no more than so long
+MARGIN = 0.97  # of the time of what is replaced: clocks and neighbours are worth 3 %
+_MEASURED: dict[tuple[Any, ...], tuple[float, float]] = {}
+
+
+def _runs(pair: Pair) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Both as calls to time: a step where gradients are recorded, else a forward."""
+    numbers, records = pair.numbers(small=False), torch.is_grad_enabled()
+    needs = [getattr(value(node), "requires_grad", False) for node in pair.inputs]
+    records &= any(needs)
+    for t, need in zip(numbers, needs, strict=True):
+        if isinstance(t, Tensor) and need and records:
+            t.requires_grad_()
+
+    def call(module: Callable[..., Tensor]) -> None:
+        with pair.autocast:
+            y = module(*numbers)
+        if records:
+            learn = [t for t in numbers if isinstance(t, Tensor) and t.requires_grad]
+            torch.autograd.grad(y, learn, y.detach(), allow_unused=True)
+
+    return lambda: call(pair.original), lambda: call(pair.fused)
+
+
+def _measure(pair: Pair) -> tuple[float, float]:
+    original, fused = _runs(pair)
+    best, start = [float("inf"), float("inf")], time.perf_counter()
+    for turn in range(ROUNDS):
+        for i, run in enumerate((original, fused)):
+            begin = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - begin)
+        if turn > 1 and time.perf_counter() - start > SECONDS:
+            break
+    return best[0], best[1]
+
+
+def loss(pair: Pair) -> str | None:
+    """Why the block is better left as it is; None where fused is faster."""
+    if value(pair.block.add).device.type != "cpu":
+        return None
+    grads = [getattr(value(node), "requires_grad", False) for node in pair.inputs]
+    key = (*pair.key(), tuple(grads), torch.is_grad_enabled(), torch.get_num_threads())
+    if key not in _MEASURED:
+        _MEASURED[key] = _measure(pair)
+    plain, fused = _MEASURED[key]
+    if fused <= MARGIN * plain:
+        return None
+    return f"it would be no faster here: {1e3 * fused:.2f} ms fused, {1e3 * plain:.2f} ms by torch"

@@ -1,0 +1,107 @@
+"""Puts fused calls in the place of what the matcher found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from ..functional import run
+from ..operands import Operands
+from ..spec import Spec, make_spec
+from .match import Block, Layer
+from .reading import shape, value
+
+Look = Callable[[Any], Any]  # from a node of the model's graph to the one that has its value
+
+
+def fused_layer(recipe: str, momentum: float | None, x: Tensor, *operands: Tensor | None) -> Tensor:
+    """One fused call in a graph: y (..., N) from x (..., K) and the fields of `Operands` that
+    follow x, in order, up to running_var. `recipe`: ``str(spec)``.
+
+    As a layer's call it reads autocast and gradient mode when it runs. Raises as `fused_residual`.
+    """
+    return run(Spec.parse(recipe), Operands(x, *operands), momentum, False, "auto", True)  # type: ignore[arg-type]
+
+
+def spec_of(layer: Layer, chance: bool = True) -> Spec:
+    """The layer's recipe; without `chance`, dropout and drop-path are off."""
+    s = layer.settings
+    gate = None
+    if "gate" in layer.stages:
+        one = "factor" in s or shape(layer.tensors["gate"])[-1:] in ((), ("1",))
+        gate = "scalar" if one else "channel"
+    spec = make_spec(
+        layer.order,
+        s.get("norm"),
+        s.get("activation"),
+        gate,
+        s.get("eps", 1e-5),
+        s.get("dropout", 0.0),
+        s.get("drop_path", 0.0),
+        s.get("residual_scale", 1.0),
+        chance,
+    )
+    return spec.with_batch_stats(s.get("batch_stats", False))
+
+
+def constant(owner: GraphModule, number: float, like: Node) -> str:
+    """The name of a buffer of `owner` that holds a factor, as a gate."""
+    device = value(like).device
+    for name, buffer in owner.named_buffers(recurse=False):
+        if name.startswith("fusedres_factor") and buffer.device == device and buffer == number:
+            return name
+    name = f"fusedres_factor_{len(list(owner.buffers(recurse=False)))}"
+    owner.register_buffer(name, torch.full((1,), number, device=device), persistent=False)
+    return name
+
+
+def _gate(graph: Graph, owner: GraphModule, layer: Layer, look: Look) -> Any:
+    if "factor" in layer.settings and "gate" in layer.stages:
+        return graph.get_attr(constant(owner, layer.settings["factor"], layer.x))
+    gate = layer.tensors.get("gate")
+    if gate is None or len(shape(gate)) == 1:
+        return look(gate)
+    return graph.call_method("reshape", (look(gate), -1))
+
+
+def emit(graph: Graph, owner: GraphModule, block: Block, look: Look, chance: bool = True) -> Node:
+    """Appends the block's fused calls to the graph, where it inserts now. Returns y's node."""
+    y, residual, original = look(block.layers[0].x), look(block.residual), look(block.residual)
+    if block.rows:
+        y, residual = (graph.call_method("flatten", (t, 0, -2)) for t in (y, residual))
+    names = ("weight", "bias", "norm_weight", "norm_bias")
+    for layer in block.layers:
+        last = layer is block.layers[-1]
+        t = layer.tensors
+        operands = [look(t.get(name)) for name in names]
+        if layer.settings.get("transposed"):
+            operands[0] = graph.call_method("t", (operands[0],))
+        operands += [_gate(graph, owner, layer, look), residual if last else None]
+        operands += [look(t.get(name)) for name in ("running_mean", "running_var")]
+        while operands[-1] is None:
+            operands.pop()
+        head = (spec_of(layer, chance).text, layer.settings.get("momentum"), y)
+        y = graph.call_function(fused_layer, (*head, *operands))
+        if layer.last is not None:
+            y.meta = dict(layer.last.meta)
+    if block.rows:
+        meta, y = y.meta, graph.call_method("view_as", (y, original))
+        y.meta = dict(meta)
+    return y
+
+
+def replace(owner: GraphModule, block: Block, moved: dict[Node, Node]) -> None:
+    """The block's nodes give way to its fused calls, in a graph that `owner` is to recompile.
+    `moved`: the nodes that earlier blocks ended in, to those that stand for them.
+    """
+    graph, out = owner.graph, block.out
+    with graph.inserting_before(out):
+        y = emit(graph, owner, block, lambda n: moved.get(n, n))
+    out.replace_all_uses_with(y)
+    moved[out] = y
+    for node in sorted(block.nodes, reverse=True):
+        graph.erase_node(node)
