@@ -33,7 +33,7 @@ tables: $(VENV)/installed ## write the newest results into README and docs, as t
 
 docs: ## build the pages of docs/ into build/site
 	@$(PY) -c "import material, mkdocstrings" 2>/dev/null || \
-		{ echo "make docs: needs mkdocs: $(PIP) install -e '.[docs]' --no-build-isolation"; exit 1; }
+		{ echo "make docs: first $(PY) -m pip install mkdocs-material 'mkdocstrings[python]'"; exit 1; }
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench-check: $(VENV)/built ## has fused become slower against eager? Times, and instructions by valgrind

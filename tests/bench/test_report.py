@@ -70,6 +70,14 @@ def test_readme_is_read_in_a_minute() -> None:
     assert sum(line.startswith("| ") for line in lines) < 40
 
 
+def test_pages_say_that_no_gpu_has_run_as_long_as_none_has() -> None:
+    for name in ("README.md", "docs/install.md", "docs/index.md"):
+        text = " ".join((report.ROOT / name).read_text(encoding="utf-8").split())
+        assert ("nothing of this version has run on one" in text) == ("cuda" not in committed()), (
+            name
+        )
+
+
 def stamp(path: Path) -> str | None:
     """The digest of the results a picture was drawn from."""
     from PIL import Image
