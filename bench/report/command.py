@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..measure.results_file import RESULTS, ROOT, Results, check_results, load, name, newest, save
 from . import pictures
+from .headline import MOST as ROWS
 from .headline import headline
 from .section import replace_part, section
 
@@ -37,7 +38,8 @@ def pages(found: dict[str, Results]) -> dict[Path, str]:
     """The text of each page that shows results: README in short, docs/benchmarks.md all."""
     folder = PICTURES.relative_to(PAGE.parent)
     everything = render(found, lambda results: section(results, pictures.links(results, folder)))
-    short = render(found, headline, "###")
+    rows = ROWS // max(len(found), 1)
+    short = render(found, lambda results: headline(results, rows), "###")
     return {
         page: replace_part(page, MARKERS, p) for page, p in ((README, short), (PAGE, everything))
     }

@@ -1,4 +1,4 @@
-"""README's one table about a device: ten layers of models, from the worst ratio to the best."""
+"""README's table about a device: some layers of models, from the worst ratio to the best."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .tables import (
     share,
 )
 
-MOST = 10
+MOST = 10  # rows in README, of all devices together
 NOTE = (
     "times faster than eager torch and than torch.compile, a step is forward + backward; saved: "
     f"bytes kept for backward over eager's; {SLOWER}: slower by more than noise"
 )
 
 
-def headline(results: Results) -> str:
-    """A sentence on what was measured where, and the table."""
+def headline(results: Results, most: int = MOST) -> str:
+    """A sentence on what was measured where, and the table of at most `most` rows."""
     dtype = MAIN_DTYPE[results["device"]]
     steps = select(results["rows"], group="model", dtype=dtype, mode=STEP, calm=True)
     if not steps:
@@ -43,13 +43,13 @@ def headline(results: Results) -> str:
         ("x compile", lambda row: ratio(row, *COMPILED)),
         ("saved", lambda row: share(row, "saved_bytes")),
     ]
-    shown = spread(steps)
+    shown = spread(steps, most)
     lines = line_a_row(f"Layers of models, {dtype}", shown, columns, 3, NOTE).told().markdown()
     told = f"{len(shown)} of {len(steps)} layers, from the worst step to the best."
     return f"Measured on {source(results, brief=True)}; {told}\n\n{lines}"
 
 
-def spread(rows: list[Row], most: int = MOST) -> list[Row]:
+def spread(rows: list[Row], most: int) -> list[Row]:
     """At most `most` rows at even distances in the ranking by eager's ratio, both ends included."""
     ranked = sorted(rows, key=lambda row: row["ratios"]["eager"]["median"])
     if len(ranked) <= most:

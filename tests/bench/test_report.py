@@ -131,11 +131,12 @@ def test_a_claim_in_prose_would_be_found() -> None:
 def test_headline_spans_the_ranking_of_undisturbed_steps(cpu: Results) -> None:
     steps = [row for row in cpu["rows"] if row["group"] == "model" and row["mode"] == STEP]
     ranked = [{"ratios": {"eager": {"median": i / 10}}} for i in range(25)]
-    chosen = spread(ranked[::-1])
+    chosen = spread(ranked[::-1], 10)
     assert len(chosen) == 10 and chosen[0] == ranked[0] and chosen[-1] == ranked[-1]
     assert chosen == sorted(chosen, key=ranked.index)
     disturbed = find(cpu, "digits", "fp32", STEP)
     disturbed |= {"calm": False}
+    assert headline(cpu, most=2).count("\n| ") == 2 + 2  # head and rule
     text = headline(cpu)
     names = {row["case"] for row in steps}
     assert all((f"| {name}" in text) == (name != "digits") for name in names)
