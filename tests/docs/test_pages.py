@@ -1,7 +1,8 @@
 """README and the pages of docs/: their code runs, their links lead somewhere, nothing is left out.
 
 A block of Python or shell runs, unless a comment above it says why not: `<!-- not run: reason -->`,
-or that it needs a package that is not here: `<!-- needs: onnx -->`.
+or that it needs a package that is not here: `<!-- needs: onnx -->`. `group/name` is an entry point,
+which a package that was only put on the path has not.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +47,11 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
+def is_here(name: str) -> bool:
+    group, _, entry = name.rpartition("/")
+    return bool(entry_points(group=group, name=entry) if group else find_spec(name))
+
+
 def script(chosen: list[Block]) -> str:
     """The blocks as one program, each on the lines where it stands in its page."""
     lines: list[str] = []
@@ -65,7 +72,7 @@ def run(command: list[str], folder: Path) -> None:
 def test_python_runs_in_order_in_a_fresh_process(page: Path, tmp_path: Path) -> None:
     found = [block for block in blocks(page.read_text()) if block.language == "python"]
     chosen = [block for block in found if block.why is None]
-    lacking = [block for block in chosen if not all(map(find_spec, block.needs))]
+    lacking = [block for block in chosen if not all(map(is_here, block.needs))]
     chosen = [block for block in chosen if block not in lacking]
     if chosen:
         file = tmp_path / f"{page.stem}.py"
