@@ -198,9 +198,8 @@ struct BackwardPass {
     const int64_t width = std::max(pass.dy.features, pass.weight.width);
     const Chunks chunks = chunks_of<A>(M, width, pass.weight);
     prepare(chunks.count);
-    for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-      run_chunk(chunk, begin, end);
-    });
+    for_each_chunk(
+        chunks, [&](int64_t chunk, int64_t begin, int64_t end) { run_chunk(chunk, begin, end); });
     finish(chunks.count);
   }
 
