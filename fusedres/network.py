@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from operator import is_ as _is
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -210,23 +210,23 @@ class FusedSequential(nn.Sequential):
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     def chains(self, x: Tensor) -> list[str]:
-        """What a call with x (..., K) does, a line for each run or module; the modules that stand
-        alone are called to find the widths after them.
+        """What a call with x (..., K) does, a line for each run or module. Nothing runs: a module
+        that stands alone is taken to give its `out_features`, or as many as it gets.
         """
         reason, at, lines = _unchained(x), 0, []
         modules: list[Any] = list(self._modules.items())
-        with torch.no_grad():
-            while at < len(modules):
-                name, module = modules[at]
-                links = self._links_from([m for _, m in modules], at, x)
-                if len(links) > 1:
-                    lines.append(f"{name} to {modules[at + len(links) - 1][0]}: one call")
-                    x = cast(Tensor, self._joined(x, links))
-                    at += len(links)
-                    continue
+        while at < len(modules):
+            name, module = modules[at]
+            links = self._links_from([m for _, m in modules], at, x)
+            if len(links) > 1:
+                at += len(links)
+                width = links[-1].operands[0].shape[0]
+                lines.append(f"{name} to {modules[at - 1][0]}: one call")
+            else:
+                at += 1
                 link = link_of(module, x, x.shape[-1]) if reason is None else reason
                 alone = link if isinstance(link, str) else "no neighbour to be joined with"
+                width = getattr(module, "out_features", x.shape[-1])
                 lines.append(f"{name}: by itself: {alone}")
-                x = module(x)
-                at += 1
+            x = x.new_empty(()).expand(*x.shape[:-1], width)
         return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from ..functional import composite_only, fused_residual
 from ..layers import customised, first_parameter, watched
 from ..mlp import FusedResidualMLP
 from ..modules import FusedResidual
+from ..network import FusedSequential
 from ..reference import Residual
 from ..spec import Spec, make_spec
 from .calls import Call, Context
@@ -62,8 +64,9 @@ def explain(
     Nothing runs and nothing changes: no counter of a batch norm, no random state.
 
     Args:
-        layer_or_call: a FusedResidual, FusedResidualMLP or Residual, or
-            ``functools.partial(fused_residual, weight=..., ...)``.
+        layer_or_call: a FusedResidual, FusedResidualMLP or Residual,
+            ``functools.partial(fused_residual, weight=..., ...)``, or a FusedSequential: then the
+            calls are its layers' own, and notes tell which of them one call joins.
         x: (..., K), the call's input; a meta tensor will do, then the layer's device counts.
         residual: (..., R), if the call has one.
         device: explain the call as if on this device, for example "cuda" on a machine without one.
@@ -95,13 +98,28 @@ def explain(
         context = _context(x, _weight(call), tensors, device, residual)
         calls, notes = _of_layer(context, call, x.shape[-1], _features(residual))
         title = type(call).__name__
+    elif isinstance(call, FusedSequential):
+        title = f"FusedSequential on x {tuple(x.shape)}, {x.dtype}, {x.device}"
+        return Explanation(title, tuple(_of_network(call, x, device)), tuple(call.chains(x)))
     else:
         raise TypeError(
-            f"fusedres.explain: expected a FusedResidual, FusedResidualMLP or Residual layer or "
-            f"functools.partial(fused_residual, weight=...), got {type(call).__name__}"
+            f"fusedres.explain: expected a FusedResidual, FusedResidualMLP or Residual layer, a "
+            f"FusedSequential or functools.partial(fused_residual, weight=...), got "
+            f"{type(call).__name__}"
         )
     title = f"{title} on x {tuple(x.shape)}, {x.dtype}, {context.device}"
     return Explanation(title, tuple(calls), (*notes, *_notes(context, x)))
+
+
+def _of_network(
+    net: FusedSequential, x: Tensor, device: torch.device | str | None
+) -> Iterator[Call]:
+    """Of its residual layers; any other module is taken to give its `out_features`, if it tells."""
+    for module in net:
+        if isinstance(module, (Residual, FusedResidualMLP)):
+            yield from explain(module, x, device=device).calls
+        width = getattr(module, "out_features", x.shape[-1])
+        x = x.new_empty(()).expand(*x.shape[:-1], width)
 
 
 def _context(

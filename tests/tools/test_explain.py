@@ -12,6 +12,7 @@ from fusedres import (
     ORDERS,
     FusedResidual,
     FusedResidualMLP,
+    FusedSequential,
     Residual,
     explain,
     functional,
@@ -228,3 +229,11 @@ def test_errors_are_the_calls_own():
         explain(FusedResidual(12, 8, shortcut="identity"), torch.randn(9, 12))
     with pytest.raises(NotImplementedError, match="cannot run"):
         explain(FusedResidual(12, backend="cuda"), torch.randn(9, 12))
+
+
+def test_a_network_tells_its_chains():
+    net = FusedSequential(nn.Linear(8, 16), FusedResidual(16), FusedResidual(16), nn.Linear(16, 2))
+    told = explain(net, torch.randn(4, 8))
+    assert [call.backend for call in told.calls] == ["cpu", "cpu"]
+    assert told.notes[1] == "1 to 2: one call" and "it is a Linear" in told.notes[0]
+    assert "FusedSequential on x (4, 8)" in str(told)
