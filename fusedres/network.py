@@ -19,7 +19,7 @@ from .modules import FusedResidual, must_be_called
 from .reference import asked_of
 
 _modes = torch._C._len_torch_dispatch_stack
-_LARGEST = 1 << 22  # elements of a weight: those of the 16 MiB that our own product packs
+_LARGEST = 1 << 18  # elements of a weight: those for which our own product is the best anywhere
 _ROOM = (
     1 << 22
 )  # elements that a call keeps of a kind: larger pieces of memory are never used again

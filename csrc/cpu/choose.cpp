@@ -38,6 +38,15 @@ struct Set {
   const Kernels<double>* of_double;
 };
 
+bool intel() {
+#if defined(__x86_64__)
+  static const bool found = __builtin_cpu_is("intel");
+  return found;
+#else
+  return false;
+#endif
+}
+
 // Linux gives a process AMX's registers when it asks for them.
 bool may_use_amx() {
 #if defined(FUSEDRES_X86_SETS) && defined(__linux__)
@@ -80,7 +89,10 @@ Set choose() {
 }
 
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kLargestWeight = int64_t{1} << 24;  // bytes that a share of L3 holds
+
+// The largest packed weight, in bytes, for which blocks of rows beat the library's product of the
+// whole matrix and a pass: what a share of L3 holds. On Intel CPUs, for which MKL is made, half of L2.
+int64_t largest_weight() { return intel() ? int64_t{1} << 20 : int64_t{1} << 24; }
 
 const Set& chosen() {
   static const Set set = choose();
@@ -108,7 +120,7 @@ bool own_product(int64_t M, int64_t N, int64_t K, DType dtype) {
   const bool pairs = dtype == DType::bfloat16 && multiplies_pairs();
   // Packing costs as much as five rows of the product; where the library has no fast one, less.
   if ((pairs || dtype == DType::float32) && M < kFewRows) return false;
-  return N * K * (pairs ? 2 : 4) <= kLargestWeight;
+  return N * K * (pairs ? 2 : 4) <= largest_weight();
 }
 
 // torch multiplies fp32 through MKL on x86. MKL runs its widest code on Intel CPUs only; elsewhere
@@ -116,8 +128,7 @@ bool own_product(int64_t M, int64_t N, int64_t K, DType dtype) {
 // Measured: bench/NOTES.md.
 bool prefer_onednn(int64_t M, int64_t N, int64_t K) {
 #if defined(__x86_64__)
-  static const bool intel = __builtin_cpu_is("intel");
-  return !intel && M * N * K >= (int64_t{1} << 26);
+  return !intel() && M * N * K >= (int64_t{1} << 26);
 #else
   return M * N * K < 0;
 #endif
