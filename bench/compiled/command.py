@@ -16,7 +16,7 @@ import torch
 from fusedres.backends import plan as planner
 from fusedres.spec import Spec, make_spec
 
-from ..measure.agenda import GOALS, OF_EAGER, OF_PRODUCT, Goal
+from ..measure.goals import OF_EAGER, OF_PRODUCT, ON_GPU, Goal
 from ..measure.cases import BACKWARD_GRAPH, GRAPH, RECORD_GRAPH, Task
 from ..measure.results_file import ROOT
 from ..report.tables import digits, table
@@ -31,7 +31,7 @@ MODES = (GRAPH, RECORD_GRAPH, BACKWARD_GRAPH)
 INTRODUCTION = """# The Triton kernels by counting
 
 Made by `python -m bench gpu-model --write`; nothing here was measured. bench/compiled/cost.py says
-how seconds follow from instructions. Goals are those of bench/measure/agenda.py, for the Triton
+how seconds follow from instructions. Goals are those of bench/measure/goals.py, for the Triton
 kernels also where `auto` takes the CUDA ones."""
 
 TILES = """Instructions of a warp for a step of the product, then of a thread for each element of z,
@@ -103,7 +103,7 @@ def predict(sm: int, task: Task, pair: str) -> float | None:
 def goals(sm: int) -> list[dict[str, Any]]:
     """Each goal for each of its rows that this model knows."""
     found = []
-    for goal, task in ((one, task) for one in GOALS for task in one.tasks):
+    for goal, task in ((one, task) for one in ON_GPU for task in one.tasks):
         value = predict(sm, task, goal.pair)
         if value is not None:
             found.append(_verdict(goal, task, value))
@@ -113,7 +113,7 @@ def goals(sm: int) -> list[dict[str, Any]]:
 def _verdict(goal: Goal, task: Task, value: float) -> dict[str, Any]:
     bound = f"{'>=' if goal.least else '<='} {goal.bound:g}"
     verdict = {"goal": goal.what, "row": str(task), "bound": bound}
-    return verdict | {"value": round(value, 2), "met": goal.met(value)}
+    return verdict | {"value": round(value, 2), "met": goal.reaches(value, goal.bound)}
 
 
 def goal_table(found: list[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from bench.compiled import command, cost
 from bench.compiled.cost import GPUS, Work, in_flight, resident, seconds
 from bench.compiled.sass import Loop, loops_of
 from bench.gpu.__main__ import PREDICTIONS, predictions
-from bench.measure.agenda import GOALS
+from bench.measure.goals import ON_GPU
 
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -87,7 +87,7 @@ def test_every_goal_of_the_kernels_is_predicted_and_gpu_check_knows() -> None:
     """What is written down is of the goals as they are; of host and memory nothing is predicted."""
     asked = [
         (goal.what, str(task), goal)
-        for goal in GOALS
+        for goal in ON_GPU
         for task in goal.tasks
         if task.mode in command.MODES
     ]
