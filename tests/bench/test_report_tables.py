@@ -185,7 +185,7 @@ def test_every_section_says_where_and_how(cpu: Results, gpu: Results) -> None:
 
 def test_a_gpu_shows_bf16_and_cuda_graphs(gpu: Results) -> None:
     text = report.render({"cuda": gpu})
-    assert "**CPU: not measured yet.**" in text and "### GPU" in text
+    assert "**CPU: not measured yet.**" in text and "## GPU" in text
     assert cells(text, "Layers of models, bf16")
     assert {"graph"} <= {line["mode"][0] for line in cells(text, "Square layers")}
     assert "Kernels on the GPU a call: forward fused 1 and eager 4;" in text
