@@ -59,9 +59,6 @@ SUITES = {
     "triton layouts": ("triton", "layouts or nothing_outside or shortcuts"),
     "triton whole": ("triton", "dz_and_dx"),
     "triton sums": ("triton", "rows_past or many_programs or same_call"),
-    "triton widths": ("triton", "odd_width or alignment_is or (dz_and_dx and pad)"),
-    "triton host": ("triton_host", "later_launch or once"),
-    "plan": ("plan", "narrower or powers_of_two or without_wgmma or test_products"),
     "triton mixed": ("triton_mixed", "inference or overflows or looks_at"),
     "cuda": ("cuda_emulated", "test_shapes or residuals or parts or several_tiles or large_mean"),
     "cuda layouts": ("cuda_emulated", "strides or nan_and_inf or no_races"),
@@ -260,9 +257,6 @@ TABLE = {
     ("triton sums", "the last but one to arrive adds up",
      'last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == count - 1',
      'last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == count - 2'),
-    ("triton sums", "rows past a group's last are added",
-     "inside = (i < count)[:, None] & (n < N)[None, :]\n        at = ptr + row",
-     "inside = (i >= 0)[:, None] & (n < N)[None, :]\n        at = ptr + row"),
     ("triton sums", "only the first group of programs counts",
      "add_rows(part, 0, GROUP, groups, n", "add_rows(part, 0, GROUP, 1, n"),
 ],
@@ -314,21 +308,6 @@ TABLE = {
 ],
 "fusedres/backends/triton.py": [
     ("triton", "the skip is added twice", "beta=int(late)", "beta=2 * int(late)"),
-    ("triton widths", "N is not asked for its alignment", "math.gcd(16, N, *(", "math.gcd(16, *("),
-],
-"fusedres/backends/vendor.py": [
-    ("triton widths", "odd rows go to Triton", "bool(N % 2 or K % 2)", "False"),
-],
-"fusedres/backends/launch.py": [
-    ("triton host", "pointers are not asked for their alignment", "t.data_ptr() & 15 == 0)", "0)"),
-    ("triton host", "calls are kept for ever", "_calls.clear()", "pass"),
-    ("triton host", "profilers miss a launch", "known is not kernel or hooked()",
-     "known is not kernel"),
-],
-"fusedres/backends/plan.py": [
-    ("plan", "128 programs do not fill 132", "FULL = 0.9 ", "FULL = 1.0 "),
-    ("plan", "single elements by as few warps", "16 if align * size == 2 else 64", "64"),
-    ("plan", "Ada reads no tiles of Ampere", '("sm_8", "sm_12")', '("sm_8x",)'),
 ],
 "fusedres/functional.py": [
     ("surgery", "batches are not counted", "tracked.add_(1)", "tracked.add_(0)"),

@@ -18,7 +18,6 @@ tile whose grid fills the device.
 from __future__ import annotations
 
 import json
-import math
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,21 +32,14 @@ WIDEST_ROW = 256  # whole rows of z in one program: beyond, every row block read
 TALLEST_COLUMN = 512  # rows of a batch that one program takes
 MOST_COLUMNS = 1 << 20
 BACKWARD_TILE = 2048  # elements of a tile of the backward kernels
-BACKWARD_ROW = 4096  # the widest norm over rows whose backward takes a row at once
-BACKWARD_WARPS = 8  # twice as many where a row is wider than BACKWARD_TILE
+BACKWARD_ROW = 2048  # the widest norm over rows whose backward takes a row at once
+BACKWARD_WARPS = 8
 BACKWARD_WIDTH = 128  # columns of one where nothing needs whole rows
 BACKWARD_PROGRAMS = 512  # a constant, so that sums do not depend on the GPU
 MOST_WALKERS = 256
 WIDEST_PRODUCT = 512  # features of z for dz and dx in one launch
 REREADS = 5.6  # of the weight in L2 while memory moves what `plan_whole` says
-# Up to this K two programs with tiles of 128 columns, one's finish beside the other's product, beat
-# one of 256 that has a multiprocessor to itself, by `python -m bench gpu-model`: not measured.
-SHALLOW = 2048
-MOST_MOVES = 15  # of a thread for one step of a product: more, and 128 x 128 spills
-MOST_SINGLE = 4096  # elements of a tile that are moved one by one, in 16-bit types
-MOST_SPLITS = 64  # parts of the rows in the product dz.T @ x
-MOST_PARTIAL = 1 << 17  # elements that one program adds up of them: half a megabyte, a few us
-FULL = 0.9  # of a device's multiprocessors: 128 programs fill 132
+MOST_SPLITS = 32  # parts of the rows in the product dz.T @ x
 
 FAMILIES = {  # family -> (kernel, what it takes statistics over)
     "tile": ("residual_forward_kernel", "given"),
@@ -115,17 +107,6 @@ class Tile(NamedTuple):
         row = self.BLOCK_M * (4 if mixed else size) + self.BLOCK_N * size
         return self.num_stages * self.BLOCK_K * row
 
-    def narrowed(self, size: int, align: int) -> Tile:
-        """For elements of `size` bytes that are moved `align` at once: with fewer columns of the
-        operands in a step, and more warps, where addresses would not leave enough registers.
-        """
-        if align * size >= 16:
-            return self
-        threads = self.BLOCK_M * self.BLOCK_N // (16 if align * size == 2 else 64)
-        tile = self._replace(num_warps=max(self.num_warps, threads // 32))
-        step = MOST_MOVES * 32 * tile.num_warps * align // (self.BLOCK_M + self.BLOCK_N)
-        return tile._replace(BLOCK_K=min(self.BLOCK_K, max(16, 1 << step.bit_length() - 1)))
-
     def grid(self, M: int, N: int) -> int:
         return ceil_div(M, self.BLOCK_M) * ceil_div(N, self.BLOCK_N)
 
@@ -141,7 +122,6 @@ class Plan(NamedTuple):
     walkers: int  # programs that share a column tile, where programs meet
     shared: int  # bytes
     waves: float  # programs for each multiprocessor
-    align: int  # elements
 
     @property
     def cooperative(self) -> bool:
@@ -179,11 +159,10 @@ def config_file(name: str) -> Path:
 @cache
 def config(name: str, architecture: str) -> dict[str, Any]:
     """The tables "tiles", "tuned" and "auto" for a device: its own file's lines before its
-    architecture's, those before its kin's and those before generic.json's.
+    architecture's, those before generic.json's.
     """
     found: dict[str, Any] = {"tiles": {}, "tuned": {}, "auto": {}}
-    kin = ["sm_80"] * architecture.startswith(("sm_8", "sm_12"))  # without wgmma, too
-    for path in map(config_file, dict.fromkeys(("generic", *kin, architecture, name))):
+    for path in (config_file("generic"), config_file(architecture), config_file(name)):
         if path.exists():
             read = json.loads(path.read_text())
             for table, lines in found.items():
@@ -230,14 +209,12 @@ def key_of(spec: Spec, size: int, M: int, N: int, K: int) -> str:
 
 
 def tiles_of(
-    family: str, random: bool, size: int, device: Device, mixed: bool = False, align: int = 16
+    family: str, random: bool, size: int, device: Device, mixed: bool = False
 ) -> list[Tile]:
     """The tiles of a family for elements of `size` bytes, largest first; `random`: for recipes with
     dropout or drop-path, `mixed`: with dtypes beside the product's. Stages are dropped to fit the
-    device's shared memory. Where memory is moved by less than 8 bytes at once, `align` elements,
-    addresses take registers as masks do.
+    device's shared memory.
     """
-    random = random or align * size < 8
     tiles = config(device.name, device.architecture)["tiles"]
     both = [" random mixed"] * (random and mixed)
     kinds = [*both, *[" random"] * random, *[" mixed"] * mixed, ""]
@@ -259,26 +236,14 @@ def can_compute(family: str, tile: Tile, M: int, N: int) -> bool:
 
 
 def choose_tile(
-    family: str,
-    random: bool,
-    size: int,
-    M: int,
-    N: int,
-    device: Device,
-    mixed: bool = False,
-    align: int = 16,
-    K: int = 1 << 20,
+    family: str, random: bool, size: int, M: int, N: int, device: Device, mixed: bool = False
 ) -> Tile:
     """The first tile within the matrix that fills the device, else the one of most programs."""
-    tiles = tiles_of(family, random, size, device, mixed, align)
+    tiles = tiles_of(family, random, size, device, mixed)
     tiles = [t for t in tiles if can_compute(family, t, M, N)]
-    if family == "wide" and K <= SHALLOW:
-        tiles = [t for t in tiles if t.BLOCK_N <= 128]
-    if align * size == 2:
-        tiles = [t for t in tiles if t.BLOCK_M * t.BLOCK_N <= MOST_SINGLE] or tiles[-1:]
     fitting = [t for t in tiles if power_of_two(N) >= t.BLOCK_N and power_of_two(M) >= t.BLOCK_M]
     fitting = fitting or tiles[-1:]
-    full = (t for t in fitting if t.grid(M, N) >= FULL * device.processors)
+    full = (t for t in fitting if t.grid(M, N) >= device.processors)
     return next(full, max(fitting, key=lambda t: (t.grid(M, N), t.BLOCK_M * t.BLOCK_N)))
 
 
@@ -291,23 +256,18 @@ def plan(
     K: int,
     device: Device = UNKNOWN,
     tile: Tile | None = None,
-    align: int | None = None,
 ) -> Plan:
-    """The forward launch for x (M, K) and weight (N, K), with `tile` or the one of the tables.
-    `align`: a power of two that divides widths and row strides; None: of contiguous operands.
-    """
+    """The forward launch for x (M, K) and weight (N, K), with `tile` or the one of the tables."""
     size = dtype.itemsize
     family = family_of(spec, size, M, N)
     kernel, over = FAMILIES[family]
     if over == "given" and "norm" in spec.prologue and spec.norm in ("layer", "rms"):
         over = "rows of x"
-    align = math.gcd(16, N, K) if align is None else align
     if tile is None:
         tuned = config(device.name, device.architecture)["tuned"].get(key_of(spec, size, M, N, K))
         tile = Tile(*tuned) if tuned else None
         if tile is None or not can_compute(family, tile, M, N):
-            tile = choose_tile(family, spec.random, size, M, N, device, bool(spec.dtypes), align, K)
-    tile = tile.narrowed(size, align)
+            tile = choose_tile(family, spec.random, size, M, N, device, bool(spec.dtypes))
     programs, walkers = tile.grid(M, N), 1
     if family in COOPERATIVE:
         columns = ceil_div(N, tile.BLOCK_N) if family == "batch" else ceil_div(K, tile.BLOCK_K)
@@ -315,8 +275,7 @@ def plan(
         most = walkers * columns if family == "batch" else max(walkers * columns, programs)
         programs = min(device.resident, most)
     shared = tile.shared(size, bool(spec.dtypes))
-    waves = programs / device.processors
-    return Plan(family, kernel, over, tile, programs, walkers, shared, waves, align)
+    return Plan(family, kernel, over, tile, programs, walkers, shared, programs / device.processors)
 
 
 class BackwardPlan(NamedTuple):
@@ -328,12 +287,11 @@ class BackwardPlan(NamedTuple):
     tiles: int
     walkers: int
     wide: bool  # a norm over rows that go through in several tiles
-    maxnreg: int
 
     def options(self) -> dict[str, int]:
         """As a kernel's keyword arguments."""
-        names = ("BLOCK_M", "BLOCK_N", "num_warps", "maxnreg")
-        return {name: getattr(self, name) for name in names}
+        sizes = {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N, "num_warps": self.num_warps}
+        return sizes | {"maxnreg": registers(self.num_warps)}
 
 
 def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) -> BackwardPlan:
@@ -350,11 +308,9 @@ def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) ->
         width = min(width, BACKWARD_WIDTH)
     height = max(1, BACKWARD_TILE // width)
     tiles, blocks = ceil_div(C, width), ceil_div(M, height)
-    programs = 2 * device.resident if over == "columns" else BACKWARD_PROGRAMS
+    programs = device.resident if over == "columns" else BACKWARD_PROGRAMS
     walkers = max(1, min(blocks, programs // (1 if wide else tiles), MOST_WALKERS))
-    warps = BACKWARD_WARPS * (2 if over == "rows" and width > BACKWARD_TILE else 1)
-    limit = registers(warps if wide else 2 * BACKWARD_WARPS)  # else two programs a multiprocessor
-    return BackwardPlan(height, width, warps, tiles, walkers, wide, limit)
+    return BackwardPlan(height, width, BACKWARD_WARPS, tiles, walkers, wide)
 
 
 class WholePlan(NamedTuple):
@@ -366,29 +322,23 @@ class WholePlan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan_whole(
-    dtype: torch.dtype,
-    M: int,
-    N: int,
-    K: int,
-    random: bool,
-    device: Device = UNKNOWN,
-    align: int = 16,
+    dtype: torch.dtype, M: int, N: int, K: int, random: bool, device: Device = UNKNOWN
 ) -> WholePlan | None:
-    """dz (M, N) and dx (M, K) in one launch; `random`: masks after `linear`, `align`: as in `plan`.
-    None where two launches are better: each row block reads all of the weight.
+    """dz (M, N) and dx (M, K) in one launch; `random`: masks after `linear`. None where two
+    launches are better: each row block reads all of the weight.
 
     By arithmetic: a launch saved pays for that where one wave of programs is enough. Beyond, the
     4 M N elements that go to and from memory must hide it; L2 gives about 2.4 times what memory
     does, so K / BLOCK_M + 4 <= 2.4 * 4.
     """
-    tiles = tiles_of("whole", random, dtype.itemsize, device, align=align)
+    tiles = tiles_of("whole", random, dtype.itemsize, device)
     tile = next((t for t in tiles if power_of_two(N) == t.BLOCK_N), None)
-    if tile is None or N > WIDEST_PRODUCT or align * dtype.itemsize == 2:
+    if tile is None or N > WIDEST_PRODUCT:
         return None
     blocks = ceil_div(M, tile.BLOCK_M)
     if blocks > device.processors and K > REREADS * tile.BLOCK_M:
         return None
-    return WholePlan(tile.narrowed(dtype.itemsize, align), max(1, min(blocks, MOST_WALKERS)))
+    return WholePlan(tile, max(1, min(blocks, MOST_WALKERS)))
 
 
 class ProductsPlan(NamedTuple):
@@ -402,12 +352,6 @@ class ProductsPlan(NamedTuple):
     programs: int
 
 
-def most_splits(tile: Tile, M: int) -> int:
-    """Into how many parts the M rows may be cut that make one tile of dweight."""
-    of_partial = MOST_PARTIAL // (tile.BLOCK_M * tile.BLOCK_N)
-    return min(MOST_SPLITS, of_partial, ceil_div(M, 4 * tile.BLOCK_K))
-
-
 def plan_products(
     dtype: torch.dtype,
     M: int,
@@ -417,19 +361,17 @@ def plan_products(
     random: bool,
     device: Device = UNKNOWN,
     mixed: bool = False,
-    align: int = 16,
 ) -> ProductsPlan:
     """dweight (N, K) and, if `dx`, dx (M, K); `random`: masks before `linear`; `mixed`: as
-    in `tiles_of`, `align`: as in `plan`.
+    in `tiles_of`.
     """
-    tiles = tiles_of("products", random, dtype.itemsize, device, mixed, align)
+    tiles = tiles_of("products", random, dtype.itemsize, device, mixed)
     fitting = [t for t in tiles if power_of_two(min(N, K)) >= t.BLOCK_M] or tiles[-1:]
-    least = FULL * device.processors
-    full = (t for t in fitting if min(t.grid(M, K), t.grid(N, K) * most_splits(t, M)) >= least)
-    tile = next(full, fitting[-1]).narrowed(dtype.itemsize, align)
+    full = (t for t in fitting if t.grid(M, K) >= device.processors)
+    tile = next(full, fitting[-1])
     block, step = tile.BLOCK_M, tile.BLOCK_K
     of_weight = tile.grid(N, K)
-    wanted = min(ceil_div(2 * device.processors, of_weight), most_splits(tile, M))
+    wanted = min(ceil_div(2 * device.processors, of_weight), MOST_SPLITS, ceil_div(M, 4 * step))
     rows = ceil_div(ceil_div(M, max(1, wanted)), step) * step
     splits = max(1, ceil_div(M, rows)) if rows else 1
     programs = of_weight * splits + dx * tile.grid(M, K)

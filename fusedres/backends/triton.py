@@ -5,7 +5,6 @@ Importing this module imports Triton; without Triton it still imports, and `why_
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sysconfig
@@ -23,12 +22,10 @@ from ..checks import check_fits
 from ..operands import DIFFERENTIABLE, Operands, Outputs
 from ..spec import ACTIVATIONS, Spec
 from . import plan as planner
-from .launch import Call, call_of, key_of
 from .plan import Plan, WholePlan, ceil_div
 
 try:
     import triton
-    import triton.language as tl
 
     from ..kernels import backward, by_tanh, epilogue, forward, products
     from ..kernels.moments import GROUP
@@ -113,33 +110,23 @@ class Side(NamedTuple):
         return cls(stages[:at], True, stages[at + 1 :])
 
 
-def alignment(N: int, *matrices: Tensor | None) -> int:
-    """The largest power of two up to 16 that divides N and their widths and row strides."""
-    found = (t for t in matrices if t is not None)
-    return math.gcd(16, N, *(size for t in found for size in (t.shape[1], t.stride(0))))
-
-
-def stage_operands(
-    spec: Spec, o: Operands, stats: Tensor | None, align: int, ready: Call | None = None
-) -> StageOperands:
+def stage_operands(spec: Spec, o: Operands, stats: Tensor | None) -> StageOperands:
     """What the stages read; `stats` (2, C) are this batch's mean and biased variance."""
     shortcut = (o.x if o.residual is None else o.residual) if spec.adds else None
     mean, var = o.running_mean, o.running_var
     if spec.batch_stats and stats is not None:
         mean, var = stats.unbind()
-    numbers = (ready or Call()).once("numbers", _stage_numbers, spec, o, shortcut, align)
-    return StageOperands(o.norm_weight, o.norm_bias, mean, var, o.gate, shortcut, o.seed, *numbers)
-
-
-def _stage_numbers(spec: Spec, o: Operands, shortcut: Tensor | None, align: int) -> tuple[Any, ...]:
-    """The fields of StageOperands from R on."""
     p, q = spec.dropout, spec.drop_path
-    sizes = (0, 0, 0) if shortcut is None else (shortcut.shape[1], *shortcut.stride())
-    return (
-        sizes[0], int(spec.gate != "scalar"), *sizes[1:], o.sample_rows,
-        int(p * 2**32), int(q * 2**32),
-        1 / (1 - p) if p < 1 else 0.0, 1 / (1 - q) if q < 1 else 0.0,
-        spec.residual_scale, spec.eps, tl.constexpr(align),
+    return StageOperands(
+        o.norm_weight, o.norm_bias, mean, var, o.gate, shortcut, o.seed,
+        R=0 if shortcut is None else shortcut.shape[1],
+        stride_gate=0 if spec.gate == "scalar" else 1,
+        stride_rm=0 if shortcut is None else shortcut.stride(0),
+        stride_rn=0 if shortcut is None else shortcut.stride(1),
+        sample_rows=o.sample_rows, dropout=int(p * 2**32), droppath=int(q * 2**32),
+        dropout_scale=1 / (1 - p) if p < 1 else 0.0,
+        droppath_scale=1 / (1 - q) if q < 1 else 0.0,
+        residual_scale=spec.residual_scale, eps=spec.eps,
     )  # fmt: skip
 
 
@@ -151,62 +138,57 @@ def residual_forward(*call: Any) -> list[Tensor]:
     """
     *operands, recipe, save = call
     spec, o = Spec.parse(recipe), Operands(*operands)
-    device = planner.device_of(o.x.device)
-    ready = call_of((recipe, save, o.sample_rows, device, _precision(), key_of(operands[:-1])))
-    ready.once("checked", check_fits, spec, o)
+    check_fits(spec, o)
+    (M, K), N = o.x.shape, o.weight.shape[0]
     out = o.empty_outputs(spec, save, True)
     if out.y.numel():
-        _launch_forward(spec, ready.once("plan", _plan, spec, o, device), o, out, ready)
+        chosen = planner.plan(spec, o.weight.dtype, M, N, K, planner.device_of(o.x.device))
+        _launch_forward(spec, chosen, o, out)
     return out.list()
 
 
-def _plan(spec: Spec, o: Operands, device: planner.Device) -> Plan:
-    (M, K), N = o.x.shape, o.weight.shape[0]
-    align = alignment(N, o.x, o.weight, o.residual)
-    return planner.plan(spec, o.weight.dtype, M, N, K, device, align=align)
-
-
-def _forward_constants(spec: Spec, chosen: Plan, dtype: torch.dtype) -> dict[str, Any]:
-    side = Side.of(spec.prologue if "norm" in spec.prologue else spec.epilogue)
-    after = chosen.family in ("rows", "wide", "columns", "batch")
-    found = {
-        "PROLOGUE": spec.prologue, "BEFORE": () if chosen.over == "given" else side.before,
-        "EPILOGUE": ("norm", *side.after) if after else spec.epilogue,
-        "ACT": _functions(spec, dtype)[0], "PRECISION": _precision(),
-        **chosen.tile.options(dtype.itemsize),
-    }  # fmt: skip
-    if chosen.family not in planner.COOPERATIVE:
-        found["CENTRED"] = spec.norm != "rms"
-        found |= {} if chosen.family == "wide" else {"OVER": chosen.over}
-    return found
-
-
-def _launch_forward(
-    spec: Spec, chosen: Plan, o: Operands, out: Outputs, ready: Call | None = None
-) -> None:
-    ready = ready or Call()
+def _launch_forward(spec: Spec, chosen: Plan, o: Operands, out: Outputs) -> None:
     x, weight, (y, z, stats, operand) = o.x, o.weight, out
     (M, K), N = x.shape, weight.shape[0]
     tile, family = chosen.tile, chosen.family
-    constants = ready.once("constants", _forward_constants, spec, chosen, weight.dtype)
+    strides = (*x.stride(), *weight.stride())
+    side = Side.of(spec.prologue if "norm" in spec.prologue else spec.epilogue)
+    before = () if chosen.over == "given" else side.before
+    epilogue = spec.epilogue
+    if family in ("rows", "wide", "columns", "batch"):
+        epilogue = ("norm", *side.after)
+    head = (x, weight, o.bias, stage_operands(spec, o, stats))
+    constants = {
+        "PROLOGUE": spec.prologue, "BEFORE": before, "EPILOGUE": epilogue,
+        "ACT": _functions(spec, weight.dtype)[0], "PRECISION": _precision(),
+        **tile.options(weight.dtype.itemsize),
+    }  # fmt: skip
     kernel = getattr(forward, chosen.kernel)
-    p = stage_operands(spec, o, stats, chosen.align, ready)
-    meets = family in planner.COOPERATIVE
-    if z is None and family in ("wide", "batch"):
-        z = y  # until it is finished
-    results: tuple[Any, ...] = (z, y, stats, operand)
-    sizes = (M, N, K, *([chosen.walkers] if meets else []), *x.stride(), *weight.stride())
     with torch.cuda.device_of(x):
-        if meets:
+        if family in planner.COOPERATIVE:
             width, step = (N, tile.BLOCK_N) if family == "batch" else (K, tile.BLOCK_K)
             partial = x.new_empty((3, chosen.walkers, width), dtype=torch.float32)
-            results += (partial, _counters(x, 2 + ceil_div(width, step)))
-        elif family == "wide":
+            arrived = _counters(x, 2 + ceil_div(width, step))
+            parked = y if z is None and family == "batch" else z
+            _launch_cooperative(
+                kernel, chosen.programs, *head, parked, y, stats, operand, partial, arrived,
+                M, N, K, chosen.walkers, *strides, **constants,
+            )  # fmt: skip
+            return
+        constants["CENTRED"] = spec.norm != "rms"
+        grid = (chosen.programs,)
+        if family == "wide":
             partial = x.new_empty((3, ceil_div(N, tile.BLOCK_N), M), dtype=torch.float32)
-            results += (partial, _counters(x, ceil_div(M, tile.BLOCK_M)))
-        args = (x, weight, o.bias, p, *results, *sizes)
-        launch = _launch_cooperative if meets else Call.launch
-        launch(ready, kernel, chosen.programs, args, constants)
+            arrived = _counters(x, ceil_div(M, tile.BLOCK_M))
+            kernel[grid](
+                *head, y if z is None else z, y, stats, operand, partial, arrived,
+                M, N, K, *strides, **constants,
+            )  # fmt: skip
+        else:
+            kernel[grid](
+                *head, z, y, stats, operand, M, N, K, *strides,
+                OVER=chosen.over, **constants,
+            )  # fmt: skip
 
 
 def residual_backward(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tensor]:
@@ -218,23 +200,20 @@ def residual_backward(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tenso
     """
     *operands, recipe, needs = call
     spec, o = Spec.parse(recipe), Operands(*operands)
-    tensors = (dy, *saved, *operands[:-1])
-    device = planner.device_of(dy.device)
-    ready = call_of((recipe, needs, o.sample_rows, device, _precision(), key_of(tensors)))
     has_stats = spec.norm is not None and (spec.norm != "batch" or spec.batch_stats)
     kept = Outputs.of_list(spec, (dy, *saved), has_stats)
-    ready.once("checked", check_fits, spec, o, dy, kept.z)
+    check_fits(spec, o, dy, kept.z)
     wanted = (i for i in range(len(DIFFERENTIABLE)) if needs >> i & 1)
     grads = {DIFFERENTIABLE[i]: operands[i].new_empty(operands[i].shape) for i in wanted}
     if not dy.numel() or (not o.x.numel() and spec.prologue):
         return [grad.zero_() for grad in grads.values()]
     with torch.cuda.device_of(dy):
-        _Backward(spec, o, dy, kept, grads, device, ready).run()
+        _Backward(spec, o, dy, kept, grads).run()
     return list(grads.values())
 
 
 def plan_whole(
-    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, device: planner.Device, align: int = 16
+    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, device: planner.Device
 ) -> WholePlan | None:
     """How one launch makes dz and dx of a layer, if it does."""
     if spec.prologue or spec.batch_stats or (dtype == torch.float32 and _precision() == "tf32"):
@@ -242,7 +221,7 @@ def plan_whole(
     if N > 256 and Side.of(spec.epilogue).before:
         return None  # what stands before a norm takes more registers than a wide row leaves
     random = bool(RANDOM & set(spec.epilogue))
-    return planner.plan_whole(dtype, M, N, K, random, device, align)
+    return planner.plan_whole(dtype, M, N, K, random, device)
 
 
 def backward_launches(
@@ -282,24 +261,13 @@ class _Backward:
     it, which makes dx from the product's gradient dt and x.
     """
 
-    def __init__(
-        self,
-        spec: Spec,
-        o: Operands,
-        dy: Tensor,
-        kept: Outputs,
-        grads: Any,
-        device: planner.Device,
-        ready: Call,
-    ) -> None:
+    def __init__(self, spec: Spec, o: Operands, dy: Tensor, kept: Outputs, grads: Any) -> None:
         self.spec, self.inputs, self.grads = spec, o, grads
         self.dy, self.z, self.stats = dy, kept.z, kept.stats
         self.multiplied = o.x if kept.operand is None else kept.operand
         self.dtype = o.weight.dtype  # of the product and its gradients
-        self.device, self.ready = device, ready
-        matrices = (o.x, o.weight, o.residual, dy, kept.z)
-        self.align = ready.once("align", alignment, o.weight.shape[0], *matrices)
-        self.operands = stage_operands(spec, o, kept.stats, self.align, ready)
+        self.device = planner.device_of(dy.device)
+        self.operands = stage_operands(spec, o, kept.stats)
 
     def asked(self, stages: tuple[str, ...]) -> dict[str, Tensor]:
         """The gradients asked for of what `stages` read, but for x."""
@@ -364,11 +332,7 @@ class _Backward:
     def whole(self) -> WholePlan | None:
         """How one launch makes dz and dx, if it does."""
         spec, (M, K), N = self.spec, self.inputs.x.shape, self.dy.shape[1]
-        if "x" not in self.grads:
-            return None
-        return self.ready.once(
-            "whole", plan_whole, spec, self.dtype, M, N, K, self.device, self.align
-        )
+        return plan_whole(spec, self.dtype, M, N, K, self.device) if "x" in self.grads else None
 
     def rows(
         self,
@@ -385,12 +349,12 @@ class _Backward:
         """One launch of a row-major kernel: dz from dy and z, dshortcut, and sums over the rows;
         with `whole` also dx = dz @ weight, to which then `skip` is added.
         """
-        spec, (M, C), ready = self.spec, dy.shape, self.ready
-        side = ready.once(f"{where} side", Side.of, getattr(spec, where))
+        spec, (M, C) = self.spec, dy.shape
+        side = Side.of(getattr(spec, where))
         batch = side.norm and spec.batch_stats
         rows = side.norm and spec.norm != "batch"
         over = "columns" if batch else "rows" if rows else None
-        chosen = ready.once(f"{where} plan", planner.plan_backward, M, C, over, self.device)
+        chosen = planner.plan_backward(M, C, over, self.device)
         if whole is not None:
             chosen = chosen._replace(tiles=1, walkers=whole.walkers, wide=False)
         gate = total = sums.get("gate")
@@ -404,38 +368,43 @@ class _Backward:
             partial = dy.new_empty((len(outs), chosen.walkers, C), dtype=torch.float32)
             arrived = _counters(dy, 2 + chosen.tiles * (GROUP.value + 1) + 1)
         other, scale = (None, 0.0) if skip is None else skip
-        stats = self.stats if rows else None
-        if batch:
-            stats = dy.new_empty((2, C), dtype=torch.float32)  # totals of the two phases
-        strides = (*dy.stride(), *_strides(z), *_strides(other))
+        act, act_grad = _functions(spec, self.dtype)
+        strides = [*dy.stride()]
+        for t in (z, other):
+            strides += (0, 0) if t is None else t.stride()
+        constants = {
+            "BEFORE": side.before,
+            "AFTER": side.after,
+            "ACT": act,
+            "ACT_GRAD": act_grad,
+            **(chosen.options() if whole is None else whole.tile.options(self.dtype.itemsize)),
+        }
+        sizes = (M, C, chosen.walkers, scale, *strides)
         results = (dz, dshortcut, outs, total, partial, arrived)
-        args: tuple[Any, ...] = (
-            dy, z, self.operands, stats, other, *results, M, C, chosen.walkers, scale, *strides,
-        )  # fmt: skip
+        if batch:
+            totals = dy.new_empty((2, C), dtype=torch.float32)
+            kernel = backward.residual_backward_batch_kernel
+            _launch_cooperative(
+                kernel, chosen.tiles * chosen.walkers, dy, z, self.operands, totals, other,
+                *results, *sizes, ADD=add, **constants,
+            )  # fmt: skip
+            return
+        norm = spec.norm if rows else "given" if side.norm else None
         if whole is not None:
             weight, dx = self.inputs.weight, self.grads["x"]
-            args += (weight, dx, dx.shape[1], *weight.stride())
-        constants = ready.once(
-            f"{where} constants", self.row_constants, side, batch, add, chosen, whole
-        )
-        programs = chosen.walkers if whole or chosen.wide else chosen.tiles * chosen.walkers
-        kind = "batch_" if batch else "product_" if whole else "wide_" if chosen.wide else ""
-        kernel = getattr(backward, f"residual_backward_{kind}kernel")
-        launch = _launch_cooperative if batch else Call.launch
-        launch(ready, kernel, programs, args, constants, where)
-
-    def row_constants(
-        self, side: Side, batch: bool, add: bool, chosen: Any, whole: WholePlan | None
-    ) -> dict[str, Any]:
-        act, act_grad = _functions(self.spec, self.dtype)
-        found = {"BEFORE": side.before, "AFTER": side.after, "ACT": act, "ACT_GRAD": act_grad}
-        found |= chosen.options() if whole is None else whole.tile.options(self.dtype.itemsize)
-        if not batch and self.align * self.dtype.itemsize == 2:  # many addresses
-            found["maxnreg"] = planner.registers(found["num_warps"])
-        if not batch:
-            rows = self.spec.norm in ("layer", "rms")
-            found["NORM"] = None if not side.norm else self.spec.norm if rows else "given"
-        return found | ({"PRECISION": _precision()} if whole else {"ADD": add})
+            backward.residual_backward_product_kernel[(whole.walkers,)](
+                dy, z, self.operands, self.stats if rows else None, other, *results, *sizes,
+                weight, dx, dx.shape[1], *weight.stride(), NORM=norm, PRECISION=_precision(),
+                **constants,
+            )  # fmt: skip
+            return
+        kernel, programs = backward.residual_backward_kernel, chosen.tiles * chosen.walkers
+        if chosen.wide:
+            kernel, programs = backward.residual_backward_wide_kernel, chosen.walkers
+        kernel[(programs,)](
+            dy, z, self.operands, self.stats if rows else None, other, *results, *sizes,
+            NORM=norm, ADD=add, **constants,
+        )  # fmt: skip
 
     def products(self, dz: Tensor, dt: Tensor | None) -> None:
         """dt = dz @ weight, if asked for, and dweight = dz.T @ prologue(x): one launch."""
@@ -443,63 +412,46 @@ class _Backward:
         (M, K), N = x.shape, weight.shape[0]
         random, mixed = bool(RANDOM & set(spec.prologue)), bool(spec.dtypes)
         chosen = planner.plan_products(
-            self.dtype, M, N, K, dt is not None, random, self.device, mixed, self.align
+            self.dtype, M, N, K, dt is not None, random, self.device, mixed
         )
         partial = arrived = None
         if chosen.splits > 1:
             partial = x.new_empty((chosen.splits, N, K), dtype=torch.float32)
             arrived = _counters(x, ceil_div(N, chosen.BLOCK) * ceil_div(K, chosen.BLOCK))
         rows = "norm" in spec.prologue and spec.norm != "batch"
-        args = (
+        products.residual_products_kernel[(chosen.programs,)](
             dz, x, weight, self.operands, self.stats if rows else None, dt, self.grads["weight"],
             partial, arrived, M, N, K, chosen.splits, chosen.rows,
             *dz.stride(), *x.stride(), *weight.stride(),
-        )  # fmt: skip
-        constants = {
-            "PROLOGUE": spec.prologue, "ACT": _functions(spec, self.dtype)[0],
-            "PRECISION": _precision(), "BLOCK": chosen.BLOCK, "BLOCK_R": chosen.BLOCK_R,
+            PROLOGUE=spec.prologue, ACT=_functions(spec, self.dtype)[0],
+            PRECISION=_precision(), BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R,
             **chosen.options,
-        }  # fmt: skip
-        kernel = products.residual_products_kernel
-        self.ready.launch(kernel, chosen.programs, args, constants, "products")
+        )  # fmt: skip
 
     def dx(self, dz: Tensor, skip: tuple[Tensor, float] | None) -> None:
         """dx = dz @ weight + skip: one launch."""
         weight, dx = self.inputs.weight, self.grads["x"]
         (M, K), N = dx.shape, weight.shape[0]
-        chosen = planner.plan_products(
-            self.dtype, M, N, K, True, False, self.device, align=self.align
-        )
+        chosen = planner.plan_products(self.dtype, M, N, K, True, False, self.device)
         other, scale = (None, 0.0) if skip is None else skip
         programs = ceil_div(M, chosen.BLOCK) * ceil_div(K, chosen.BLOCK)
-        args = (
-            dz, weight, dx, other, M, N, K, scale,
-            *dz.stride(), *weight.stride(), *_strides(other),
+        products.residual_dx_kernel[(programs,)](
+            dz, weight, dx, other, M, N, K, scale, *dz.stride(), *weight.stride(),
+            *((0, 0) if other is None else other.stride()), PRECISION=_precision(),
+            BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R, **chosen.options,
         )  # fmt: skip
-        constants = {
-            "ALIGN": self.align, "PRECISION": _precision(), "BLOCK": chosen.BLOCK,
-            "BLOCK_R": chosen.BLOCK_R, **chosen.options,
-        }  # fmt: skip
-        self.ready.launch(products.residual_dx_kernel, programs, args, constants, "dx")
 
 
-def _strides(t: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if t is None else t.stride()
-
-
-def _launch_cooperative(
-    ready: Call, kernel: Any, programs: int, args: tuple[Any, ...], constants: Any, name: str = ""
-) -> None:
+def _launch_cooperative(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """One launch whose programs are all resident and may wait for each other.
 
     The interpreter runs one program after another, so there the phases are launches of their own.
     """
     if interpreting():
-        for phase in (1, 2):
-            kernel[(programs,)](*args, PHASE=phase, **constants)
+        kernel[(programs,)](*args, PHASE=1, **constants)
+        kernel[(programs,)](*args, PHASE=2, **constants)
     else:
-        constants = {**constants, "PHASE": 0, "launch_cooperative_grid": True}
-        ready.launch(kernel, programs, args, constants, name)
+        kernel[(programs,)](*args, PHASE=0, launch_cooperative_grid=True, **constants)
 
 
 SLOT = 1 << 16  # counters for one stream

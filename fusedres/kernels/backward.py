@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 
 from .moments import grow_sums, meet, store_sums, wait_for_all
-from .stages import aligned, load_tile, load_vector, normalise, run_stages, walk_back
-
-STAGES = tl.constexpr(3)  # of loops over rows: loads are on their way for two blocks
+from .stages import load_tile, load_vector, normalise, run_stages, walk_back
 
 
 @triton.jit
@@ -100,7 +98,7 @@ def store_gradients(
         tl.store(dz_ptr + m[:, None] * C + n[None, :], dz, inside)
 
 
-@triton.jit(do_not_specialize=["M", "walkers"])
+@triton.jit(do_not_specialize=["M"])
 def residual_backward_kernel(
     dy_ptr, z_ptr, p, stats_ptr, skip_ptr,
     dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
@@ -118,9 +116,6 @@ def residual_backward_kernel(
     dnorm_bias = sum_m dh ; dgate_total = sum_n dgate. Each of `walkers` programs of a column tile
     takes every walkers-th row block; a norm over rows needs C <= BLOCK_N.
     """
-    C, R, stride_dym, stride_zm, stride_skip_m = aligned(
-        (C, p.R, stride_dym, stride_zm, stride_skip_m), p.ALIGN
-    )
     tiles = tl.cdiv(C, BLOCK_N)
     tile = tl.program_id(0) % tiles
     walker = tl.program_id(0) // tiles
@@ -130,14 +125,14 @@ def residual_backward_kernel(
     sum_dhc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-    for block in tl.range(walker, tl.cdiv(M, BLOCK_M), walkers, num_stages=STAGES):
+    for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
         m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         dz, dshortcut, sums = gradient_of_rows(
             dy_ptr, z_ptr, p, stats_ptr, m, n, M, C, stride_dym, stride_dyn, stride_zm, stride_zn,
             BEFORE, NORM, AFTER, ACT, ACT_GRAD, BLOCK_M, BLOCK_N,
         )
         store_gradients(
-            dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
+            dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
             stride_skip_m, stride_skip_n, ADD,
         )
         sum_gate += sums[0]
@@ -154,7 +149,7 @@ def residual_backward_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["M", "walkers"])
+@triton.jit(do_not_specialize=["M"])
 def residual_backward_product_kernel(
     dy_ptr, z_ptr, p, stats_ptr, skip_ptr,
     dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
@@ -170,8 +165,6 @@ def residual_backward_product_kernel(
     weight (C, K) ; dx (M, K) contiguous ; dz may be None. dshortcut may be what skip_ptr has.
     The product is dx.T = weight.T @ dz.T: see product.py on left operands in registers.
     """
-    C, R, stride_dym, stride_zm = aligned((C, p.R, stride_dym, stride_zm), p.ALIGN)
-    K, stride_wn, stride_skip_m = aligned((K, stride_wn, stride_skip_m), p.ALIGN)
     GROW: tl.constexpr = BLOCK_N > 256  # sums of wide rows stay in memory: no registers are left
     walker = tl.program_id(0)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -187,7 +180,7 @@ def residual_backward_product_kernel(
             BEFORE, NORM, AFTER, ACT, ACT_GRAD, BLOCK_M, BLOCK_N,
         )
         store_gradients(
-            dz, dshortcut, 0.0, None, dz_ptr, dshortcut_ptr, m, n, M, C, R, 0, 0, False
+            dz, dshortcut, 0.0, None, dz_ptr, dshortcut_ptr, m, n, M, C, p.R, 0, 0, False
         )
         if not GROW:
             sum_gate += sums[0]
@@ -217,7 +210,7 @@ def residual_backward_product_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["M", "walkers"])
+@triton.jit(do_not_specialize=["M"])
 def residual_backward_wide_kernel(
     dy_ptr, z_ptr, p, stats_ptr, skip_ptr,
     dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
@@ -231,9 +224,6 @@ def residual_backward_wide_kernel(
     of g and g * c, once more for the gradients. Its sums over rows grow in its own lines of partial
     (4, walkers, C), which must not be None.
     """
-    C, R, stride_dym, stride_zm, stride_skip_m = aligned(
-        (C, p.R, stride_dym, stride_zm, stride_skip_m), p.ALIGN
-    )
     walker = tl.program_id(0)
     tiles = tl.cdiv(C, BLOCK_N)
     for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
@@ -242,7 +232,7 @@ def residual_backward_wide_kernel(
         rstd = tl.load(stats_ptr + tl.cast(M, tl.int64) + m, m < M, 0.0)[:, None]
         sum_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         sum_gc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for tile in tl.range(0, tiles, num_stages=STAGES):
+        for tile in range(0, tiles):
             n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
             inside = (m < M)[:, None] & (n < C)[None, :]
             dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
@@ -257,7 +247,7 @@ def residual_backward_wide_kernel(
         mean_gc = (tl.sum(sum_gc, 1) / C)[:, None]
         if NORM == "rms":
             mean_g = tl.zeros_like(mean_g)
-        for tile in tl.range(0, tiles, num_stages=STAGES):
+        for tile in range(0, tiles):
             n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
             inside = (m < M)[:, None] & (n < C)[None, :]
             dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
@@ -270,7 +260,7 @@ def residual_backward_wide_kernel(
                 d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD
             )
             store_gradients(
-                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
+                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
                 stride_skip_m, stride_skip_n, ADD,
             )
             sums = (
@@ -286,7 +276,7 @@ def residual_backward_wide_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["M", "walkers"])
+@triton.jit(do_not_specialize=["M"])
 def residual_backward_batch_kernel(
     dy_ptr, z_ptr, p, totals_ptr, skip_ptr,
     dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
@@ -300,9 +290,6 @@ def residual_backward_batch_kernel(
     have met: the rest. p has the statistics as mean and var. partial (4, walkers, C) ; arrived
     (2 + tiles * (GROUP + 1) + 1). Cooperative launch; walkers * column tiles programs.
     """
-    C, R, stride_dym, stride_zm, stride_skip_m = aligned(
-        (C, p.R, stride_dym, stride_zm, stride_skip_m), p.ALIGN
-    )
     tiles = tl.cdiv(C, BLOCK_N)
     tile = tl.program_id(0) % tiles
     walker = tl.program_id(0) // tiles
@@ -310,7 +297,7 @@ def residual_backward_batch_kernel(
     if PHASE != 2:
         sum_dhc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         sum_dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for block in tl.range(walker, tl.cdiv(M, BLOCK_M), walkers, num_stages=STAGES):
+        for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
             m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
             inside = (m < M)[:, None] & (n < C)[None, :]
             dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
@@ -334,7 +321,7 @@ def residual_backward_batch_kernel(
         mean_dhc = tl.load(totals_ptr + C + n, n < C, 0.0, cache_modifier=".cg")[None, :] / M
         sum_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         sum_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for block in tl.range(walker, tl.cdiv(M, BLOCK_M), walkers, num_stages=STAGES):
+        for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
             m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
             inside = (m < M)[:, None] & (n < C)[None, :]
             dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
@@ -347,7 +334,7 @@ def residual_backward_batch_kernel(
                 d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD
             )
             store_gradients(
-                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
+                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
                 stride_skip_m, stride_skip_n, ADD,
             )
             sum_gate += tl.where(inside, dgate, 0.0)

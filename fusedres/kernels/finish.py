@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .forward import finish, store_rows
 from .moments import row_moments
-from .stages import aligned, row_rstd
+from .stages import row_rstd
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -21,7 +21,6 @@ def residual_finish_kernel(
     z, y (M, N) contiguous, z may be y itself ; stats (2, M), mean and rstd, or None. A program owns
     BLOCK_M rows: once over their columns for the statistics, once more for y.
     """
-    (N,) = aligned((N,), p.ALIGN)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mean = None
     rstd = None
@@ -31,6 +30,6 @@ def residual_finish_kernel(
         store_rows(stats_ptr, mean, rstd, m, M, 0)
         mean = mean[:, None]
         rstd = rstd[:, None]
-    for first in tl.range(0, N, BLOCK_N, num_stages=2):
+    for first in range(0, N, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N).to(tl.int64)
         finish(z_ptr, y_ptr, p, m, n, M, N, mean, rstd, BEFORE, EPILOGUE, ACT)

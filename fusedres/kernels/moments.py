@@ -141,13 +141,11 @@ def wait_for_all(counter_ptr, count):
 
 
 @triton.jit
-def add_rows(ptr, first, step, count, n, N, BLOCK_N: tl.constexpr):
-    """[BLOCK_N]: the sum of `count` <= GROUP rows first, first + step, ... of ptr (., N)."""
-    # As many rows at once as registers hold.
-    ROWS: tl.constexpr = GROUP if BLOCK_N <= 1024 else max(1, 8192 // BLOCK_N)
-    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for begin in range(0, GROUP, ROWS):
-        i = begin + tl.arange(0, ROWS)
+def add_rows(ptr, first, step, count, n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_N]: the sum of rows first, first + step, ... (`count` of them) of ptr (., N)."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for begin in range(0, count, BLOCK_M):
+        i = begin + tl.arange(0, BLOCK_M)
         row = first + i.to(tl.int64) * step
         inside = (i < count)[:, None] & (n < N)[None, :]
         at = ptr + row[:, None] * N + n[None, :]
@@ -196,14 +194,14 @@ def meet(
         for i in tl.static_range(COUNT):
             if outs[i] is not None:
                 part = partial_ptr + i * plane
-                total = add_rows(part, first, 1, members, n, N, BLOCK_N)
+                total = add_rows(part, first, 1, members, n, N, BLOCK_M, BLOCK_N)
                 tl.store(part + tl.cast(first, tl.int64) * N + n, total, n < N)
         groups = tl.cdiv(walkers, GROUP)
         if last_to_arrive(counters + GROUP, groups):
             for i in tl.static_range(COUNT):
                 if outs[i] is not None:
                     part = partial_ptr + i * plane
-                    total = add_rows(part, 0, GROUP, groups, n, N, BLOCK_N)
+                    total = add_rows(part, 0, GROUP, groups, n, N, BLOCK_M, BLOCK_N)
                     tl.store(outs[i] + n, total, n < N)
             if total_ptr is not None:
                 if last_to_arrive(arrived_ptr + tiles * (GROUP + 1), tiles):

@@ -34,18 +34,6 @@ class StageOperands(NamedTuple):
     droppath_scale: float
     residual_scale: float
     eps: float
-    ALIGN: Any  # constexpr: a power of two that divides all widths and row strides
-
-
-@triton.jit
-def aligned(sizes, ALIGN: tl.constexpr):
-    """The same sizes, all multiples of ALIGN, so that the compiler knows: of a kernel's argument it
-    knows no more than whether 16 divides it, and needs 16 bytes for copies that run ahead.
-    """
-    found = ()
-    for i in tl.static_range(len(sizes)):
-        found = found + (sizes[i] // ALIGN * ALIGN,)
-    return found
 
 
 @triton.jit
@@ -142,8 +130,7 @@ def run_stages(t, p, m, n, M, C, mean, rstd, STAGES: tl.constexpr, ACT: tl.const
             t = drop_path(t, p, m)
         else:
             tl.static_assert(STAGES[i] == "add")
-            R, stride_rm = aligned((p.R, p.stride_rm), p.ALIGN)
-            r = load_tile(p.residual, m, n, M, R, stride_rm, p.stride_rn).to(tl.float32)
+            r = load_tile(p.residual, m, n, M, p.R, p.stride_rm, p.stride_rn).to(tl.float32)
             t = t + p.residual_scale * r
         values = values + (t,)
     return values

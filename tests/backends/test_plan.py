@@ -259,7 +259,7 @@ def test_several_dtypes_get_tiles_of_their_own():
     spec = spec_of("note", "layer")
     mixed = replace(spec, x_dtype="float32", y_dtype="float32")
     one, several = (planner.plan(s, BF16, 65536, 128, 512) for s in (spec, mixed))
-    assert one.tile[:4] == (64, 128, 64, 4) and several.tile[:4] == (64, 128, 64, 8)
+    assert one.tile[:2] == (128, 128) and several.tile[:2] == (64, 128)
     assert several.shared == 3 * 64 * (64 * 4 + 128 * 2)
     assert planner.key_of(mixed, 2, 9, 9, 9) == "rows mixed 16 16x16x16"
     # The algebraic form multiplies x as it comes.
@@ -268,50 +268,8 @@ def test_several_dtypes_get_tiles_of_their_own():
 
 
 def test_hopper_has_tiles_of_its_own():
-    hopper, other = (of_family("wide", 65536, 4096, 4096, device=d).tile for d in DEVICES[:2])
+    hopper, other = (of_family("wide", 65536, 4096, device=d).tile for d in DEVICES[:2])
     assert hopper[:2] == (128, 256) and other[:2] == (128, 128)
-    two_programs = of_family("wide", 65536, 4096, planner.SHALLOW).tile
-    assert two_programs[:2] == (128, 128) and two_programs.num_warps == 4
-
-
-def test_powers_of_two_fill_a_device_of_132():
-    """128 programs are enough."""
-    for family, M, N, tile in (
-        ("tile", 256, 512, (16, 64)),
-        ("rows", 8192, 64, (64, 64)),
-        ("rows", 8192, 128, (64, 128)),
-        ("wide", 2048, 1024, (128, 128)),
-        ("algebraic", 1024, 512, (64, 64)),
-    ):
-        assert of_family(family, M, N).tile[:2] == tile, family
-
-
-def test_architectures_without_wgmma_read_the_tiles_of_ampere():
-    """And go by their own file before it, if there is one."""
-    for name in ("sm_86", "sm_89", "sm_120"):
-        assert planner.config("any", name) == planner.config("any", "sm_80")
-    assert planner.config("any", "sm_100") != planner.config("any", "sm_80")
-
-
-@pytest.mark.parametrize("align", (1, 2, 4, 8))
-def test_what_cannot_be_moved_by_16_bytes_gets_narrower_tiles(align):
-    """Up to 15 moves a thread and step; in ones, 16 elements of a tile a thread. Sizes that ask for
-    `align` get what it gets.
-    """
-    for family, dtype in itertools.product(FAMILIES, (F16, F32)):
-        order, norm, _, M, N = FAMILIES[family]
-        if family == "algebraic" and dtype == F32:
-            continue
-        N -= 16 - align
-        spec, size = spec_of(order, norm), dtype.itemsize
-        chosen = uncached(spec, dtype, M, N, 512, align=align)
-        tile = chosen.tile
-        assert chosen == uncached(spec, dtype, M, N, 512) and chosen.align == align
-        threads = 32 * tile.num_warps
-        moves = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K / (align * threads)
-        assert moves <= 15 or tile.BLOCK_K == 16 or align * size >= 16, chosen
-        assert align * size > 2 or 16 * threads >= tile.BLOCK_M * tile.BLOCK_N
-    assert planner.plan_whole(F16, 256, 64, 64, False, align=1) is None
 
 
 def test_a_tile_asked_for_is_taken():
@@ -345,9 +303,8 @@ def test_backward(over, processors, collectives):
         assert chosen.wide == (over == "rows" and C > planner.BACKWARD_ROW)
         assert chosen.wide or over != "rows" or chosen.tiles == 1
         if over == "columns":
-            assert programs <= 2 * device.resident  # they wait for each other, two a multiprocessor
-            assert M < 10**6 or C < 10**4 or programs > device.resident
-            assert chosen.maxnreg * 32 * chosen.num_warps * 2 <= 65536
+            assert programs <= device.resident  # they wait for each other
+            assert M < 10**6 or C < 10**4 or 2 * programs > device.resident
         else:
             launched = chosen.walkers if chosen.wide else programs
             assert launched <= max(planner.BACKWARD_PROGRAMS, chosen.tiles * (not chosen.wide))
@@ -504,7 +461,7 @@ def test_a_tuned_row_is_for_its_key_only(configs):
         return planner.plan(spec, dtype, M, N, K, device).tile == tile
 
     assert taken() and taken(dtype=BF16) and taken(spec_of("resnet-v1", "rms"))
-    assert taken(M=2049) and taken(N=144) and taken(K=272)
+    assert taken(M=2049) and taken(N=129) and taken(K=257)
     for other in (
         {"dtype": F32},
         {"M": 4097},

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedres.backends import launch
 from fusedres.backends import plan as planner
 from fusedres.spec import STAGES
 from oracle import KINKS, assert_as_accurate, eager, exact, fused, make_case, pre_activation
@@ -60,10 +59,9 @@ def force(monkeypatch, processors=None, **constants):
 
 
 def forget():
-    """What planner and launches have cached."""
+    """What the planner has cached."""
     planner.plan.cache_clear()
     planner.plan_whole.cache_clear()
-    launch._calls.clear()
 
 
 @pytest.fixture(autouse=True)
