@@ -9,7 +9,6 @@
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
 #include <deque>
-#include <memory>
 #include <sstream>
 
 #include "gradients.h"
@@ -19,9 +18,10 @@ namespace {
 
 constexpr int64_t kCache = int64_t{1} << 23;  // bytes of packed weights that chunks share
 
-// A part of `memory` as a matrix.
-Tensor part(const Tensor& memory, int64_t offset, int64_t rows, int64_t columns, int64_t stride) {
-  const int64_t sizes[2] = {rows, columns}, strides[2] = {stride, 1};
+// A part of `memory` as a matrix, its rows `stride` apart and its columns `step`.
+Tensor part(const Tensor& memory, int64_t offset, int64_t rows, int64_t columns, int64_t stride,
+            int64_t step = 1) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {stride, step};
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(memory.get(), 2, sizes, strides, offset, &handle));
@@ -48,7 +48,8 @@ struct Chain {
       STD_TORCH_CHECK(!r.batch_stats && !r.has(Stage::dropout) && !r.has(Stage::droppath),
                       "fusedres: a chain has neither batch statistics nor dropout");
       const Tensor& weight = operands[next];
-      if (!links.empty()) input = stand_in(input, M, links.back().N());
+      // Until it has memory: one element, of every row and column.
+      if (!links.empty()) input = part(x, 0, M, links.back().N(), 0, 0);
       const Call& c = links.emplace_back(input, operands, next, std::stoi(line), r);
       STD_TORCH_CHECK(!c.casts() && c.y_dtype() == c.product_dtype() &&
                           c.x.scalar_type() == weight.scalar_type(),
@@ -61,16 +62,6 @@ struct Chain {
   }
 
   int64_t size() const { return static_cast<int64_t>(links.size()); }
-
- private:
-  // Of a link's input while it has no memory: one element, of every row and column.
-  static Tensor stand_in(const Tensor& like, int64_t rows, int64_t columns) {
-    const int64_t sizes[2] = {rows, columns}, strides[2] = {0, 0};
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(like.get(), 2, sizes, strides, 0, &handle));
-    return Tensor(handle);
-  }
 };
 
 // Gives links 1, 2, ... the inputs that lie in `values` one after the other. Returns where they end.
@@ -88,7 +79,7 @@ int64_t place_inputs(Chain& chain, const Tensor& values) {
 template <class A>
 class PackedWeights {
  public:
-  PackedWeights(const Chain& chain, bool transposed) : transposed_(transposed) {
+  PackedWeights(const Chain& chain, bool transposed) {
     for (const Call& c : chain.links) {
       const int64_t N = c.N(), K = c.K();
       packed_.push_back({nullptr, transposed ? K : N, transposed ? N : K, dtype_of(c.weight)});
@@ -98,7 +89,11 @@ class PackedWeights {
     }
     if (!fit()) return;
     memory_.emplace(empty({bytes_ + 64}, ScalarType::Byte));
-    in_parallel(chain.size(), [&](int64_t l) { pack(l, 0, panels(l)); });
+    const cpu::Kernels<A>& kernels = cpu::kernels<A>();
+    in_parallel(chain.size(), [&](int64_t l) {
+      const int64_t panels = (packed_[l].width + kernels.panel - 1) / kernels.panel;
+      kernels.pack(rows_of(columns_[l]), transposed, (*this)[l], 0, panels);
+    });
   }
 
   bool fit() const { return bytes_ <= kCache; }
@@ -109,15 +104,6 @@ class PackedWeights {
   }
 
  private:
-  int64_t panels(int64_t l) const {
-    const int64_t panel = cpu::kernels<A>().panel;
-    return (packed_[l].width + panel - 1) / panel;
-  }
-  void pack(int64_t l, int64_t begin, int64_t end) const {
-    cpu::kernels<A>().pack(rows_of(columns_[l]), transposed_, (*this)[l], begin, end);
-  }
-
-  bool transposed_;
   std::vector<cpu::Packed> packed_;
   std::vector<Tensor> columns_;
   std::vector<int64_t> offsets_;

@@ -76,6 +76,19 @@ def torch_kind(module: Any) -> Any:
     return kind if same else None
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(own: dict[str, Any]) -> bool:
+    """Whether the module whose `__dict__` this is has hooks."""
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
+
+
 def customised(module: Any, stage: str | None = None) -> str | None:
     """Why the module (as `stage`) must be called; None where that would do nothing but what torch's
     own forward does with its parameters and settings: whoever reads these may do it instead, unless
@@ -94,7 +107,7 @@ def customised(module: Any, stage: str | None = None) -> str | None:
         return f"it is a {kind.__name__}, not torch's {stage}"
     if kind.forward is not forward or "forward" in own:
         return "its forward was replaced"
-    if (
+    if (  # `hooked`, without a call more on the way of every layer
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]

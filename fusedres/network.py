@@ -14,16 +14,13 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from . import backends, chain, graphs
 from .chain import Link
 from .functional import PLAIN, composite_only
-from .layers import parameter, watched, weight_and_bias
+from .layers import hooked, parameter, watched, weight_and_bias
 from .modules import FusedResidual, must_be_called
 from .reference import asked_of
 
 _modes = torch._C._len_torch_dispatch_stack
 _LARGEST = 1 << 18  # elements of a weight: those for which our own product is the best anywhere
-_ROOM = (
-    1 << 22
-)  # elements that a call keeps of a kind: larger pieces of memory are never used again
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ROOM = 1 << 22  # elements that a call keeps of a kind: the system takes larger pieces back at once
 
 
 def _unchained(x: Tensor) -> str | None:
@@ -80,10 +77,7 @@ def _as_known(module: nn.Module, x: Tensor, width: int) -> _Known | None:
     if own["_modules"].get("shortcut") is not None:
         return None
     for owner in (own, linear.__dict__) if norm is None else (own, linear.__dict__, norm.__dict__):
-        if (
-            owner["_forward_hooks"] or owner["_forward_pre_hooks"] or owner["_backward_hooks"]
-            or owner["_backward_pre_hooks"] or "forward" in owner
-        ):  # fmt: skip
+        if hooked(owner) or "forward" in owner:
             return None
     found = _parameters(linear, norm, module)
     kinds = type(linear), type(norm), own["backend"]
@@ -102,7 +96,7 @@ def link_of(module: nn.Module, x: Tensor, width: int) -> Link | str:
     if type(module) is not FusedResidual:
         return f"it is a {type(module).__name__}"
     own = module.__dict__
-    if "forward" in own or any(own[hooks] for hooks in _HOOKS):
+    if "forward" in own or hooked(own):
         return "it has hooks, or its forward was replaced"
     linear: Any = module.linear
     norm: Any = module.norm
@@ -168,13 +162,14 @@ class FusedSequential(nn.Sequential):
         at = 0
         while at < len(modules):
             links = self._links_from(modules, at, x)
-            y = self._joined(x, links) if len(links) > 1 else None
+            joined = max(1, len(links))
+            y = self._joined(x, links) if joined > 1 else None
             if y is None:
-                x = modules[at](x)
-                at += 1
+                for module in modules[at : at + joined]:
+                    x = module(x)
             else:
                 x = y
-                at += len(links)
+            at += joined
         return x
 
     @staticmethod

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_flatten
 
-from ..layers import watched
+from ..layers import HOOKS, watched
 from ..tracing import transforms_active
 from .dataflow import written
 from .fuse import fuse
@@ -28,7 +28,6 @@ from .report import Add
 from .trace import CannotTrace, ExampleTracer, current_state, trace
 
 MOST = 8  # plans a module: further kinds of arguments run its own forward
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (Tensor, nn.Parameter)
 _SIMPLE = (int, float, str, bool, type(None), torch.dtype, torch.device)
 
@@ -57,7 +56,7 @@ class _Modules:
         ]
         self.dicts = own
         self.children = [m._modules for m in modules if m._modules]
-        self.hooks = [m.__dict__[name] for m in self.inner for name in _HOOKS]
+        self.hooks = [m.__dict__[name] for m in self.inner for name in HOOKS]
         absent = [(m._parameters, name) for m in modules for name in m._parameters]
         self.absent = [(d, name) for d, name in absent if d[name] is None]
         self.seen = self._facts()

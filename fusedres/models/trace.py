@@ -20,6 +20,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_unflatten
 
+from ..layers import hooked
 from .reading import value
 
 
@@ -81,9 +82,7 @@ def _is_constant(v: Any) -> bool:
 
 def callable_as_is(module: nn.Module) -> bool:
     """Whether to call the module does what its class's forward does and nothing else."""
-    own = module.__dict__
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" not in own and not any(own[name] for name in hooks)
+    return "forward" not in module.__dict__ and not hooked(module.__dict__)
 
 
 class ExampleTracer(Tracer):
