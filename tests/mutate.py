@@ -53,6 +53,7 @@ SUITES = {
     "tools": ("graph_tools", "flops or exported"),
     "locale": ("errors", "decimal_comma"),
     "products": ("cpu_kernels", "(products and not instruction) or batch_norm or any_number"),
+    "chain": ("network", "of_three or scaled"),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
     "triton drops": ("triton", "masks or everything_on"),
     "triton acts": ("triton", "activation or scales or cdf"),
@@ -92,6 +93,11 @@ TABLE = {
 ],
 "csrc/params.h": [
     ("ways", "kept elements are not scaled up", "p < 1 ? 1 / (1 - p) : 0", "1"),
+],
+"csrc/chain.cpp": [
+    ("chain", "no residual_scale in a chain's backward", "last ? r.residual_scale : 1.0", "1.0"),
+    ("chain", "an add in the middle of a link sends nothing back",
+     "if (adds && !last) walk.after->dresidual = skip;", ""),
 ],
 "csrc/cpu/storage.h": [
     ("half", "bf16 is cut off, not rounded", "(u + 0x7FFF + ((u >> 16) & 1)) >> 16", "u >> 16"),

@@ -108,6 +108,17 @@ def test_deep_nets(depth, width, M, calls):
     assert sum(calls) == depth
 
 
+@pytest.mark.parametrize("order", ["note", "resnet-v1", "add-norm-linear"])
+def test_a_scaled_residual(order, calls):
+    torch.manual_seed(0)
+    net = FusedSequential(*(FusedResidual(40, order=order, residual_scale=0.3) for _ in range(3)))
+    x, dy = torch.randn(20, 40), torch.randn(20, 40)
+    ours, alone = results(net, x, dy), results(nn.Sequential(*copy.deepcopy(list(net))), x, dy)
+    assert calls == [3]
+    for name, t in alone.items():
+        torch.testing.assert_close(ours[name], t, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_a_link_that_cannot_be_joined_costs_itself_alone(calls):
     layers = [FusedResidual(16) for _ in range(7)]
     layers[3].linear.register_forward_hook(lambda *_: None)
