@@ -53,7 +53,7 @@ SUITES = {
     "tools": ("graph_tools", "flops or exported"),
     "locale": ("errors", "decimal_comma"),
     "products": ("cpu_kernels", "(products and not instruction) or batch_norm or any_number"),
-    "chain": ("network", "of_three or scaled"),
+    "chain": ("network", "scaled or each_gradient"),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
     "triton drops": ("triton", "masks or everything_on"),
     "triton acts": ("triton", "activation or scales or cdf"),
