@@ -31,7 +31,7 @@ Tensor make_operand(const Call& c, const Side<A>& side) {
   return operand;
 }
 
-// One call's gradients, side by side.
+// One call's gradients, side by side. What `of` has already is memory for them.
 template <class A>
 struct Gradients {
   const Call& c;
@@ -74,21 +74,25 @@ struct Gradients {
     if (!walk) return;
     const int64_t C = walk->program.width;
     const auto put = [&](Input input, Stage stage, const A* sums) {
-      if (sums && wants(input, stage, prologue)) of[input] = vector_like(sums, C, operand(input));
+      if (sums && wants(input, stage, prologue)) store(input, sums, C, operand(input));
     };
     put(kNormWeight, Stage::norm, walk->dgamma);
     put(kNormBias, Stage::norm, walk->dbeta);
     if (walk->dgate && c.recipe.scalar_gate) {
       A total = 0;
       for (int64_t n = 0; n < C; ++n) total += walk->dgate[n];
-      of[kGate] = vector_like(&total, 1, *c.gate);
+      store(kGate, &total, 1, *c.gate);
     } else {
       put(kGate, Stage::gate, walk->dgate);
     }
-    if (walk->dbias) of[kBias] = vector_like(walk->dbias, C, c.bias ? *c.bias : c.weight);
+    if (walk->dbias) store(kBias, walk->dbias, C, c.bias ? *c.bias : c.weight);
   }
 
  private:
+  void store(Input input, const A* sums, int64_t n, const Tensor& like) {
+    if (!of[input]) of[input] = empty({n}, like);
+    store_vector(sums, n, *of[input]);
+  }
   const Tensor& operand(Input input) const {
     return input == kNormWeight ? *c.norm_weight : input == kNormBias ? *c.norm_bias : *c.gate;
   }

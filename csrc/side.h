@@ -244,14 +244,14 @@ struct BackwardPass {
   int64_t stride_ = 0;
 };
 
-// dz.T @ x as a (N, K) tensor of dz's dtype. By strips of dz's columns, which share a packed x, and
+// dz.T @ x as a (N, K) tensor of dz's dtype, `into` if given. By strips of dz's columns, which share a packed x, and
 // where there are many rows by parts of them: in powers of two, so that threads have equal shares.
 template <class A>
-Tensor weight_gradient(const Tensor& dz, const Tensor& x) {
+Tensor weight_gradient(const Tensor& dz, const Tensor& x, const Optional& into = std::nullopt) {
   constexpr int64_t kTasks = 16, kColumns = 48, kRows = 512, kShared = 1024;
   const cpu::Kernels<A>& kernels = cpu::kernels<A>();
   const int64_t M = x.size(0), N = dz.size(1), K = x.size(1);
-  Tensor out = empty({N, K}, dz);
+  const Tensor out = into ? *into : empty({N, K}, dz);
   int64_t parts = 1, strips = 1;
   while (parts < kTasks && 2 * parts * std::max(kRows, 2 * K) <= M) parts *= 2;
   while (strips * parts < kTasks && 2 * strips * kColumns <= N) strips *= 2;

@@ -192,14 +192,12 @@ std::vector<A> values(const Tensor& t) {
   return out;
 }
 
-// Accumulate values as a (n) tensor of `like`'s dtype.
+// Accumulate values into a (n) tensor of any floating dtype, whose elements are adjacent.
 template <class A>
-Tensor vector_like(const A* data, int64_t n, const Tensor& like) {
-  Tensor out = empty({n}, like);
-  with_storage(out, [&](auto* to) {
+void store_vector(const A* data, int64_t n, const Tensor& into) {
+  with_storage(into, [&](auto* to) {
     for (int64_t i = 0; i < n; ++i) cpu::from_float(data[i], to[i]);
   });
-  return out;
 }
 
 }  // namespace fusedres

@@ -10,6 +10,7 @@ from .modules import FusedResidual
 from .network import FusedSequential
 from .reference import Residual
 from .spec import ACTIVATIONS, GATES, NORMS, ORDERS, SHORTCUTS, STAGES
+from .stack import FusedResidualStack
 from .tools.explain import explain
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "FusedResidual",
     "FusedResidualFunction",
     "FusedResidualMLP",
+    "FusedResidualStack",
     "FusedSequential",
     "Residual",
     "convert",

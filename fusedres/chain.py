@@ -1,14 +1,19 @@
 """A chain: layers one after the other in one op, and its autograd Function.
 
 x_0 = x,  x_l+1 = layer_l(x_l),  y = x_L
+
+A stack's operands come stacked, one tensor of each kind; its layers may form blocks, whose last
+layer adds the block's input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from .backends import native
 from .checks import check_memory
@@ -20,7 +25,7 @@ _KINDS = 4  # of operands that a link may have beside weight
 
 
 class Link(NamedTuple):
-    """A layer of a chain, whose `add` takes its own input."""
+    """A layer of a chain whose `add` takes its own input."""
 
     line: str  # which of `_KINDS` it has, as a number of four bits, and its recipe: csrc/chain.cpp
     operands: tuple[Tensor, ...]  # weight (N, K), then bias, norm_weight, norm_bias, gate
@@ -31,15 +36,31 @@ class Link(NamedTuple):
         return cls(f"{there} {recipe}", (weight, *(t for t in more if t is not None)))
 
 
-def _split(text: str, operands: tuple[Tensor, ...]) -> list[tuple[Spec, list[Tensor | None]]]:
-    """For each line what it says, and of the operands weight and the others, None where absent."""
-    rest, links = iter(operands), []
-    for line in text.split("\n"):
-        there, recipe = line.split(" ", 1)
-        own: list[Tensor | None] = [next(rest)]
-        own += [next(rest) if int(there) >> i & 1 else None for i in range(_KINDS)]
-        links.append((Spec.parse(recipe), own))
-    return links
+PIECE = 1024  # columns of what a call keeps, at most in a piece of memory: csrc/links.h
+
+
+def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tuple[Spec, Any]]:
+    """For each link its recipe and of the operands its own, None where absent.
+
+    `depth` not 0: operands are stacked, (depth, ...) each but the gate, which has an entry for each
+    block of as many links as `text` has lines; they are those of the last line.
+    """
+    lines = [line.split(" ", 1) for line in text.split("\n")]
+    rest, block, all_there = iter(operands), len(lines), int(lines[-1][0])
+    stacks: list[Any] = []
+    if depth:
+        stacks = [next(rest).unbind()]
+        stacks += [next(rest).unbind() if all_there >> i & 1 else None for i in range(_KINDS)]
+    for link in range(depth or block):
+        there, recipe = lines[link % block]
+        has = [True, *(bool(int(there) >> i & 1) for i in range(_KINDS))]
+        own: list[Any] = []
+        for i, here in enumerate(has):
+            if here and depth:
+                own.append(stacks[i][link // block if i == _KINDS else link])
+            else:
+                own.append(next(rest) if here else None)
+        yield Spec.parse(recipe), own
 
 
 def run(x: Tensor, links: list[Link]) -> Tensor:
@@ -48,78 +69,152 @@ def run(x: Tensor, links: list[Link]) -> Tensor:
     Operands are assumed checked; what the op still refuses is a RuntimeError.
     """
     text = "\n".join([link.line for link in links])
-    operands = [t for link in links for t in link.operands]
+    return run_stacked(x, text, 0, False, [t for link in links for t in link.operands])
+
+
+def run_stacked(
+    x: Tensor, text: str, depth: int, recompute: bool, operands: list[Tensor]
+) -> Tensor:
+    """The same from the links' lines and, if `depth` is not 0, stacked operands: see `_split`.
+    `recompute`: z is not kept for backward but computed again.
+    """
+    if is_dynamo_compiling() or is_exporting():
+        return residual_chain(x, operands, text, depth, recompute)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in operands)):
-        return _apply(text, x, *operands)
-    y: Tensor = torch.ops.fusedres.chain_forward.default(x, operands, text, False)[0]
+        return _apply(text, depth, recompute, x, *operands)
+    y: Tensor = torch.ops.fusedres.chain_forward.default(x, operands, text, depth, 0)[0]
     return y
 
 
 class FusedChainFunction(torch.autograd.Function):
-    """apply(text, x, *operands), `text` being the links' lines. Saved for backward: operands, each
-    link's input and, where a stage after ``linear`` looks at it, its product z.
+    """apply(text, depth, recompute, x, *operands), `text` being the links' lines. Saved for
+    backward: operands, each link's input and, where a stage after ``linear`` looks at it, its
+    product z; with `recompute` not z.
     """
 
     @staticmethod
-    def forward(ctx: Any, text: str, x: Tensor, *operands: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, text: str, depth: int, recompute: bool, x: Tensor, *operands: Tensor
+    ) -> Tensor:
         """y (M, N)."""
-        y, *saved = torch.ops.fusedres.chain_forward.default(x, operands, text, True)
-        ctx.text = text
+        keep = 2 if recompute else 1
+        y, *saved = torch.ops.fusedres.chain_forward.default(x, operands, text, depth, keep)
+        ctx.text, ctx.depth, ctx.kept = text, depth, len(saved)
         ctx.save_for_backward(*saved, x, *operands)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """From dy (M, N) the gradients of x and the operands, None where not needed."""
-        inputs, z, x, *operands = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
+        there, kept = ctx.saved_tensors, ctx.kept
+        saved, (x, *operands) = there[:kept], there[kept:]
+        needs = ctx.needs_input_grad[_BEFORE:]
+        nothing = (None,) * _BEFORE
+        tensors = (x, *operands)
         if torch.is_grad_enabled():  # create_graph=True: gradients to be differentiated again
-            return None, *_composite_gradients(ctx.text, (x, *operands), needs, dy)
+            return *nothing, *_composite_gradients(ctx.text, ctx.depth, tensors, needs, dy)
         wanted = "".join("01"[need] for need in needs)
         try:
             found = torch.ops.fusedres.chain_backward.default(
-                dy, [inputs, z], x, operands, ctx.text, wanted
+                dy, saved, x, operands, ctx.text, ctx.depth, wanted
             )
         except RuntimeError as error:
             check_memory(error)
-            return None, *_composite_gradients(ctx.text, (x, *operands), needs, dy)
+            return *nothing, *_composite_gradients(ctx.text, ctx.depth, tensors, needs, dy)
         given = iter(found)
-        return None, *(next(given) if need else None for need in needs)
+        return *nothing, *(next(given) if need else None for need in needs)
 
 
+_BEFORE = 3  # arguments of FusedChainFunction before x
 _apply = super(torch.autograd.Function, FusedChainFunction).apply  # see autograd.apply_plainly
 
 
+def composite_chain(text: str, depth: int, x: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
+    """y by plain torch ops."""
+    block = text.count("\n") + 1 if depth else 1
+    y = source = x
+    for link, (spec, own) in enumerate(_split(text, depth, operands)):
+        source = y if link % block == 0 else source
+        y = composite(spec, Operands(y, *own, residual=source if spec.adds else None))
+    return y
+
+
 def _composite_gradients(
-    text: str, tensors: tuple[Tensor, ...], needs: tuple[bool, ...], dy: Tensor
+    text: str, depth: int, tensors: tuple[Tensor, ...], needs: tuple[bool, ...], dy: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients by plain torch ops, which can be differentiated again."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        y, *operands = views = [t.view_as(t) for t in tensors]
-        for spec, own in _split(text, tuple(operands)):
-            y = composite(spec, Operands(y, *own))  # type: ignore[arg-type]
+        x, *operands = views = [t.view_as(t) for t in tensors]
+        y = composite_chain(text, depth, x, tuple(operands))
         wanted = [t for t, need in zip(views, needs, strict=True) if need]
         given = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     return tuple(next(given) if need else None for need in needs)
 
 
-def _forward_fake(x: Tensor, operands: list[Tensor], links: str, save: bool) -> list[Tensor]:
-    M, of_inputs, of_z, N = x.shape[0], 0, 0, 0
-    for spec, (weight, *_) in _split(links, tuple(operands)):
-        of_inputs += N
-        N = weight.shape[0]  # type: ignore[union-attr]
-        of_z += N * spec.saves_z
-    y = x.new_empty((M, N))
-    return [y, x.new_empty(M * of_inputs), x.new_empty(M * of_z)] if save else [y]
+def _pieces(columns: list[int]) -> list[int]:
+    """How many columns each piece of memory has in which matrices of so many lie."""
+    sizes: list[int] = []
+    for width in columns:
+        if width and (not sizes or sizes[-1] + width > PIECE):
+            sizes.append(0)
+        if width:
+            sizes[-1] += width
+    return sizes
+
+
+def _in_graph(
+    x: Tensor, operands: list[Tensor], links: str, depth: int, recompute: bool
+) -> Tensor:
+    y: Tensor = torch.ops.fusedres.chain_forward.default(x, operands, links, depth, 0)[0]
+    return y
+
+
+def _in_graph_recording(
+    x: Tensor, operands: list[Tensor], links: str, depth: int, recompute: bool
+) -> Tensor:
+    y: Tensor = FusedChainFunction.apply(links, depth, recompute, x, *operands)
+    return y
+
+
+def _fake(x: Tensor, operands: list[Tensor], links: str, depth: int, recompute: bool) -> Tensor:
+    return _forward_fake(x, operands, links, depth, 0)[0]
+
+
+def _forward_fake(
+    x: Tensor, operands: list[Tensor], links: str, depth: int, keep: int
+) -> list[Tensor]:
+    M, inputs, z, N = x.shape[0], [], [], 0
+    for spec, (weight, *_) in _split(links, depth, tuple(operands)):
+        inputs.append(N)
+        N = weight.shape[0]
+        z.append(N * spec.saves_z)
+    kept = (_pieces(inputs) if keep else []) + (_pieces(z) if keep == 1 else [])
+    return [x.new_empty((M, N)), *(x.new_empty(M * columns) for columns in kept)]
 
 
 def _backward_fake(
-    dy: Tensor, saved: list[Tensor], x: Tensor, operands: list[Tensor], links: str, wanted: str
+    dy: Tensor,
+    saved: list[Tensor],
+    x: Tensor,
+    operands: list[Tensor],
+    links: str,
+    depth: int,
+    wanted: str,
 ) -> list[Tensor]:
     found = zip((x, *operands), wanted, strict=True)
     return [t.new_empty(t.shape) for t, need in found if need == "1"]
 
+
+# The op of graphs, which has a gradient: as residual_layer in graphs.py.
+torch.library.define(
+    "fusedres::residual_chain",
+    "(Tensor x, Tensor[] operands, str links, int depth, bool recompute) -> Tensor",
+)
+torch.library.impl("fusedres::residual_chain", "CompositeExplicitAutograd", _in_graph)
+torch.library.impl("fusedres::residual_chain", "Autograd", _in_graph_recording)
+torch.library.register_fake("fusedres::residual_chain", _fake)
+residual_chain = torch.ops.fusedres.residual_chain.default
 
 if native.missing is None:
     torch.library.register_fake("fusedres::chain_forward", _forward_fake)

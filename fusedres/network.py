@@ -17,17 +17,23 @@ from .functional import PLAIN, composite_only
 from .layers import hooked, parameter, watched, weight_and_bias
 from .modules import FusedResidual, must_be_called
 from .reference import asked_of
+from .tracing import transforms_active
 
 _modes = torch._C._len_torch_dispatch_stack
-_LARGEST = 1 << 18  # elements of a weight: those for which our own product is the best anywhere
-_ROOM = 1 << 22  # elements that a call keeps of a kind: the system takes larger pieces back at once
+LARGEST = 1 << 18  # elements of a weight: those for which our own product is the best anywhere
 
 
-def _unchained(x: Tensor) -> str | None:
-    """Why no layers can be joined for x; None if they can."""
-    if is_dynamo_compiling() or is_exporting() or graphs.wants_plain_ops(False) or _modes():
+def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
+    """Why no layers can be joined for x; None if they can. `in_graphs`: the call is one that
+    torch.compile and torch.export keep as an op.
+    """
+    compiling, exporting = is_dynamo_compiling(), is_exporting()
+    if in_graphs and (compiling or exporting):
+        if transforms_active() or (not compiling and graphs.wants_plain_ops(exporting)):
+            return "a transform looks into the layers, or a tool that knows torch's ops alone"
+    elif compiling or exporting or graphs.wants_plain_ops(False) or _modes():
         return "something looks into the call: a tracer, or a torch dispatch mode"
-    if type(x) not in PLAIN or composite_only(x, x):
+    elif type(x) not in PLAIN or composite_only(x, x):
         return "a transform looks into the layers, or x is a tensor of another kind"
     if x.device.type != "cpu":
         return f"x is on {x.device}; layers are joined on a CPU"
@@ -121,7 +127,7 @@ def link_of(module: nn.Module, x: Tensor, width: int) -> Link | str:
     if weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
         return f"its weight is {weight.dtype}, x {x.dtype}"
     N, K = weight.shape
-    if width != K or weight.numel() > _LARGEST:
+    if width != K or weight.numel() > LARGEST:
         return f"its weight has shape {(N, K)}, x has {width} features"
     if "add" in spec.stages and (module.shortcut is not None or N != K):
         return "its shortcut is not the identity"
@@ -178,19 +184,16 @@ class FusedSequential(nn.Sequential):
         links: list[Link] = []
         if at + 1 == len(modules) or type(modules[at]) is not FusedResidual:
             return links
-        if not isinstance(x, Tensor) or _unchained(x) is not None:
+        if not isinstance(x, Tensor) or unchained(x) is not None:
             return links
         usual = [kind.forward for kind in _CLASSES] == _FORWARDS and watched() is None
-        width, room = x.shape[-1], _ROOM // (x.numel() // x.shape[-1])
+        width = x.shape[-1]
         for module in modules[at:]:
             known = _as_known(module, x, width) if usual else None
             link = link_of(module, x, width) if known is None else known.link
             if isinstance(link, str):
                 break
             width = link.operands[0].shape[0] if known is None else known.width
-            room -= width
-            if room < 0 and len(links) > 1:
-                break
             links.append(link)
         return links
 
@@ -208,7 +211,7 @@ class FusedSequential(nn.Sequential):
         """What a call with x (..., K) does, a line for each run or module. Nothing runs: a module
         that stands alone is taken to give its `out_features`, or as many as it gets.
         """
-        reason, at, lines = _unchained(x), 0, []
+        reason, at, lines = unchained(x), 0, []
         modules: list[Any] = list(self._modules.items())
         while at < len(modules):
             name, module = modules[at]

@@ -1,0 +1,429 @@
+"""Many residual layers of one kind: one module, one parameter of each kind, one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, chain, checks
+from .functional import run
+from .layers import norm_kind
+from .modules import FusedResidual
+from .network import LARGEST, unchained
+from .operands import Operands
+from .reference import SETTINGS, Residual, spec_of
+from .spec import Spec, make_spec, parse_order
+
+_LAST_ONLY = ("gate", "droppath", "add")  # stages of a block's last layer
+
+
+def _inner(order: str) -> str:
+    """The order of a block's layers before the last."""
+    return "-".join(stage for stage in parse_order(order) if stage not in _LAST_ONLY)
+
+
+class _Kind(NamedTuple):
+    """A kind of parameter or buffer of a stack, and where a layer has it."""
+
+    name: str
+    owner: str  # the layer's submodule; "": the layer itself
+    of_layer: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.owner}.{self.of_layer}" if self.owner else self.of_layer
+
+
+_PARAMETERS = (
+    _Kind("weight", "linear", "weight"),
+    _Kind("bias", "linear", "bias"),
+    _Kind("norm_weight", "norm", "weight"),
+    _Kind("norm_bias", "norm", "bias"),
+    _Kind("gate", "", "gate"),
+)
+_BUFFERS = (
+    _Kind("running_mean", "norm", "running_mean"),
+    _Kind("running_var", "norm", "running_var"),
+    _Kind("num_batches_tracked", "norm", "num_batches_tracked"),
+)
+
+
+class FusedResidualStack(nn.Module):
+    """`depth` residual layers of one width, in one call forward and one backward.
+
+    y = x_L,  x_l+1 = act(norm(x_l @ weight[l].T + bias[l])) + x_l         # order "note"
+
+    One parameter of each kind holds all layers', so an optimiser, autograd and the call see five
+    tensors instead of five a layer. With `layers_per_block` = B only each B-th layer adds, and what
+    it adds is the input of its block of B layers: x + f4(f3(f2(f1(x)))) for 4; the layers before
+    have the stages of `order` but ``add``, ``gate`` and ``droppath``.
+
+    Args:
+        features: N, the width of x, y and every layer.
+        depth: L, the number of layers, a multiple of `layers_per_block`.
+        layers_per_block: B.
+        recompute: keep only the layers' inputs for backward and compute their products again: half
+            the memory for a third more products.
+        order, norm, activation, bias, eps, momentum, gate, gate_init, dropout, drop_path,
+            residual_scale, backend, device, dtype: of each layer, as in FusedResidual.
+
+    Shapes: x and y (..., N), in parameters' dtype unless autocast casts; parameters ``weight``
+    (L, N, N), ``bias``, ``norm_weight``, ``norm_bias`` (L, N), ``gate`` (L / B, 1) or (L / B, N);
+    buffers of batch norm ``running_mean``, ``running_var`` (L, N), ``num_batches_tracked`` (L).
+    They are initialised layer by layer, as an nn.Sequential of FusedResidual is.
+
+    ``stack[l]`` is layer l, a FusedResidual on views of the parameters, and ``stack[a:b]`` a stack of
+    whole blocks on views; both train the stack. `from_layers` and `to_layers` copy; a state_dict of
+    an nn.Sequential of layers (``0.linear.weight``, ...) loads, too.
+
+    All layers are one call on a CPU, without dropout, drop-path and batch norm, for N <= 512; else
+    layers are called one by one. `why_not_joined` tells why.
+
+    Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
+    does not fit, NotImplementedError where a named backend cannot run a call.
+
+    Source: the layers one by one; He et al., arxiv.org/abs/1512.03385.
+    """
+
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    gate: Tensor | None
+
+    def __init__(
+        self,
+        features: int,
+        depth: int,
+        *,
+        layers_per_block: int = 1,
+        order: str = "note",
+        norm: str | None = "layer",
+        activation: str | None = "relu",
+        bias: bool = True,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        gate: str | None = None,
+        gate_init: float | None = None,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        residual_scale: float = 1.0,
+        recompute: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        counts = {"features": features, "depth": depth, "layers_per_block": layers_per_block}
+        checks.check_feature_counts(op, **counts)
+        if depth % layers_per_block:
+            raise ValueError(
+                f"{op}: depth must be a multiple of layers_per_block={layers_per_block}, got {depth}"
+            )
+        checks.check_backend_name(backend)
+        L, N, B = depth, features, layers_per_block
+        settings = (order, norm, activation, gate, eps, dropout, drop_path, residual_scale)
+        spec = make_spec(*settings, training=True)
+        if B > 1 and "add" in spec.prologue:
+            raise ValueError(f"{op}: order {order!r} adds before linear; use layers_per_block=1")
+        self.features, self.layers_per_block, self.recompute = N, B, recompute
+        self.order, self.activation, self.residual_scale = order, activation, residual_scale
+        self.dropout, self.drop_path = dropout, drop_path
+        self.norm, self.gate_kind, self.eps, self.momentum = spec.norm, spec.gate, eps, momentum
+        self.backend, self.gate_init = backend, gate_init
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        gates = (L // B, 1 if spec.gate == "scalar" else N)
+        for name, shape in (
+            ("weight", (L, N, N)),
+            ("bias", (L, N) if bias else None),
+            ("norm_weight", (L, N) if spec.norm else None),
+            ("norm_bias", (L, N) if spec.norm in ("layer", "batch") else None),
+            ("gate", gates if spec.gate else None),
+        ):
+            made = None if shape is None else nn.Parameter(torch.empty(shape, **where))
+            self.register_parameter(name, made)
+        batch = spec.norm == "batch"
+        self.register_buffer("running_mean", torch.empty(L, N, **where) if batch else None)
+        self.register_buffer("running_var", torch.empty(L, N, **where) if batch else None)
+        count = torch.empty(L, dtype=torch.long, device=device) if batch else None
+        self.register_buffer("num_batches_tracked", count)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As an nn.Sequential of FusedResidual layers is initialised, layer by layer."""
+        bound = 1 / math.sqrt(self.features)
+        for layer in range(len(self)):
+            nn.init.kaiming_uniform_(self.weight[layer], a=math.sqrt(5))
+            if self.bias is not None:
+                nn.init.uniform_(self.bias[layer], -bound, bound)
+        gate_init = 0.0 if self.gate_kind == "scalar" else 1e-5
+        gate_init = gate_init if self.gate_init is None else self.gate_init
+        for name, value in (
+            ("norm_weight", 1),
+            ("norm_bias", 0),
+            ("gate", gate_init),
+            ("running_mean", 0),
+            ("running_var", 1),
+            ("num_batches_tracked", 0),
+        ):
+            t = getattr(self, name)
+            if t is not None:
+                t.fill_(value)
+
+    # ---- the call
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., N) from x (..., N)."""
+        checks.check_x(x, self.features)
+        if self.why_not_joined(x) is None:
+            rows = x if x.dim() == 2 else x.reshape(-1, self.features)
+            text, operands = self._text_and_operands()
+            try:
+                y = chain.run_stacked(rows, text, len(self), self.recompute, operands)
+                return y if x.dim() == 2 else y.view(x.shape)
+            except RuntimeError as error:  # the layers one by one tell more
+                checks.check_memory(error)
+        return self._one_by_one(x)
+
+    def _specs(self) -> tuple[Spec, Spec]:
+        """The recipes of a block's last layer and of those before it, as they are now."""
+        rest = self.eps, self.dropout
+        last = spec_of(
+            self.order, self.norm, self.activation, self.gate_kind, *rest, self.drop_path,
+            self.residual_scale, self.training,
+        )  # fmt: skip
+        if self.layers_per_block == 1:
+            return last, last
+        inner = _inner(self.order)
+        return last, spec_of(
+            inner, self.norm, self.activation, None, *rest, 0.0, 1.0, self.training
+        )
+
+    def why_not_joined(self, x: Tensor) -> str | None:
+        """Why a call with x (..., N) runs layer by layer; None if it is one call."""
+        reason = unchained(x, in_graphs=True)
+        if reason is not None:
+            return reason
+        last, inner = self._specs()
+        if last.random or inner.random:
+            return "layers drop at random"
+        if self.norm == "batch":
+            return "layers have a batch norm"
+        N = self.features
+        if N * N > LARGEST:
+            return f"weights of {N} x {N}: too large for layers to share a cache"
+        for kind in _PARAMETERS:
+            t = getattr(self, kind.name)
+            if t is not None and (t.device != x.device or t.layout != torch.strided):
+                return f"{kind.name} is on {t.device}, {t.layout}"
+            if kind.name in ("weight", "bias") and t is not None and t.dtype != x.dtype:
+                return f"{kind.name} is {t.dtype}, x {x.dtype}"
+        chosen = backends.choose(self.backend, last.text, x.dtype, x.device, N, N, False)
+        return None if chosen == "cpu" else f"the backend is '{chosen}'"
+
+    def _text_and_operands(self) -> tuple[str, list[Tensor]]:
+        last, inner = self._specs()
+        given = [getattr(self, kind.name) for kind in _PARAMETERS]
+        there = sum(1 << i for i, t in enumerate(given[1:]) if t is not None)
+        before = f"{there & 0b111} {inner.text}\n" * (self.layers_per_block - 1)
+        return f"{before}{there} {last.text}", [t for t in given if t is not None]
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        """The layers as so many fused calls."""
+        last, inner = self._specs()
+        B = self.layers_per_block
+        names = [kind.name for kind in (*_PARAMETERS, *_BUFFERS)]
+        stacks = {name: getattr(self, name) for name in names}
+        # unbind: one gradient of all layers, where indexing would make one of zeros for each
+        each = {name: None if t is None else t.unbind() for name, t in stacks.items()}
+        tracks = self.training and each["num_batches_tracked"] is not None
+        y = source = x
+        for layer in range(len(self)):
+            source = y if layer % B == 0 else source
+            ends = layer % B == B - 1
+            own = {n: None if t is None else t[layer] for n, t in each.items() if n != "gate"}
+            count = own.pop("num_batches_tracked")
+            gate = each["gate"][layer // B] if ends and each["gate"] is not None else None
+            spec = last if ends else inner
+            o = Operands(
+                y, gate=gate, residual=source if spec.adds and source is not y else None, **own
+            )
+            tracked = count if tracks else None
+            y = run(spec, o, self.momentum, False, self.backend, False, tracked)
+        return y
+
+    # ---- layers
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __iter__(self) -> Iterator[FusedResidual]:
+        return (self[layer] for layer in range(len(self)))
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """Layer `index` on views of the parameters, or a stack of whole blocks."""
+        if isinstance(index, slice):
+            return self._blocks(index)
+        L = len(self)
+        if not -L <= index < L:
+            raise IndexError(f"{type(self).__name__}: no layer {index}, there are {L}")
+        layer = self._empty_layer(index % L)
+        for owner, name, t in self._of_layer(layer, index % L):
+            if name in owner._parameters and t is not None:
+                del owner._parameters[name]
+            setattr(owner, name, t)
+        return layer
+
+    def _blocks(self, index: slice) -> FusedResidualStack:
+        first, last, step = index.indices(len(self))
+        B, what = self.layers_per_block, type(self).__name__
+        if step != 1 or last <= first or first % B or last % B:
+            raise IndexError(
+                f"{what}: a slice takes whole blocks of {B}, one after the other, and at least "
+                f"one; got [{first}:{last}:{step}] of {len(self)} layers"
+            )
+        part = FusedResidualStack.__new__(FusedResidualStack)
+        nn.Module.__init__(part)
+        own = vars(self).items()
+        part.__dict__.update({k: v for k, v in own if k not in part.__dict__})
+        part.training = self.training
+        for kind in (*_PARAMETERS, *_BUFFERS):
+            t, per = getattr(self, kind.name), B if kind.name == "gate" else 1
+            view = None if t is None else t[first // per : last // per]
+            if kind in _BUFFERS:
+                part.register_buffer(kind.name, view)
+            elif view is None:
+                part.register_parameter(kind.name, None)
+            else:
+                setattr(part, kind.name, view)
+        return part
+
+    def _empty_layer(self, index: int) -> FusedResidual:
+        """Layer `index` without its parameters."""
+        ends = index % self.layers_per_block == self.layers_per_block - 1
+        last: dict[str, Any] = {"gate": self.gate_kind, "drop_path": self.drop_path}
+        last["residual_scale"] = self.residual_scale
+        return FusedResidual(
+            self.features,
+            order=self.order if ends else _inner(self.order),
+            norm=self.norm,
+            activation=self.activation,
+            bias=self.bias is not None,
+            eps=self.eps,
+            momentum=self.momentum,
+            dropout=self.dropout,
+            backend=self.backend,
+            device="meta",
+            dtype=self.weight.dtype,
+            **(last if ends else {}),
+        ).train(self.training)
+
+    def _of_layer(self, layer: nn.Module, index: int) -> Iterator[tuple[nn.Module, str, Any]]:
+        """The layer's modules, the names of their tensors, and what the stack has for each."""
+        for kind in (*_PARAMETERS, *_BUFFERS):
+            owner: Any = getattr(layer, kind.owner) if kind.owner else layer
+            if owner is None or getattr(owner, kind.of_layer, None) is None:
+                continue
+            entry = index // self.layers_per_block if kind.name == "gate" else index
+            t = getattr(self, kind.name)
+            yield owner, kind.of_layer, None if t is None else t[entry]
+
+    def to_layers(self) -> list[FusedResidual]:
+        """The layers with copies of the parameters. Without blocks, ``nn.Sequential(*layers)`` gives
+        the stack's numbers; in a block the last layer is called with the block's input as
+        `residual`.
+        """
+        layers = []
+        for index in range(len(self)):
+            layer = self._empty_layer(index)
+            for owner, name, t in self._of_layer(layer, index):
+                copy = None if t is None else t.detach().clone()
+                plain = copy is None or name not in owner._parameters
+                setattr(owner, name, copy if plain else nn.Parameter(copy))
+            layers.append(layer)
+        return layers
+
+    @classmethod
+    def from_layers(
+        cls, layers: Iterable[Residual], *, recompute: bool = False
+    ) -> FusedResidualStack:
+        """A stack with copies of the parameters of `layers`, Residual or FusedResidual of one kind
+        and width. Where only each B-th has an ``add``, blocks are of B layers.
+
+        Raises TypeError or ValueError, which name the layer that does not fit.
+        """
+        found = list(layers)
+        what = f"{cls.__name__}.from_layers"
+        for i, layer in enumerate(found):
+            if not isinstance(layer, Residual):
+                raise TypeError(
+                    f"{what}: layer {i} is a {type(layer).__name__}, expected Residual layers"
+                )
+        B = next((i + 1 for i, layer in enumerate(found) if layer.spec.adds), 0)
+        if not B or len(found) % B:
+            raise ValueError(
+                f"{what}: expected blocks of layers whose last one adds, got {len(found)} layers, "
+                f"of which the first that adds is number {B}"
+            )
+        like: Any = found[B - 1]
+        norm: Any = like.norm
+        settings = {name: getattr(like, name) for name in SETTINGS}
+        kinds: dict[str, Any] = {"gate": like.spec.gate, "backend": like.backend}
+        kinds["momentum"] = getattr(norm, "momentum", 0.1)
+        kinds["eps"] = 1e-5 if norm is None else like.spec.eps
+        weight = like.linear.weight
+        stack = cls(
+            like.in_features, len(found), layers_per_block=B, recompute=recompute,
+            norm=norm_kind(norm), bias=like.linear.bias is not None,
+            device=weight.device, dtype=weight.dtype, **settings, **kinds,
+        )  # fmt: skip
+        stack.train(like.training)
+        with torch.no_grad():
+            for i, layer in enumerate(found):
+                twin = stack[i]
+                same = str(twin.spec) == str(layer.spec) and layer.shortcut is None
+                theirs, own = layer.state_dict(), twin.state_dict()
+                own |= {kind.path: t for kind, t in stack._parameters_of(twin)}
+                shapes = [{k: t.shape for k, t in d.items()} for d in (theirs, own)]
+                if not same or shapes[0] != shapes[1]:
+                    raise ValueError(
+                        f"{what}: layer {i}, {layer}, is not of one kind with layer {B - 1}, {like}"
+                    )
+                for path, t in own.items():
+                    t.copy_(theirs[path])
+        return stack
+
+    @staticmethod
+    def _parameters_of(layer: nn.Module) -> Iterator[tuple[_Kind, Tensor]]:
+        for kind in _PARAMETERS:
+            owner = getattr(layer, kind.owner) if kind.owner else layer
+            t = None if owner is None else getattr(owner, kind.of_layer)
+            if t is not None:
+                yield kind, t
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any
+    ) -> None:
+        """Stacks what an nn.Sequential of the same layers had saved."""
+        B, L = self.layers_per_block, len(self)
+        for kind in (*_PARAMETERS, *_BUFFERS):
+            of_layers = range(B - 1, L, B) if kind.name == "gate" else range(L)
+            keys = [f"{prefix}{layer}.{kind.path}" for layer in of_layers]
+            if getattr(self, kind.name) is not None and all(key in state_dict for key in keys):
+                state_dict[prefix + kind.name] = torch.stack([state_dict.pop(k) for k in keys])
+        super()._load_from_state_dict(state_dict, prefix, *args, **more)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__}: {checks.SCRIPT}")
+
+    def extra_repr(self) -> str:
+        words = [f"{self.features}, {len(self)}, layers_per_block={self.layers_per_block}"]
+        words += [f"order={self.order!r}, norm={self.norm!r}, activation={self.activation!r}"]
+        words += [f"recompute=True"] if self.recompute else []
+        return ", ".join(words)
