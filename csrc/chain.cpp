@@ -86,8 +86,8 @@ std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
   inputs.allocate(dtype);
   if (keep == Keep::all) z.allocate(dtype);
   for (int64_t l = 1; l < L; ++l)
-    chain.place(l, keep == Keep::nothing ? inputs.part(chain.slot(l), chain.links[l].K())
-                                         : inputs[l]);
+    chain.place(l,
+                keep == Keep::nothing ? inputs.part(chain.slot(l), chain.links[l].K()) : inputs[l]);
   std::deque<LinkForward<A>> links;
   for (int64_t l = 0; l < L; ++l) {
     const bool keeps_z = keep == Keep::all && chain.links[l].recipe.saves_z();
@@ -311,17 +311,16 @@ void chain_backward_op(StableIValue* stack) {
   Chain chain(x, operands, text, depth);
   check_matrix("dy", dy, chain.M, chain.links.back().N(), x);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "fusedres: a chain has one dtype");
-  stack[0] = from(x.scalar_type() == ScalarType::Double
-                      ? chain_backward<double>(chain, dy, saved, wanted)
-                      : chain_backward<float>(chain, dy, saved, wanted));
+  stack[0] =
+      from(x.scalar_type() == ScalarType::Double ? chain_backward<double>(chain, dy, saved, wanted)
+                                                 : chain_backward<float>(chain, dy, saved, wanted));
 }
 
 }  // namespace
 }  // namespace fusedres
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres, m) {
-  m.def(
-      "chain_forward(Tensor x, Tensor[] operands, str links, int depth, int keep) -> Tensor[]");
+  m.def("chain_forward(Tensor x, Tensor[] operands, str links, int depth, int keep) -> Tensor[]");
   m.def(
       "chain_backward(Tensor dy, Tensor[] saved, Tensor x, Tensor[] operands, str links, "
       "int depth, str wanted) -> Tensor[]");

@@ -113,9 +113,7 @@ struct Chain {
   int64_t source(int64_t l) const { return l / block * block; }  // whose input its `add` takes
 
   // Operand i's entry for link l: a gate is the block's.
-  int64_t entry(int64_t i, int64_t l) const {
-    return i == gate_ ? l / block : l;
-  }
+  int64_t entry(int64_t i, int64_t l) const { return i == gate_ ? l / block : l; }
 
   void place(int64_t l, const Tensor& input) {
     links[l].x = input;
@@ -142,9 +140,7 @@ struct Chain {
   }
 
   // Values that are soon forgotten take turns: those between blocks, and those inside of one.
-  std::vector<int64_t> slots() const {
-    return std::vector<int64_t>(block > 1 ? 4 : 2, widest);
-  }
+  std::vector<int64_t> slots() const { return std::vector<int64_t>(block > 1 ? 4 : 2, widest); }
   int64_t slot(int64_t l) const { return l % block == 0 ? l / block % 2 : 2 + l % 2; }
 
  private:
@@ -207,8 +203,8 @@ class Store {
       STD_TORCH_CHECK(first < given.size() && given[first].numel() == M_ * columns &&
                           given[first].is_contiguous() && given[first].scalar_type() == dtype &&
                           given[first].is_cpu(),
-                      "fusedres: saved tensor ", first, " does not fit, expected ",
-                      M_ * columns, " elements");
+                      "fusedres: saved tensor ", first, " does not fit, expected ", M_ * columns,
+                      " elements");
       memory_.push_back(given[first++]);
     }
     return first;

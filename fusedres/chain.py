@@ -79,7 +79,7 @@ def run_stacked(
     `recompute`: z is not kept for backward but computed again.
     """
     if is_dynamo_compiling() or is_exporting():
-        return residual_chain(x, operands, text, depth, recompute)  # type: ignore[no-any-return]
+        return residual_chain(x, operands, text, depth, recompute)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in operands)):
         return _apply(text, depth, recompute, x, *operands)
     y: Tensor = torch.ops.fusedres.chain_forward.default(x, operands, text, depth, 0)[0]
@@ -135,7 +135,8 @@ def composite_chain(text: str, depth: int, x: Tensor, operands: tuple[Tensor, ..
     y = source = x
     for link, (spec, own) in enumerate(_split(text, depth, operands)):
         source = y if link % block == 0 else source
-        y = composite(spec, Operands(y, *own, residual=source if spec.adds else None))
+        o = Operands(*(y, *own, source if spec.adds else None))
+        y = composite(spec, o)
     return y
 
 
@@ -163,9 +164,7 @@ def _pieces(columns: list[int]) -> list[int]:
     return sizes
 
 
-def _in_graph(
-    x: Tensor, operands: list[Tensor], links: str, depth: int, recompute: bool
-) -> Tensor:
+def _in_graph(x: Tensor, operands: list[Tensor], links: str, depth: int, recompute: bool) -> Tensor:
     y: Tensor = torch.ops.fusedres.chain_forward.default(x, operands, links, depth, 0)[0]
     return y
 

@@ -76,9 +76,9 @@ class FusedResidualStack(nn.Module):
     buffers of batch norm ``running_mean``, ``running_var`` (L, N), ``num_batches_tracked`` (L).
     They are initialised layer by layer, as an nn.Sequential of FusedResidual is.
 
-    ``stack[l]`` is layer l, a FusedResidual on views of the parameters, and ``stack[a:b]`` a stack of
-    whole blocks on views; both train the stack. `from_layers` and `to_layers` copy; a state_dict of
-    an nn.Sequential of layers (``0.linear.weight``, ...) loads, too.
+    ``stack[l]`` is layer l, a FusedResidual on views of the parameters, and ``stack[a:b]`` a stack
+    of whole blocks on views; both train the stack. `from_layers` and `to_layers` copy; a state_dict
+    of an nn.Sequential of layers (``0.linear.weight``, ...) loads, too.
 
     All layers are one call on a CPU, without dropout, drop-path and batch norm, for N <= 512; else
     layers are called one by one. `why_not_joined` tells why.
@@ -89,6 +89,7 @@ class FusedResidualStack(nn.Module):
     Source: the layers one by one; He et al., arxiv.org/abs/1512.03385.
     """
 
+    weight: Tensor
     bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
@@ -122,7 +123,8 @@ class FusedResidualStack(nn.Module):
         checks.check_feature_counts(op, **counts)
         if depth % layers_per_block:
             raise ValueError(
-                f"{op}: depth must be a multiple of layers_per_block={layers_per_block}, got {depth}"
+                f"{op}: depth must be a multiple of layers_per_block={layers_per_block}, "
+                f"got {depth}"
             )
         checks.check_backend_name(backend)
         L, N, B = depth, features, layers_per_block
@@ -247,7 +249,9 @@ class FusedResidualStack(nn.Module):
         for layer in range(len(self)):
             source = y if layer % B == 0 else source
             ends = layer % B == B - 1
-            own = {n: None if t is None else t[layer] for n, t in each.items() if n != "gate"}
+            own: dict[str, Any] = {
+                n: None if t is None else t[layer] for n, t in each.items() if n != "gate"
+            }
             count = own.pop("num_batches_tracked")
             gate = each["gate"][layer // B] if ends and each["gate"] is not None else None
             spec = last if ends else inner
@@ -335,8 +339,8 @@ class FusedResidualStack(nn.Module):
             yield owner, kind.of_layer, None if t is None else t[entry]
 
     def to_layers(self) -> list[FusedResidual]:
-        """The layers with copies of the parameters. Without blocks, ``nn.Sequential(*layers)`` gives
-        the stack's numbers; in a block the last layer is called with the block's input as
+        """The layers with copies of the parameters. Without blocks, ``nn.Sequential(*layers)``
+        gives the stack's numbers; in a block the last layer is called with the block's input as
         `residual`.
         """
         layers = []
@@ -344,8 +348,9 @@ class FusedResidualStack(nn.Module):
             layer = self._empty_layer(index)
             for owner, name, t in self._of_layer(layer, index):
                 copy = None if t is None else t.detach().clone()
-                plain = copy is None or name not in owner._parameters
-                setattr(owner, name, copy if plain else nn.Parameter(copy))
+                if copy is not None and name in owner._parameters:
+                    copy = nn.Parameter(copy)
+                setattr(owner, name, copy)
             layers.append(layer)
         return layers
 
@@ -425,5 +430,5 @@ class FusedResidualStack(nn.Module):
     def extra_repr(self) -> str:
         words = [f"{self.features}, {len(self)}, layers_per_block={self.layers_per_block}"]
         words += [f"order={self.order!r}, norm={self.norm!r}, activation={self.activation!r}"]
-        words += [f"recompute=True"] if self.recompute else []
+        words += ["recompute=True"] if self.recompute else []
         return ", ".join(words)

@@ -1,9 +1,8 @@
 """The degradation experiment on real digits: deep plain nets do not train, deep residual nets do.
 
-Each net is a stem (64 -> 64), a `FusedSequential` of `depth` `FusedResidual` blocks, and a head
-(64 -> 10).
-A plain net's layer is the same without `add`. A deep plain net could copy a shallow one and fill
-the rest with identity layers; that is shown exactly, and still training does not find it.
+Each net is a stem (64 -> 64), a `FusedResidualStack` of `depth` layers, and a head (64 -> 10). A
+plain net's layer is the same without `add`. A deep plain net could copy a shallow one and fill the
+rest with identity layers; that is shown exactly, and still training does not find it.
 Source: He et al., "Deep Residual Learning for Image Recognition" (2015), without convolutions.
 """
 
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import FusedResidual, FusedSequential
+from .. import FusedResidualStack
 from . import console
 
 WIDTH = 64
@@ -53,16 +52,17 @@ class Net(nn.Module):
         settings = NETS[kind]
         normed_residual = kind.startswith("residual") and settings["norm"] is not None
         self.stem = nn.Linear(64, WIDTH)
-        blocks = [FusedResidual(WIDTH, **settings) for _ in range(depth)]
-        self.blocks = FusedSequential(*blocks)
+        layers = FusedResidualStack(WIDTH, depth, **settings)
         self.norm = nn.LayerNorm(WIDTH) if normed_residual else nn.Identity()
         self.head = nn.Linear(WIDTH, 10)
-        for block in blocks:
-            nn.init.kaiming_normal_(block.linear.weight, nonlinearity="relu")
-            nn.init.zeros_(block.linear.bias)
+        with torch.no_grad():
+            for weight in layers.weight:
+                nn.init.kaiming_normal_(weight, nonlinearity="relu")
+            layers.get_parameter("bias").zero_()
+        self.layers: nn.Module = layers
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.stem(x))))
+        return self.head(self.norm(self.layers(self.stem(x))))
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, labels: Tensor) -> float:
@@ -90,7 +90,7 @@ def train(kind: str, depth: int) -> Net:
     torch.manual_seed(depth)
     x, _, labels, _ = digits()
     net = Net(kind, depth)
-    gates = [block.gate for block in net.blocks if block.gate is not None]
+    gates = [p for name, p in net.named_parameters() if name.endswith("gate")]
     others = [p for name, p in net.named_parameters() if not name.endswith("gate")]
     groups: list[dict[str, Any]] = [{"params": others}, {"params": gates, "lr": GATE_LEARNING_RATE}]
     optimizer = torch.optim.Adam(groups, LEARNING_RATE, foreach=True)
@@ -157,11 +157,10 @@ def identity_padding_difference() -> float:
     net = train("plain", DEPTHS[0]).eval()
     with torch.no_grad():
         shallow = net(x)
-        for _ in range(PADDED - DEPTHS[0]):
-            layer = FusedResidual(WIDTH, **NETS["plain"])
-            nn.init.eye_(layer.linear.weight)
-            nn.init.zeros_(layer.linear.bias)
-            net.blocks.append(layer)
+        more = FusedResidualStack(WIDTH, PADDED - DEPTHS[0], **NETS["plain"])
+        more.weight.copy_(torch.eye(WIDTH))
+        more.get_parameter("bias").zero_()
+        net.layers = nn.Sequential(net.layers, more)
         return (net(x) - shallow).abs().max().item()
 
 

@@ -19,6 +19,7 @@ from ..modules import FusedResidual
 from ..network import FusedSequential
 from ..reference import Residual
 from ..spec import Spec, make_spec
+from ..stack import FusedResidualStack
 from .calls import Call, Context
 
 _LINEAR = make_spec("linear", None, None)
@@ -65,8 +66,9 @@ def explain(
 
     Args:
         layer_or_call: a FusedResidual, FusedResidualMLP or Residual,
-            ``functools.partial(fused_residual, weight=..., ...)``, or a FusedSequential: then the
-            calls are its layers' own, and notes tell which of them one call joins.
+            ``functools.partial(fused_residual, weight=..., ...)``; or a FusedSequential or a
+            FusedResidualStack: then the calls are their layers' own, of a stack the last one's, and
+            notes tell which of them one call joins.
         x: (..., K), the call's input; a meta tensor will do, then the layer's device counts.
         residual: (..., R), if the call has one.
         device: explain the call as if on this device, for example "cuda" on a machine without one.
@@ -101,11 +103,13 @@ def explain(
     elif isinstance(call, FusedSequential):
         title = f"FusedSequential on x {tuple(x.shape)}, {x.dtype}, {x.device}"
         return Explanation(title, tuple(_of_network(call, x, device)), tuple(call.chains(x)))
+    elif isinstance(call, FusedResidualStack):
+        return _of_stack(call, x, device)
     else:
         raise TypeError(
             f"fusedres.explain: expected a FusedResidual, FusedResidualMLP or Residual layer, a "
-            f"FusedSequential or functools.partial(fused_residual, weight=...), got "
-            f"{type(call).__name__}"
+            f"FusedSequential, a FusedResidualStack or functools.partial(fused_residual, "
+            f"weight=...), got {type(call).__name__}"
         )
     title = f"{title} on x {tuple(x.shape)}, {x.dtype}, {context.device}"
     return Explanation(title, tuple(calls), (*notes, *_notes(context, x)))
@@ -120,6 +124,22 @@ def _of_network(
             yield from explain(module, x, device=device).calls
         width = getattr(module, "out_features", x.shape[-1])
         x = x.new_empty(()).expand(*x.shape[:-1], width)
+
+
+def _of_stack(
+    stack: FusedResidualStack, x: Tensor, device: torch.device | str | None
+) -> Explanation:
+    """Of its last layer, and whether one call joins all."""
+    block = stack.layers_per_block
+    last = stack[-block:].to_layers()[-1]
+    told = explain(last, x, x if block > 1 else None, device=device)
+    where = torch.device(device) if device else (stack.weight if x.is_meta else x).device
+    reason: str | None = f"on {where.type} layers are not joined"
+    if where.type == "cpu":
+        reason = stack.why_not_joined(torch.empty((), dtype=x.dtype).expand(x.shape))
+    how = "all in one call" if reason is None else f"one by one: {reason}"
+    title = f"FusedResidualStack of {len(stack)} layers, of which the last is a {told.title}"
+    return Explanation(title, told.calls, (f"layers run {how}", *told.notes))
 
 
 def _context(

@@ -12,6 +12,7 @@ from fusedres import (
     ORDERS,
     FusedResidual,
     FusedResidualMLP,
+    FusedResidualStack,
     FusedSequential,
     Residual,
     explain,
@@ -237,3 +238,14 @@ def test_a_network_tells_its_chains():
     assert [call.backend for call in told.calls] == ["cpu", "cpu"]
     assert told.notes[1] == "1 to 2: one call" and "it is a Linear" in told.notes[0]
     assert "FusedSequential on x (4, 8)" in str(told)
+
+
+def test_a_stack_tells_of_its_last_layer_and_whether_one_call_joins_all():
+    stack = FusedResidualStack(16, 6, layers_per_block=2)
+    for x in (torch.randn(4, 16), torch.empty(4, 16, device="meta")):
+        told = explain(stack, x)
+        assert told.notes[0] == "layers run all in one call" and "of 6 layers" in told.title
+        assert told.saved_bytes  # it has parameters that want gradients
+    assert "one by one: on cuda" in explain(stack, x, device="cuda").notes[0]
+    stack.dropout = 0.5
+    assert "one by one: layers drop at random" in explain(stack, torch.randn(4, 16)).notes[0]

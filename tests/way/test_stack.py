@@ -371,7 +371,7 @@ def test_from_layers_keeps_blocks_and_settings():
         ([nn.Linear(4, 4)], TypeError, "layer 0 is a Linear"),
         ([], ValueError, "0 layers"),
         ([FusedResidual(4, order="linear-act")], ValueError, "whose last one adds"),
-        ([FusedResidual(4), FusedResidual(4, order="preact")], ValueError, "layer 1.*not of one kind"),
+        ([FusedResidual(4), FusedResidual(4, order="preact")], ValueError, "layer 1.*not of one"),
         ([FusedResidual(4), FusedResidual(4, bias=False)], ValueError, "layer 1.*not of one kind"),
         ([FusedResidual(4), FusedResidual(5)], ValueError, "layer 1.*not of one kind"),
         ([FusedResidual(4, 5)], ValueError, "not of one kind"),
@@ -431,7 +431,7 @@ def test_a_call_that_does_not_fit_is_told():
     stack.bias = nn.Parameter(torch.zeros(4, 7))
     with pytest.raises(ValueError, match=r"bias has shape \(7,\), expected \(8,\)"):
         stack(torch.randn(3, 8))
-    with pytest.raises(NotImplementedError, match="torch.jit.script"):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script"):
         torch.jit.script(stack)
 
 
@@ -446,13 +446,14 @@ def test_the_op_refuses_what_does_not_fit():
         ([weight], "1 linear-add", 4, "too few"),
         ([weight[0]], line, 4, "4 entries"),
         ([weight], "", 4, "without links"),
-        ([weight], f"0 linear\n0 add-linear", 4, "adds before linear"),
+        ([weight], "0 linear\n0 add-linear", 4, "adds before linear"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(x, operands, text, depth, 0)
     with pytest.raises(RuntimeError, match="keep must be"):
         op(x, [weight], line, 4, 5)
     _, kept = op(x, [weight], line, 4, 1)
-    for saved, message in (([], "saved tensor 0"), ([kept[1:]], "saved tensor 0"), ([kept] * 2, "2")):
+    few = "saved tensor 0"
+    for saved, message in (([], few), ([kept[1:]], few), ([kept, kept], "2 saved")):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.fusedres.chain_backward(x, saved, x, [weight], line, 4, "11")

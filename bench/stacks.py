@@ -1,0 +1,286 @@
+"""`python -m bench stacks`: whole residual networks, one call against layers one by one.
+
+Each stack is first held to eager; then contenders take turns, as for layers (measure/row.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedres import FusedResidualStack, FusedSequential
+from fusedres.reference import ACTIVATION_FUNCTIONS
+from fusedres.tools.bench import INFERENCE, STEP, compare, saved_bytes
+from fusedres.tools.timing import interleave
+
+from .measure import results_file
+from .report.section import replace_part, source
+from .report.tables import Table
+
+RESULTS = results_file.RESULTS / "stacks"
+PAGE, MARKERS = results_file.ROOT / "docs/deep.md", ("<!-- stacks:begin -->", "<!-- stacks:end -->")
+ADAM = "step with Adam"
+MODES = {
+    INFERENCE: "under no_grad",
+    STEP: "gradients of x and every parameter",
+    ADAM: "forward, backward and torch.optim.Adam over all parameters",
+}
+ABOUT = {
+    "fused": "FusedResidualStack; with Adam(fused=True)",
+    "recompute": "the same with recompute=True",
+    "sequential": "FusedSequential of FusedResidual layers: parameters of each layer's own",
+    "eager": "the layers of torch's own, one after another; with Adam(foreach=True)",
+    "eager, fused Adam": "eager with Adam(fused=True)",
+    "compile": "torch.compile(eager, fullgraph=True)",
+}
+SECONDS, QUICK = 4.0, 0.3  # for the rounds of a row
+Row = dict[str, Any]
+
+
+class Net(NamedTuple):
+    name: str
+    rows: int
+    features: int
+    depth: int
+    block: int = 1
+    activation: str = "relu"
+    compiled: bool = False  # torch.compile takes part: it needs a second a layer
+    modes: tuple[str, ...] = tuple(MODES)
+
+
+NETS = (
+    Net("host", 4, 8, 100, modes=(INFERENCE, STEP)),
+    Net("digits", 128, 64, 200),
+    Net("digits, 20 layers", 128, 64, 20, compiled=True),
+    Net("deep-rl, 64 layers", 512, 256, 64, 4, "silu"),
+    Net("deep-rl, 1000 layers", 512, 256, 1000, 4, "silu", modes=(STEP,)),
+    Net("256 x 128", 256, 128, 100, 1, "silu"),
+    Net("4096 x 128", 4096, 128, 16, 1, "gelu"),
+)
+
+
+class Goal(NamedTuple):
+    """What `found` tells of the rows is at least `bound`, or with `most` at most."""
+
+    what: str
+    found: Callable[[dict[tuple[str, str], Row]], float]
+    bound: float
+    beyond: float
+    most: bool = False
+
+
+def _faster(name: str, mode: str, rival: str = "eager") -> Callable[..., float]:
+    return lambda rows: rows[name, mode]["ratios"][rival]["median"]
+
+
+def _a_layer(rows: dict[tuple[str, str], Row], backward: bool) -> float:
+    """Microseconds."""
+    forward, step = (rows["host", m]["times_us"]["fused"]["median"] for m in (INFERENCE, STEP))
+    return (step - forward if backward else forward) / 100
+
+
+def _kept(name: str) -> Callable[..., float]:
+    return lambda rows: (
+        rows["digits", STEP]["saved_bytes"][name] / (rows["digits", STEP]["saved_bytes"]["eager"])
+    )
+
+
+GOALS = (
+    Goal("digits, forward", _faster("digits", INFERENCE), 4, 6),
+    Goal("digits, step", _faster("digits", STEP), 4, 6),
+    Goal("digits, Adam, against foreach", _faster("digits", ADAM), 4, 6),
+    Goal("digits, Adam, against fused", _faster("digits", ADAM, "eager, fused Adam"), 4, 6),
+    Goal("deep-rl, 64 layers, step", _faster("deep-rl, 64 layers", STEP), 1.3, 1.5),
+    Goal("deep-rl, 1000 layers, step", _faster("deep-rl, 1000 layers", STEP), 1.3, 1.5),
+    Goal("host, us a layer forward", partial(_a_layer, backward=False), 1, 0.3, True),
+    Goal("host, us a layer backward", partial(_a_layer, backward=True), 2, 0.9, True),
+    Goal("kept for backward, of eager's", _kept("fused"), 0.67, 0.67, True),
+    Goal("kept with recompute, of eager's", _kept("recompute"), 0.34, 0.34, True),
+)
+
+
+class Eager(nn.Module):
+    """The layers as users write them."""
+
+    def __init__(self, stack: FusedResidualStack, activation: str) -> None:
+        super().__init__()
+        self.block, self.activation = stack.layers_per_block, ACTIVATION_FUNCTIONS[activation]
+        layers: list[Any] = stack.to_layers()
+        self.linears = nn.ModuleList(layer.linear for layer in layers)
+        self.norms = nn.ModuleList(layer.norm for layer in layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for i, (linear, norm) in enumerate(zip(self.linears, self.norms, strict=True)):
+            h = self.activation(norm(linear(h)))
+            if i % self.block == self.block - 1:
+                x = h = h + x
+        return x
+
+
+def _contenders(net: Net) -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    stack = FusedResidualStack(
+        net.features, net.depth, layers_per_block=net.block, activation=net.activation
+    )
+    eager = Eager(stack, net.activation)
+    found: dict[str, nn.Module] = {"eager": eager}
+    if net.compiled:
+        found["compile"] = torch.compile(eager, dynamic=False, fullgraph=True)  # type: ignore[assignment]
+    if net.block == 1:
+        found["sequential"] = FusedSequential(*stack.to_layers())
+    twin = FusedResidualStack(
+        net.features, net.depth, layers_per_block=net.block, activation=net.activation,
+        recompute=True,
+    )  # fmt: skip
+    twin.load_state_dict(stack.state_dict())
+    return found | {"recompute": twin, "fused": stack}
+
+
+def _calls(net: Net, mode: str, found: dict[str, nn.Module], x: Tensor) -> dict[str, Any]:
+    calls: dict[str, Any] = {}
+    dy = torch.randn_like(x)
+
+    def step(module: nn.Module, optimiser: torch.optim.Optimizer | None) -> None:
+        module(x).backward(dy)
+        if optimiser is not None:
+            optimiser.step()
+        module.zero_grad()
+        x.grad = None
+
+    for name, module in found.items():
+        if mode == INFERENCE:
+            if name != "recompute":
+                calls[name] = torch.no_grad()(partial(module, x))
+        elif mode == STEP:
+            calls[name] = partial(step, module, None)
+        elif name == "eager":
+            for way, told in (("foreach", name), ("fused", "eager, fused Adam")):
+                adam = torch.optim.Adam(module.parameters(), 1e-6, **{way: True})
+                calls[told] = partial(step, module, adam)
+        else:
+            adam = torch.optim.Adam(module.parameters(), 1e-6, fused=True)
+            calls[name] = partial(step, module, adam)
+    return calls
+
+
+def _check(found: dict[str, nn.Module], x: Tensor) -> None:
+    """Whether fused's y and dx are eager's: rounding grows with depth, so by their RMS."""
+    dy, results = torch.randn_like(x), {}
+    for name in ("eager", "fused", "recompute"):
+        y = found[name](x)
+        results[name] = y.detach(), *torch.autograd.grad(y, x, dy)
+    for name in ("fused", "recompute"):
+        for a, b in zip(results[name], results["eager"], strict=True):
+            error = ((a - b).norm() / b.norm()).item()
+            if not error < 1e-3:
+                raise ArithmeticError(f"{name} differs from eager by {error:.1e} of its size")
+
+
+def measure(nets: tuple[Net, ...], seconds: float) -> Iterator[Row]:
+    device = torch.device("cpu")
+    for net in nets:
+        found = _contenders(net)
+        x = torch.randn(net.rows, net.features, requires_grad=True)
+        _check(found, x)
+        for mode in net.modes:
+            rounds, calm = interleave(_calls(net, mode, found, x), device, seconds)
+            row: Row = {"net": net.name, "mode": mode, "rounds": len(rounds), "calm": calm}
+            row |= {"rows": net.rows, "features": net.features, "depth": net.depth}
+            row |= {"layers_per_block": net.block, "activation": net.activation}
+            row |= compare(rounds, calm, ("eager", "compile"))
+            if mode == STEP:
+                names = ("eager", "fused", "recompute")
+                row["saved_bytes"] = {name: saved_bytes(found[name], x) for name in names}
+            yield row
+
+
+def judge(rows: list[Row]) -> list[Row]:
+    by_name = {(row["net"], row["mode"]): row for row in rows}
+    told = []
+    for goal in GOALS:
+        try:
+            value: float | None = goal.found(by_name)
+        except KeyError:
+            value = None
+        row: Row = {"goal": goal.what, "value": value}
+        for name, bound in (("bound", goal.bound), ("beyond", goal.beyond)):
+            row[name] = f"{'<=' if goal.most else '>='} {bound:g}"
+            reached = value is not None and (
+                round(value, 2) <= bound if goal.most else round(value, 2) >= bound
+            )
+            row["met" if name == "bound" else "passed"] = None if value is None else reached
+        told.append(row)
+    return told
+
+
+def _x(row: Row, name: str) -> str:
+    ratio = row["ratios"].get(name)
+    return "" if ratio is None else f"{ratio['median']:.2f}"
+
+
+def tables(results: Row) -> str:
+    """What docs/deep.md shows of a results file."""
+    head = ["net", "rows x width", "layers", "call", "ms", "x eager", "x eager, fused Adam"]
+    head += ["x compile", "x sequential", "x recompute"]
+    body = []
+    for row in results["rows"]:
+        shape = f"{row['rows']} x {row['features']}"
+        ms = f"{'' if row['calm'] else '~'}{row['times_us']['fused']['median'] / 1e3:.3g}"
+        cells = [row["net"], shape, str(row["depth"]), row["mode"], ms]
+        rivals = ("eager", "eager, fused Adam", "compile", "sequential", "recompute")
+        body.append([*cells, *(_x(row, name) for name in rivals)])
+    note = (
+        "`ms` is FusedResidualStack's, `x` another's time over it in the same round, above 1 it is "
+        "slower; `~` disturbed by other processes"
+    )
+    timed = Table("Whole networks, fp32", head, body, 4, note)
+    verdicts = {True: "met", False: "MISSED", None: "not measured"}
+    goals = [
+        [g["goal"], g["bound"], g["beyond"], f"{g['value']:.2f}" if g["value"] else "", ""]
+        for g in results["goals"]
+    ]
+    for line, goal in zip(goals, results["goals"], strict=True):
+        line[-1] = "beyond" if goal["passed"] else verdicts[goal["met"]]
+    judged = Table("Goals", ["goal", "bound", "beyond", "found", ""], goals, 1)
+    return f"Measured on {source(results)}.\n\n{timed.markdown()}\n\n{judged.markdown()}"
+
+
+def write_page(results: Row) -> None:
+    PAGE.write_text(replace_part(PAGE, MARKERS, tables(results)), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench stacks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="short, and no file")
+    parser.add_argument("--only", default="", metavar="TEXT", help="part of a net's name; no file")
+    parser.add_argument("--threads", type=int, help="1 measures CPU time: for a busy machine")
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    nets = tuple(net for net in NETS if args.only in net.name)
+    if not nets:
+        names = ", ".join(net.name for net in NETS)
+        parser.error(f"--only {args.only!r} leaves no net; nets: {names}")
+    results = results_file.collect(torch.device("cpu"))
+    results["protocol"] = {"contenders": ABOUT, "modes": MODES}
+    results["rows"] = []
+    for row in measure(nets, QUICK if args.quick else SECONDS):
+        ratios = ", ".join(f"{name} {r['median']:.2f}" for name, r in row["ratios"].items())
+        ms = row["times_us"]["fused"]["median"] / 1e3
+        print(f"{row['net']}, {row['mode']}: {ms:.3g} ms; x {ratios}", file=sys.stderr, flush=True)
+        results["rows"].append(row)
+    results["goals"] = judge(results["rows"])
+    print(tables(results))
+    if not (args.quick or args.only):
+        path: Path = results_file.save(results, RESULTS / f"{results_file.name(results)}.json")
+        write_page(results)
+        print(f"Written: {path}, {PAGE}", file=sys.stderr)
+    return 0
