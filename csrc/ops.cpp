@@ -228,7 +228,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
     }
     if (skip) {
       end.pass.skip = rows_of(*skip);
-      end.pass.skip.features = std::min(skip->size(1), c.K());
+      end.pass.skip.features = c.K();
       end.pass.skip_scale = last ? r.residual_scale : 1.0;
     }
     if (wants(kX)) {

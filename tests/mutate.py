@@ -97,7 +97,7 @@ TABLE = {
 "csrc/chain.cpp": [
     ("chain", "no residual_scale in a chain's backward", "last ? r.residual_scale : 1.0", "1.0"),
     ("chain", "an add in the middle of a link sends nothing back",
-     "if (adds && !last) walk.after->dresidual = skip;", ""),
+     "if (!last) walk.after->dresidual = memory;", ""),
 ],
 "csrc/cpu/storage.h": [
     ("half", "bf16 is cut off, not rounded", "(u + 0x7FFF + ((u >> 16) & 1)) >> 16", "u >> 16"),
@@ -207,7 +207,7 @@ TABLE = {
     ("ways", "chunks end a row early", "return begin(chunk + 1); }",
      "return begin(chunk + 1) - 1; }"),
     ("products", "chunks' sums are not added",
-     "chunk < chunks.count; ++chunk)\n      for (int64_t i",
+     "chunk < chunks; ++chunk)\n      for (int64_t i",
      "chunk < 1; ++chunk)\n      for (int64_t i"),
 ],
 "csrc/ops.cpp": [
@@ -219,10 +219,10 @@ TABLE = {
     ("ways", "saves y for z", "out.push_back(*z);", "out.push_back(out[0]);"),
     ("batch", "backward gets rstd for the variance", "side.var.begin(), side.var.end()",
      "side.rstd.begin(), side.rstd.end()"),
-    ("ways", "a skip's features past its end",
-     "= std::min(skip->size(1), c.K());", "= c.K();"),
     ("random", "every sum passes for the last stage",
      "= adds_after && r.epilogue.back() == Stage::add;", "= adds_after;"),
+],
+"csrc/gradients.h": [
     ("gate", "a scalar gate's gradient of one column",
      "total += walk->dgate[n]", "total = walk->dgate[0]"),
 ],
@@ -327,7 +327,10 @@ TABLE = {
     ("mixed", "autocast ends at the product", "            t = product\n", "            pass\n"),
 ],
 "fusedres/layers.py": [
-    ("surgery", "hooks before forward are not asked for", 'or own["_forward_pre_hooks"]', ""),
+    ("surgery", "hooks before forward are not asked for",
+     'or own["_forward_pre_hooks"]\n        or own["_backward_hooks"]\n'
+     '        or own["_backward_pre_hooks"]\n    ):',
+     'or own["_backward_hooks"]\n        or own["_backward_pre_hooks"]\n    ):'),
     ("surgery", "a forward of the instance's own is passed", 'or "forward" in own', ""),
     ("surgery", "global hooks are not asked for", "        _global_forward_hooks\n        or",
      "       "),

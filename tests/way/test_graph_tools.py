@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusedres import FusedResidual, FusedResidualMLP, Residual
+from fusedres import FusedResidual, FusedResidualMLP, Residual, fused_residual
 
 M, K = 6, 16
 SETTINGS = (
@@ -54,6 +54,17 @@ def test_flops_are_eagers(settings, frozen, native):
             net(x).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 2 * 3 * M * K * K
+
+
+@pytest.mark.parametrize("frozen", ["", "weight", "x"])
+def test_flops_of_the_function(frozen, native):
+    """A module is run stage by stage under the counter, whose hooks are on every module."""
+    tensors = {"x": torch.randn(M, K), "weight": torch.randn(K, K)}
+    for name, t in tensors.items():
+        t.requires_grad_(name != frozen)
+    with FlopCounterMode(display=False) as counter:
+        fused_residual(**tensors).sum().backward()
+    assert counter.get_total_flops() == (6 if frozen == "" else 4) * M * K * K
 
 
 @pytest.mark.parametrize("strict", [False, True])
