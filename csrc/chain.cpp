@@ -20,10 +20,8 @@ template <class A>
 class PackedWeights {
  public:
   PackedWeights(const Chain& chain, bool transposed) {
-    for (const Call& c : chain.links) {
-      const int64_t N = c.N(), K = c.K();
-      packed_.push_back({nullptr, transposed ? K : N, transposed ? N : K, dtype_of(c.weight)});
-      columns_.push_back(adjacent_columns(c.weight));
+    for (const Layer& c : chain.links) {
+      packed_.push_back({nullptr, transposed ? c.K : c.N, transposed ? c.N : c.K, c.product});
       offsets_.push_back(bytes_);
       bytes_ += (cpu::kernels<A>().packed_bytes(packed_.back()) + 63) / 64 * 64;
     }
@@ -32,7 +30,7 @@ class PackedWeights {
     const cpu::Kernels<A>& kernels = cpu::kernels<A>();
     in_parallel(chain.size(), [&](int64_t l) {
       const int64_t panels = (packed_[l].width + kernels.panel - 1) / kernels.panel;
-      kernels.pack(rows_of(columns_[l]), transposed, (*this)[l], 0, panels);
+      kernels.pack(chain.links[l].weight, transposed, (*this)[l], 0, panels);
     });
   }
 
@@ -45,7 +43,6 @@ class PackedWeights {
 
  private:
   std::vector<cpu::Packed> packed_;
-  std::vector<Tensor> columns_;
   std::vector<int64_t> offsets_;
   int64_t bytes_ = 0;
   Optional memory_;
@@ -60,18 +57,17 @@ struct LinkForward {
   std::vector<A> bias;
   cpu::Forward<A> pass;
 
-  // Without y: z only.
-  LinkForward(const Call& c, const Optional& z, const Optional& y) {
-    const bool early = c.bias && bias_in_product(dtype_of(c.weight));
-    pass.product = dtype_of(c.weight);
-    pass.x = rows_of(c.x);
-    if (z) pass.z = rows_of(*z);
-    if (early) pass.early_bias = (bias = values<A>(*c.bias)).data();
+  // z and y: where they are stored, if they have memory. Without y: no further than z.
+  LinkForward(const Layer& c, const Rows& z, const Rows& y) {
+    const bool early = c.bias.data && bias_in_product(c.product);
+    pass.product = c.product;
+    pass.x = c.x;
+    pass.z = z;
+    pass.y = y;
+    if (early) pass.early_bias = values(c.bias, c.N, bias);
     if (!c.recipe.prologue.empty()) pass.before = &before.emplace(c, true, c.x).program;
-    if (!y) return;
-    pass.y = rows_of(*y);
-    if (!c.recipe.epilogue.empty() || (c.bias && !early))
-      pass.after = &after.emplace(c, false, z ? *z : *y).program;
+    if (y.data && (!c.recipe.epilogue.empty() || (c.bias.data && !early)))
+      pass.after = &after.emplace(c, false, z.data ? z : y).program;
   }
 };
 
@@ -79,20 +75,20 @@ struct LinkForward {
 template <class A>
 std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
   const int64_t M = chain.M, L = chain.size();
-  const ScalarType dtype = chain.links[0].product_dtype();
-  std::vector<Tensor> out{empty({M, chain.links[L - 1].N()}, dtype)};
+  const DType dtype = chain.product();
+  std::vector<Tensor> out{empty({M, chain.links[L - 1].N}, scalar_type(dtype))};
   Store inputs(M, keep == Keep::nothing ? chain.slots() : chain.inputs());
   Store z(M, chain.z());
   inputs.allocate(dtype);
   if (keep == Keep::all) z.allocate(dtype);
   for (int64_t l = 1; l < L; ++l)
     chain.place(l,
-                keep == Keep::nothing ? inputs.part(chain.slot(l), chain.links[l].K()) : inputs[l]);
+                keep == Keep::nothing ? inputs.first(chain.slot(l), chain.links[l].K) : inputs[l]);
   std::deque<LinkForward<A>> links;
   for (int64_t l = 0; l < L; ++l) {
     const bool keeps_z = keep == Keep::all && chain.links[l].recipe.saves_z();
-    links.emplace_back(chain.links[l], keeps_z ? Optional(z[l]) : std::nullopt,
-                       l + 1 < L ? chain.links[l + 1].x : out[0]);
+    links.emplace_back(chain.links[l], keeps_z ? z[l] : Rows(),
+                       l + 1 < L ? chain.links[l + 1].x : rows_of(out[0]));
   }
 
   const PackedWeights<A> weights(chain, true);
@@ -105,7 +101,7 @@ std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
                    });
   } else {
     for (int64_t l = 0; l < L; ++l) {
-      const PackedMatrix<A> weight(chain.links[l].weight, true);
+      const PackedMatrix<A> weight(chain.links[l].weight, chain.links[l].N, true);
       links[l].pass.weight = weight.packed;
       run(links[l].pass, M);
     }
@@ -135,12 +131,12 @@ struct LinkBackward {
   BackwardPass<A> walk;
 
   // dy -> dz, dx, for those that have memory.
-  LinkBackward(const Call& c, int64_t needs, const Tensor& z, const Rows& dy, const Rows& dz,
+  LinkBackward(const Layer& c, int64_t needs, const Rows& z, const Rows& dy, const Rows& dz,
                const Rows& dx)
-      : grads{c, needs, {}} {
+      : grads{c, needs} {
     const Recipe& r = c.recipe;
     cpu::Backward<A>& pass = walk.pass;
-    pass.product = dtype_of(c.weight);
+    pass.product = c.product;
     pass.dy = dy;
     pass.dz = dz;
     pass.dx = dx;
@@ -162,7 +158,7 @@ struct LinkBackward {
     const Recipe& r = grads.c.recipe;
     if (!r.has(Stage::add) || grads.c.in_prologue(Stage::add) || !source.walk.pass.dx.data) return;
     const bool last = r.epilogue.back() == Stage::add;
-    memory.features = std::min(grads.c.N(), source.grads.c.K());
+    memory.features = source.grads.c.K;
     if (!last) walk.after->dresidual = memory;
     source.walk.pass.skip = last ? walk.pass.dy : memory;
     source.walk.pass.skip.features = memory.features;
@@ -170,37 +166,35 @@ struct LinkBackward {
   }
 };
 
+// What the weight's gradient is of: dz.T @ this.
 template <class A>
-void weight_gradient_of(LinkBackward<A>& link, const Tensor& dz) {
-  const Call& c = link.grads.c;
-  if (!link.grads.wants(kWeight)) return;
-  Optional& dweight = link.grads.of[kWeight];
-  dweight = weight_gradient<A>(dz, link.before ? make_operand(c, *link.before) : c.x, dweight);
+Rows right_side(const LinkBackward<A>& link, Optional& memory) {
+  if (!link.before) return link.grads.c.x;
+  return rows_of(memory.emplace(make_operand(link.grads.c, *link.before)));
 }
 
 // All links' dz.T @ x: side by side where there are enough of them and few rows, else one by one.
 template <class A>
-void weight_gradients(const Chain& chain, std::deque<LinkBackward<A>>& links, const Store& dz) {
+void weight_gradients(const Chain& chain, const std::deque<LinkBackward<A>>& links, const Store& dz,
+                      const GradientsOf& results) {
   constexpr int64_t kFewRows = 1024, kManyLinks = 8, kLargest = 1 << 18;
   const cpu::Kernels<A>& kernels = cpu::kernels<A>();
-  std::vector<Tensor> operands;
+  std::deque<Optional> memory;
   std::vector<cpu::WeightGradient<A>> together;
   for (int64_t l = 0; l < chain.size(); ++l) {
-    const Call& c = chain.links[l];
-    LinkBackward<A>& link = links[l];
-    if (!link.grads.wants(kWeight)) continue;
-    const bool small = c.N() * c.K() <= kLargest;
-    if (!small || chain.M >= kFewRows || chain.size() < kManyLinks) {
-      weight_gradient_of(link, dz[l]);
+    const Layer& c = chain.links[l];
+    if (!links[l].grads.wants(kWeight)) continue;
+    const Rows x = right_side(links[l], memory.emplace_back());
+    if (c.N * c.K > kLargest || chain.M >= kFewRows || chain.size() < kManyLinks) {
+      weight_gradient<A>(dz[l], x, chain.M, results.weight(l));
+      memory.clear();
       continue;
     }
-    operands.push_back(link.before ? make_operand(c, *link.before) : c.x);
-    if (!link.grads.of[kWeight]) link.grads.of[kWeight] = empty({c.N(), c.K()}, c.weight);
     cpu::WeightGradient<A>& g = together.emplace_back();
-    g.dz = rows_of(dz[l]);
-    g.x = rows_of(operands.back());
-    g.product = dtype_of(c.weight);
-    g.dweight = rows_of(*link.grads.of[kWeight]);
+    g.dz = dz[l];
+    g.x = x;
+    g.product = c.product;
+    g.dweight = results.weight(l);
   }
   in_parallel(static_cast<int64_t>(together.size()), [&](int64_t i) {
     kernels.weight_gradient(together[i], 0, chain.M, 0, together[i].dz.features);
@@ -213,7 +207,7 @@ template <class A>
 std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::vector<Tensor>& saved,
                                    const std::string& wanted) {
   const int64_t M = chain.M, L = chain.size(), W = chain.widest;
-  const ScalarType dtype = chain.links[0].product_dtype();
+  const DType dtype = chain.product();
   Store inputs(M, chain.inputs()), kept_z(M, chain.z());
   const bool again = saved.size() == inputs.pieces() && kept_z.pieces() > 0;
   size_t next = inputs.adopt(saved, 0, dtype);
@@ -223,42 +217,40 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
   for (int64_t l = 1; l < L; ++l) chain.place(l, inputs[l]);
 
   Optional dx;
-  if (wanted.at(0) == '1') dx = empty({M, chain.links[0].K()}, chain.links[0].x);
+  if (wanted.at(0) == '1') dx = empty({M, chain.links[0].K}, scalar_type(dtype));
   // In one region every link's dz is kept for the weight gradients; else these follow at once.
   const PackedWeights<A> weights(chain, false);
   const bool fit = weights.fit();
   Store all_dz(M, fit ? chain.outputs() : std::vector<int64_t>{W});
-  all_dz.allocate(dtype);
   Store gradients(M, chain.slots());  // of the links' inputs, which take turns
   Store more(M, {W, again ? W : 0});  // what an `add` sends back, and z
-  gradients.allocate(dtype);
-  more.allocate(dtype);
-  const auto dz = [&](int64_t l) { return fit ? all_dz[l] : all_dz.part(0, chain.links[l].N()); };
+  for (Store* store : {&all_dz, &gradients, &more}) store->allocate(dtype);
+  const auto dz = [&](int64_t l) { return fit ? all_dz[l] : all_dz.first(0, chain.links[l].N); };
   const auto gradient = [&](int64_t l) {  // of what goes into link l
     if (l == L) return rows_of(dy);
-    if (l > 0) return rows_of(gradients.part(chain.slot(l), chain.links[l].K()));
+    if (l > 0) return gradients.first(chain.slot(l), chain.links[l].K);
     return dx ? rows_of(*dx) : Rows();
   };
 
-  GradientsOf results(chain, wanted);
+  const GradientsOf results(chain, wanted);
   std::deque<LinkBackward<A>> links;
   std::deque<std::optional<LinkForward<A>>> replays(L);
   std::optional<PackedWeights<A>> forward_weights;
   if (again && fit) forward_weights.emplace(chain, true);
   for (int64_t l = 0; l < L; ++l) {
-    const Call& c = chain.links[l];
+    const Layer& c = chain.links[l];
     const int64_t needs = results.needs(l) | (l > 0 || dx ? 1 << kX : 0);
-    Tensor z = dz(l);  // whose values nobody reads
+    Rows z = dz(l);  // whose values nobody reads
     if (c.recipe.saves_z()) {
-      z = again ? more.part(1, c.N()) : kept_z[l];
+      z = again ? more.first(1, c.N) : kept_z[l];
       if (again) {
-        replays[l].emplace(c, z, std::nullopt);
+        replays[l].emplace(c, z, Rows());
         if (fit) replays[l]->pass.weight = (*forward_weights)[l];
       }
     }
-    links.emplace_back(c, needs, z, gradient(l + 1), rows_of(dz(l)), gradient(l));
-    results.place(l, links[l].grads.of);
-    links[l].send_back_to(links[chain.source(l)], rows_of(more[0]));
+    links.emplace_back(c, needs, z, gradient(l + 1), dz(l), gradient(l));
+    results.place(l, links[l].grads.into);
+    links[l].send_back_to(links[chain.source(l)], more[0]);
   }
 
   if (fit) {
@@ -273,26 +265,28 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
       }
     });
     for (LinkBackward<A>& link : links) link.walk.finish(chunks.count);
-    weight_gradients<A>(chain, links, all_dz);
+    weight_gradients<A>(chain, links, all_dz, results);
   } else {
     for (int64_t l = L - 1; l >= 0; --l) {
+      const Layer& c = chain.links[l];
       if (replays[l]) {
-        const PackedMatrix<A> weight(chain.links[l].weight, true);
+        const PackedMatrix<A> weight(c.weight, c.N, true);
         replays[l]->pass.weight = weight.packed;
         run(replays[l]->pass, M);
       }
       std::optional<PackedMatrix<A>> weight;
       if (links[l].multiplies())
-        links[l].walk.pass.weight = weight.emplace(chain.links[l].weight, false).packed;
+        links[l].walk.pass.weight = weight.emplace(c.weight, c.N, false).packed;
       links[l].walk.run(M);
-      weight_gradient_of(links[l], dz(l));
+      Optional memory;
+      if (links[l].grads.wants(kWeight))
+        weight_gradient<A>(dz(l), right_side(links[l], memory), M, results.weight(l));
     }
   }
 
-  for (int64_t l = 0; l < L; ++l) {
-    links[l].grads.take(links[l].walk.after, false);
-    links[l].grads.take(links[l].walk.before, true);
-    results.take(l, links[l].grads.of);
+  for (LinkBackward<A>& link : links) {
+    link.grads.take(link.walk.after, false);
+    link.grads.take(link.walk.before, true);
   }
   return results.list(dx);
 }
@@ -309,7 +303,7 @@ void chain_backward_op(StableIValue* stack) {
                   "fusedres: a chain's backward needs a character for x and each operand, got ",
                   wanted.size());
   Chain chain(x, operands, text, depth);
-  check_matrix("dy", dy, chain.M, chain.links.back().N(), x);
+  check_matrix("dy", dy, chain.M, chain.links.back().N, x);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "fusedres: a chain has one dtype");
   stack[0] =
       from(x.scalar_type() == ScalarType::Double ? chain_backward<double>(chain, dy, saved, wanted)

@@ -20,23 +20,24 @@ void told(StableIValue* stack, uint64_t, uint64_t) {
 
 // The prologue's values for `side`, whose statistics are known or, in forward, found.
 template <class A>
-Tensor make_operand(const Call& c, const Side<A>& side) {
-  Tensor operand = empty({c.M(), c.K()}, c.product_dtype());
+Tensor make_operand(const Layer& c, const Side<A>& side) {
+  Tensor operand = empty({c.M, c.K}, scalar_type(c.product));
   cpu::Forward<A> pass;
   pass.before = &side.program;
-  pass.product = dtype_of(c.weight);
-  pass.x = rows_of(c.x);
+  pass.product = c.product;
+  pass.x = c.x;
   pass.operand = rows_of(operand);
-  run(pass, c.M());
+  run(pass, c.M);
   return operand;
 }
 
-// One call's gradients, side by side. What `of` has already is memory for them.
+// One layer's gradients, side by side: of its parameter vectors at `into` where that has memory.
 template <class A>
 struct Gradients {
-  const Call& c;
+  const Layer& c;
   const int64_t needs;
-  Optional of[kInputs];
+  Optional of[kInputs] = {};
+  Vector into[kInputs] = {};
 
   bool wants(Input input) const { return (needs >> input & 1) != 0; }
   bool wants(Input input, Stage stage, bool prologue) const {
@@ -74,27 +75,32 @@ struct Gradients {
     if (!walk) return;
     const int64_t C = walk->program.width;
     const auto put = [&](Input input, Stage stage, const A* sums) {
-      if (sums && wants(input, stage, prologue)) store(input, sums, C, operand(input));
+      if (sums && wants(input, stage, prologue)) store(input, sums, C);
     };
     put(kNormWeight, Stage::norm, walk->dgamma);
     put(kNormBias, Stage::norm, walk->dbeta);
     if (walk->dgate && c.recipe.scalar_gate) {
       A total = 0;
       for (int64_t n = 0; n < C; ++n) total += walk->dgate[n];
-      store(kGate, &total, 1, *c.gate);
+      store(kGate, &total, 1);
     } else {
       put(kGate, Stage::gate, walk->dgate);
     }
-    if (walk->dbias) store(kBias, walk->dbias, C, c.bias ? *c.bias : c.weight);
+    if (walk->dbias) store(kBias, walk->dbias, C);
   }
 
  private:
-  void store(Input input, const A* sums, int64_t n, const Tensor& like) {
-    if (!of[input]) of[input] = empty({n}, like);
-    store_vector(sums, n, *of[input]);
+  void store(Input input, const A* sums, int64_t n) {
+    Vector to = into[input];
+    if (!to.data) {
+      of[input] = empty({n}, scalar_type(dtype(input)));
+      to = vector_of(of[input]);
+    }
+    store_vector(sums, n, to);
   }
-  const Tensor& operand(Input input) const {
-    return input == kNormWeight ? *c.norm_weight : input == kNormBias ? *c.norm_bias : *c.gate;
+  DType dtype(Input input) const {
+    if (input == kBias) return c.product;
+    return (input == kNormWeight ? c.norm_weight : input == kNormBias ? c.norm_bias : c.gate).dtype;
   }
 };
 

@@ -1,4 +1,5 @@
 // What the chain's ops get and keep: its links, their values in few pieces of memory, their gradients.
+// All as plain pointers: a torch tensor for each link would cost as much as a narrow link's work.
 #pragma once
 
 #include <deque>
@@ -8,32 +9,17 @@
 
 namespace fusedres {
 
-// A part of `memory` of up to two dimensions; `step` between a matrix's columns.
-inline Tensor part(const Tensor& memory, int64_t offset, std::vector<int64_t> sizes,
-                   std::vector<int64_t> strides) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(memory.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                     strides.data(), offset, &handle));
-  return Tensor(handle);
-}
-
-// t[i].
-inline Tensor slice(const Tensor& t, int64_t i) {
-  std::vector<int64_t> sizes, strides;
-  for (int64_t d = 1; d < t.dim(); ++d) {
-    sizes.push_back(t.size(d));
-    strides.push_back(t.stride(d));
-  }
-  return part(t, i * t.stride(0), sizes, strides);
-}
-
 // What forward keeps for backward.
 enum class Keep { nothing, all, inputs };
 
 inline Keep keep_of(int64_t keep) {
   STD_TORCH_CHECK(keep >= 0 && keep <= 2, "fusedres: keep must be 0, 1 or 2, got ", keep);
   return static_cast<Keep>(keep);
+}
+
+// The first element of a tensor's entry i, along its first dimension.
+inline void* entry_of(const Tensor& t, int64_t i) {
+  return static_cast<char*>(t.data_ptr()) + i * t.stride(0) * t.element_size();
 }
 
 // ---- links
@@ -45,19 +31,82 @@ inline Keep keep_of(int64_t keep) {
 // lines; operands are those of the last line, (depth, ...) each but the gate, which has one entry a
 // block. A block's `add` takes the block's input.
 struct Chain {
-  std::deque<Call> links;
+  std::deque<Layer> links;
+  std::vector<std::vector<int64_t>> operand_of;  // for each link, which operand is its Input; or -1
   const std::vector<Tensor>& operands;
-  int64_t M, widest = 1, block = 1;
-  bool stacked;
-  std::vector<std::vector<int64_t>> operand_of;  // for each link, which operand is its Input
+  const int64_t M;
+  const bool stacked;
+  int64_t widest = 1, block = 1;
 
   Chain(const Tensor& x, const std::vector<Tensor>& operands, const std::string& text,
         int64_t depth)
       : operands(operands), M(x.dim() ? x.size(0) : 0), stacked(depth != 0) {
-    struct Line {
-      int there;
-      const Recipe& recipe;
-    };
+    const std::vector<Line> lines = lines_of(text);
+    const int64_t count = static_cast<int64_t>(lines.size());
+    STD_TORCH_CHECK(depth >= 0 && depth % count == 0, "fusedres: depth is ", depth,
+                    ", expected 0 or a multiple of ", count);
+    kept_.push_back(adjacent_columns(x));
+    if (stacked) {
+      block = count;
+      stack(lines, depth);
+    } else {
+      size_t next = 0;
+      for (const Line& line : lines) {
+        operand_of.push_back(which(line.there, line.there, next));
+        std::vector<Tensor> own;
+        for (const int64_t i : operand_of.back())
+          if (i >= 0 && i < static_cast<int64_t>(operands.size())) own.push_back(operands[i]);
+        next += own.size();
+        append(line, own);
+      }
+      STD_TORCH_CHECK(next == operands.size(), "fusedres: a chain of ", count, " links got ",
+                      operands.size(), " operands, expected ", next);
+    }
+    place(0, rows_of(kept_.front()));
+  }
+
+  int64_t size() const { return static_cast<int64_t>(links.size()); }
+  DType product() const { return links.front().product; }
+  int64_t source(int64_t l) const { return l / block * block; }  // whose input its `add` takes
+
+  // Which of operand i's entries is link l's, in a stack: a gate is the block's.
+  int64_t entry(int64_t i, int64_t l) const { return i == gate_ ? l / block : l; }
+
+  void place(int64_t l, const Rows& input) {
+    links[l].x = input;
+    for (int64_t user = l + 1; user < size() && source(user) == l; ++user)
+      if (links[user].recipe.has(Stage::add)) links[user].residual = input;
+  }
+
+  // ---- how wide what is kept is, for each link
+
+  std::vector<int64_t> inputs() const {  // the first one's is the call's own
+    std::vector<int64_t> columns{0};
+    for (int64_t l = 1; l < size(); ++l) columns.push_back(links[l].K);
+    return columns;
+  }
+  std::vector<int64_t> outputs() const {
+    std::vector<int64_t> columns;
+    for (const Layer& link : links) columns.push_back(link.N);
+    return columns;
+  }
+  std::vector<int64_t> z() const {
+    std::vector<int64_t> columns;
+    for (const Layer& link : links) columns.push_back(link.recipe.saves_z() ? link.N : 0);
+    return columns;
+  }
+
+  // Values that are soon forgotten take turns: those between blocks, and those inside of one.
+  std::vector<int64_t> slots() const { return std::vector<int64_t>(block > 1 ? 4 : 2, widest); }
+  int64_t slot(int64_t l) const { return l % block == 0 ? l / block % 2 : 2 + l % 2; }
+
+ private:
+  struct Line {
+    int there;
+    const Recipe& recipe;
+  };
+
+  static std::vector<Line> lines_of(const std::string& text) {
     std::vector<Line> lines;
     std::istringstream stream(text);
     std::string line;
@@ -71,82 +120,10 @@ struct Chain {
       lines.push_back({std::stoi(line), r});
     }
     STD_TORCH_CHECK(!lines.empty(), "fusedres: a chain without links");
-    const int64_t count = static_cast<int64_t>(lines.size());
-    STD_TORCH_CHECK(depth >= 0 && depth % count == 0, "fusedres: depth is ", depth,
-                    ", expected 0 or a multiple of ", count);
-    if (stacked) {
-      block = count;
-      gate_ = which(lines.back().there, lines.back().there, 0)[kGate];
-      check_stacked(lines.back().there, depth);
-    }
-    size_t next = 0;
-    Tensor input = x;
-    for (int64_t l = 0; l < (stacked ? depth : count); ++l) {
-      const Line& own = lines[l % count];
-      const size_t first = stacked ? 0 : next;
-      operand_of.push_back(which(stacked ? lines.back().there : own.there, own.there, first));
-      // Until it has memory: one element, of every row and column.
-      if (l > 0) input = part(x, 0, {M, links.back().N()}, {0, 0});
-      if (stacked) {
-        std::vector<Tensor> slices;
-        for (const int64_t i : operand_of[l])
-          if (i >= 0) slices.push_back(slice(operands[i], entry(i, l)));
-        size_t unused = 0;
-        links.emplace_back(input, slices, unused, own.there, own.recipe);
-      } else {
-        links.emplace_back(input, operands, next, own.there, own.recipe);
-      }
-      const Call& c = links.back();
-      STD_TORCH_CHECK(!c.casts() && c.y_dtype() == c.product_dtype() &&
-                          c.x.scalar_type() == c.weight.scalar_type(),
-                      "fusedres: a chain has one dtype");
-      STD_TORCH_CHECK(c.N() > 0 && c.K() > 0 && (block == 1 || !c.in_prologue(Stage::add)),
-                      "fusedres: a link without features, or one that adds before linear");
-      widest = std::max({widest, c.N(), c.K()});
-    }
-    STD_TORCH_CHECK(stacked || next == operands.size(), "fusedres: a chain of ", links.size(),
-                    " links got ", operands.size(), " operands, expected ", next);
-    place(0, adjacent_columns(x));
+    return lines;
   }
 
-  int64_t size() const { return static_cast<int64_t>(links.size()); }
-  int64_t source(int64_t l) const { return l / block * block; }  // whose input its `add` takes
-
-  // Operand i's entry for link l: a gate is the block's.
-  int64_t entry(int64_t i, int64_t l) const { return i == gate_ ? l / block : l; }
-
-  void place(int64_t l, const Tensor& input) {
-    links[l].x = input;
-    for (int64_t user = l; user < size() && source(user) == l; ++user)
-      if (user > l && links[user].recipe.has(Stage::add)) links[user].residual = input;
-  }
-
-  // ---- how wide what is kept is, for each link
-
-  std::vector<int64_t> inputs() const {  // the first one's is the call's own
-    std::vector<int64_t> columns{0};
-    for (int64_t l = 1; l < size(); ++l) columns.push_back(links[l].K());
-    return columns;
-  }
-  std::vector<int64_t> outputs() const {
-    std::vector<int64_t> columns;
-    for (const Call& c : links) columns.push_back(c.N());
-    return columns;
-  }
-  std::vector<int64_t> z() const {
-    std::vector<int64_t> columns;
-    for (const Call& c : links) columns.push_back(c.recipe.saves_z() ? c.N() : 0);
-    return columns;
-  }
-
-  // Values that are soon forgotten take turns: those between blocks, and those inside of one.
-  std::vector<int64_t> slots() const { return std::vector<int64_t>(block > 1 ? 4 : 2, widest); }
-  int64_t slot(int64_t l) const { return l % block == 0 ? l / block % 2 : 2 + l % 2; }
-
- private:
-  int64_t gate_ = -1;  // which operand a stack's gate is
-
-  // For each Input the operand that it is, -1: there is none.
+  // For each Input the operand that it is, of those from `first` on.
   static std::vector<int64_t> which(int all, int there, size_t first) {
     std::vector<int64_t> of(kInputs, -1);
     of[kWeight] = static_cast<int64_t>(first++);
@@ -157,8 +134,81 @@ struct Chain {
     return of;
   }
 
-  void check_stacked(int there, int64_t depth) const {
-    const std::vector<int64_t> of = which(there, there, 0);
+  // A link with operands of its own, checked as a layer's are.
+  void append(const Line& line, const std::vector<Tensor>& own) {
+    // Its input has no memory yet: one element stands for every row and column.
+    const Tensor& x = kept_.front();
+    const Tensor input = links.empty() ? x : stand_in(x, M, links.back().N);
+    size_t next = 0;
+    Call c(input, own, next, line.there, line.recipe);
+    STD_TORCH_CHECK(
+        !c.casts() && c.y_dtype() == c.product_dtype() && x.scalar_type() == c.product_dtype(),
+        "fusedres: a chain has one dtype");
+    STD_TORCH_CHECK(c.N() > 0 && c.K() > 0 && (block == 1 || !c.in_prologue(Stage::add)),
+                    "fusedres: a link without features, or one that adds before linear");
+    c.weight = adjacent_columns(c.weight);
+    kept_.push_back(c.weight);
+    widest = std::max({widest, c.N(), c.K()});
+    links.emplace_back(c);
+  }
+
+  static Tensor stand_in(const Tensor& x, int64_t rows, int64_t columns) {
+    return matrix_at(x, 0, rows, columns, 0, 0);
+  }
+  static Tensor matrix_at(const Tensor& t, int64_t offset, int64_t rows, int64_t columns,
+                          int64_t stride, int64_t step) {
+    const int64_t sizes[2] = {rows, columns}, strides[2] = {stride, step};
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &handle));
+    return Tensor(handle);
+  }
+  static Tensor vector_at(const Tensor& t, int64_t offset) {
+    const int64_t sizes[1] = {t.size(1)}, strides[1] = {t.stride(1)};
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(t.get(), 1, sizes, strides, offset, &handle));
+    return Tensor(handle);
+  }
+
+  // The first block's links as any, the others the same with other entries.
+  void stack(const std::vector<Line>& lines, int64_t depth) {
+    const int all = lines.back().there;
+    const std::vector<int64_t> last = which(all, all, 0);
+    gate_ = last[kGate];
+    check_stacked(last, depth);
+    std::vector<Tensor> given = operands;
+    if (given[0].stride(2) != 1) given[0] = torch::stable::contiguous(given[0]);
+    for (int64_t l = 0; l < depth; ++l) {
+      const Line& line = lines[l % block];
+      operand_of.push_back(l < block ? which(all, line.there, 0) : operand_of[l - block]);
+      if (l < block) {
+        std::vector<Tensor> own;
+        for (const int64_t i : operand_of[l]) {
+          if (i < 0) continue;
+          const Tensor& t = given[i];
+          const int64_t offset = entry(i, l) * t.stride(0);
+          own.push_back(i == 0 ? matrix_at(t, offset, t.size(1), t.size(2), t.stride(1), 1)
+                               : vector_at(t, offset));
+        }
+        append(line, own);
+        continue;
+      }
+      links.push_back(links[l - block]);
+      Layer& link = links.back();
+      const auto move = [&](void*& data, int64_t i) {
+        if (i >= 0) data = entry_of(given[i], entry(i, l));
+      };
+      Vector* const vectors[] = {&link.bias, &link.norm_weight, &link.norm_bias, &link.gate};
+      move(link.weight.data, 0);
+      for (int i = 0; i < 4; ++i) move(vectors[i]->data, operand_of[l][kBias + i]);
+    }
+    STD_TORCH_CHECK(links.front().N == links.front().K, "fusedres: a stack's weight has shape ",
+                    shape_text(operands[0]), ", expected (depth, N, N)");
+    kept_.push_back(given[0]);
+  }
+
+  void check_stacked(const std::vector<int64_t>& of, int64_t depth) const {
     size_t expected = 0;
     for (int input = kWeight; input <= kGate; ++input) {
       if (of[input] < 0) continue;
@@ -173,6 +223,9 @@ struct Chain {
     STD_TORCH_CHECK(expected == operands.size(), "fusedres: a stack got ", operands.size(),
                     " operands, expected ", expected);
   }
+
+  int64_t gate_ = -1;         // which operand a stack's gate is
+  std::vector<Tensor> kept_;  // x first; what pointers point into
 };
 
 // ---- values
@@ -193,29 +246,29 @@ class Store {
 
   size_t pieces() const { return pieces_.size(); }
 
-  void allocate(ScalarType dtype) {
-    for (const int64_t columns : pieces_) memory_.push_back(empty({M_ * columns}, dtype));
+  void allocate(DType dtype) {
+    for (const int64_t columns : pieces_) keep(empty({M_ * columns}, scalar_type(dtype)), dtype);
   }
 
   // Takes them from `given`; returns where they end.
-  size_t adopt(const std::vector<Tensor>& given, size_t first, ScalarType dtype) {
+  size_t adopt(const std::vector<Tensor>& given, size_t first, DType dtype) {
     for (const int64_t columns : pieces_) {
       STD_TORCH_CHECK(first < given.size() && given[first].numel() == M_ * columns &&
-                          given[first].is_contiguous() && given[first].scalar_type() == dtype &&
-                          given[first].is_cpu(),
+                          given[first].is_contiguous() && given[first].is_cpu() &&
+                          given[first].scalar_type() == scalar_type(dtype),
                       "fusedres: saved tensor ", first, " does not fit, expected ", M_ * columns,
                       " elements");
-      memory_.push_back(given[first++]);
+      keep(given[first++], dtype);
     }
     return first;
   }
 
-  Tensor operator[](int64_t i) const { return part(i, at_[i].columns); }
+  Rows operator[](int64_t i) const { return first(i, at_[i].columns); }
 
-  // Its first columns.
-  Tensor part(int64_t i, int64_t columns) const {
+  // Matrix i's first columns.
+  Rows first(int64_t i, int64_t columns) const {
     const Place& at = at_[i];
-    return fusedres::part(memory_[at.piece], at.offset, {M_, columns}, {at.columns, 1});
+    return {data_[at.piece] + at.offset * item_, at.columns, columns, dtype_};
   }
 
   void append_to(std::vector<Tensor>& list) const {
@@ -226,10 +279,20 @@ class Store {
   struct Place {
     int64_t piece, offset, columns;
   };
-  int64_t M_;
+
+  void keep(const Tensor& piece, DType dtype) {
+    dtype_ = dtype;
+    item_ = piece.element_size();
+    memory_.push_back(piece);
+    data_.push_back(static_cast<char*>(piece.data_ptr()));
+  }
+
+  int64_t M_, item_ = 0;
+  DType dtype_ = DType::float32;
   std::vector<int64_t> pieces_;  // columns
   std::vector<Place> at_;
   std::vector<Tensor> memory_;
+  std::vector<char*> data_;
 };
 
 // ---- gradients of the operands that are wanted
@@ -238,35 +301,29 @@ class GradientsOf {
  public:
   GradientsOf(const Chain& chain, const std::string& wanted) : chain_(chain) {
     for (size_t i = 0; i < chain.operands.size(); ++i) {
-      wanted_.push_back(wanted.at(i + 1) == '1');
       found_.emplace_back();
-      const Tensor& t = chain.operands[i];
-      if (chain.stacked && wanted_[i]) found_[i] = torch::stable::new_empty(t, sizes(t));
+      if (wanted.at(i + 1) == '1') found_[i] = like(chain.operands[i]);
     }
   }
 
   // Those of link l's Inputs, as bits.
   int64_t needs(int64_t l) const {
     int64_t needs = 0;
-    for (int input = kWeight; input <= kGate; ++input) {
-      const int64_t i = chain_.operand_of[l][input];
-      if (i >= 0 && wanted_[i]) needs |= int64_t{1} << input;
-    }
+    for (int input = kWeight; input <= kGate; ++input)
+      if (wants(l, input)) needs |= int64_t{1} << input;
     return needs;
   }
 
-  // Where they go, if that is known before.
-  void place(int64_t l, Optional* of) const {
-    for (int input = kWeight; input <= kGate; ++input) {
-      const int64_t i = chain_.operand_of[l][input];
-      if (chain_.stacked && i >= 0 && wanted_[i]) of[input] = slice(*found_[i], chain_.entry(i, l));
-    }
+  Rows weight(int64_t l) const {
+    const Layer& link = chain_.links[l];
+    return {place(l, kWeight), link.K, link.K, link.product};
   }
 
-  void take(int64_t l, const Optional* of) {
-    for (int input = kWeight; input <= kGate && !chain_.stacked; ++input) {
-      const int64_t i = chain_.operand_of[l][input];
-      if (i >= 0 && wanted_[i]) found_[i] = of[input];
+  void place(int64_t l, Vector* into) const {
+    for (int input = kBias; input <= kGate; ++input) {
+      if (!wants(l, input)) continue;
+      const Tensor& t = *found_[chain_.operand_of[l][input]];
+      into[input] = {place(l, input), 1, dtype_of(t)};
     }
   }
 
@@ -279,14 +336,23 @@ class GradientsOf {
   }
 
  private:
-  static std::vector<int64_t> sizes(const Tensor& t) {
+  bool wants(int64_t l, int input) const {
+    const int64_t i = chain_.operand_of[l][input];
+    return i >= 0 && found_[i].has_value();
+  }
+
+  void* place(int64_t l, int input) const {
+    const int64_t i = chain_.operand_of[l][input];
+    return chain_.stacked ? entry_of(*found_[i], chain_.entry(i, l)) : found_[i]->data_ptr();
+  }
+
+  static Tensor like(const Tensor& t) {
     std::vector<int64_t> sizes;
     for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
-    return sizes;
+    return torch::stable::new_empty(t, sizes);
   }
 
   const Chain& chain_;
-  std::vector<bool> wanted_;
   std::vector<Optional> found_;
 };
 

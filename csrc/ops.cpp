@@ -31,6 +31,7 @@ bool own_product(const Call& c) {
 template <class A>
 std::vector<Tensor> forward(const Call& c, bool save) {
   const Recipe& r = c.recipe;
+  const Layer layer(c);
   const int64_t M = c.M();
   const bool own = own_product(c), keeps_z = save && r.saves_z();
   const bool early = c.bias && bias_in_product(dtype_of(c.weight));
@@ -43,11 +44,11 @@ std::vector<Tensor> forward(const Call& c, bool save) {
   };
 
   cpu::Forward<A> pass;
-  pass.product = dtype_of(c.weight);
-  pass.x = rows_of(c.x);
+  pass.product = layer.product;
+  pass.x = layer.x;
   std::optional<Side<A>> before, after;
   if (!r.prologue.empty()) {
-    before.emplace(c, true, c.x);
+    before.emplace(layer, true, layer.x);
     pass.before = &before->program;
     if (before->batch_norm) {
       run(pass, M, *before);
@@ -63,13 +64,13 @@ std::vector<Tensor> forward(const Call& c, bool save) {
   std::vector<A> bias;
   const bool batch = r.batch_stats && !r.epilogue.empty() && !c.in_prologue(Stage::norm);
   if (own) {
-    weight.emplace(c.weight, true);
+    weight.emplace(rows_of(adjacent_columns(c.weight)), c.N(), true);
     pass.weight = weight->packed;
-    if (early) pass.early_bias = (bias = values<A>(*c.bias)).data();
+    if (early) pass.early_bias = values(layer.bias, c.N(), bias);
     if (keeps_z || batch) z = empty({M, c.N()}, c.product_dtype());
     if (z) pass.z = rows_of(*z);
   } else {
-    const Tensor left = before ? make_operand(c, *before) : operand ? *operand : c.x;
+    const Tensor left = before ? make_operand(layer, *before) : operand ? *operand : c.x;
     z = multiply(left, transposed(c.weight), early ? c.bias : std::nullopt);
     pass.before = nullptr;
     pass.x = rows_of(*z);
@@ -77,7 +78,7 @@ std::vector<Tensor> forward(const Call& c, bool save) {
 
   Tensor y = z ? *z : c.x;
   if (!r.epilogue.empty() || (c.bias && !early)) {
-    after.emplace(c, false, y);
+    after.emplace(layer, false, rows_of(y));
     pass.after = &after->program;
     if (after->batch_norm) {
       run(pass, M, *after);
@@ -110,10 +111,11 @@ template <class A>
 std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved, int64_t needs) {
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
+  const Layer layer(c);
   const int64_t M = c.M();
   const ScalarType product = c.product_dtype();
   const bool own = own_product(c);
-  Gradients<A> grads{c, needs, {}};
+  Gradients<A> grads{layer, needs};
   const auto wants = [&](Input input) { return grads.wants(input); };
   const auto load_statistics = [&](Side<A>& side) {
     if (!side.batch_norm) return;
@@ -158,7 +160,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
   Tensor dz = dy;
   Optional dh;
   if (changes || wants(kBias)) {
-    after.emplace(c, false, saved.z ? *saved.z : dy);
+    after.emplace(layer, false, rows_of(saved.z ? *saved.z : dy));
     load_statistics(*after);
     const auto before_norm = [&](Stage stage) {
       const auto& stages = r.epilogue;
@@ -191,7 +193,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
   }
 
   if (before && want_dz) {
-    prologue.emplace(c, true, x);
+    prologue.emplace(layer, true, layer.x);
     load_statistics(*prologue);
   }
   if (!want_operand) {
@@ -200,7 +202,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
     const bool batch = prologue && prologue->batch_norm, at_once = own && !batch;
     std::optional<PackedMatrix<A>> weight;
     if (own) {
-      weight.emplace(c.weight, false);
+      weight.emplace(rows_of(adjacent_columns(c.weight)), c.N(), false);
       pass.pass.weight = weight->packed;
     }
     Optional doperand;
@@ -242,10 +244,15 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
   grads.take(pass.after, false);
 
   if (wants(kWeight)) {
-    const Tensor operand = prologue        ? make_operand(c, *prologue)
+    const Tensor operand = prologue        ? make_operand(layer, *prologue)
                            : saved.operand ? *saved.operand
                                            : x;
-    grads.of[kWeight] = own ? weight_gradient<A>(dz, operand) : multiply(transposed(dz), operand);
+    if (own) {
+      grads.of[kWeight] = empty({c.N(), c.K()}, product);
+      weight_gradient<A>(rows_of(dz), rows_of(operand), M, rows_of(*grads.of[kWeight]));
+    } else {
+      grads.of[kWeight] = multiply(transposed(dz), operand);
+    }
   }
   std::vector<Tensor> out;
   for (int i = 0; i < kInputs; ++i)

@@ -1,5 +1,5 @@
-// What ops.cpp makes passes of: one side of `linear` with its parameters as accumulate values, rows
-// cut into chunks, packed weights. The number of chunks depends on the shape only, and the chunks'
+// What ops.cpp and chain.cpp make passes of: a layer as plain pointers, one side of its `linear` with
+// parameters as accumulate values, rows cut into chunks, packed weights. The number of chunks depends on the shape only, and the chunks'
 // column sums are added in order, so results do not depend on the number of threads.
 #pragma once
 
@@ -11,6 +11,44 @@
 #include "cpu/kernels.h"
 
 namespace fusedres {
+
+// ---- a layer
+
+// What is computed with: a Call's operands, or a link's of a chain.
+struct Layer {
+  const Recipe& recipe;
+  int64_t M, N, K;
+  DType product;
+  Rows x, weight;
+  Rows residual;  // without data: x
+  Vector bias, norm_weight, norm_bias, gate, running_mean, running_var;
+  uint64_t seed = 0;
+  int64_t sample_rows = 1;
+
+  explicit Layer(const Call& c)
+      : recipe(c.recipe),
+        M(c.M()),
+        N(c.N()),
+        K(c.K()),
+        product(dtype_of(c.weight)),
+        x(rows_of(c.x)),
+        weight(rows_of(c.weight)),
+        bias(vector_of(c.bias)),
+        norm_weight(vector_of(c.norm_weight)),
+        norm_bias(vector_of(c.norm_bias)),
+        gate(vector_of(c.gate)),
+        running_mean(vector_of(c.running_mean)),
+        running_var(vector_of(c.running_var)),
+        sample_rows(c.sample_rows) {
+    if (c.residual) residual = rows_of(*c.residual);
+    if (c.seed) seed = static_cast<uint64_t>(*static_cast<const int64_t*>(c.seed->data_ptr()));
+  }
+
+  bool in_prologue(Stage stage) const {
+    const std::vector<Stage>& stages = recipe.prologue;
+    return std::find(stages.begin(), stages.end(), stage) != stages.end();
+  }
+};
 
 // ---- rows in chunks
 
@@ -61,15 +99,14 @@ Chunks chunks_of(int64_t M, int64_t width, const cpu::Packed& b) {
 
 // ---- packed matrices
 
-// A matrix or its transpose as the right side of a product.
+// A matrix of `rows` rows, or its transpose, as the right side of a product.
 template <class A>
 struct PackedMatrix {
   cpu::Packed packed;
-  PackedMatrix(const Tensor& matrix, bool transposed) {
+  PackedMatrix(const Rows& matrix, int64_t rows, bool transposed) {
     const cpu::Kernels<A>& kernels = cpu::kernels<A>();
-    const int64_t N = matrix.size(0), K = matrix.size(1);
-    const Tensor columns = adjacent_columns(matrix);
-    packed = {nullptr, transposed ? K : N, transposed ? N : K, dtype_of(matrix)};
+    const int64_t N = rows, K = matrix.features;
+    packed = {nullptr, transposed ? K : N, transposed ? N : K, matrix.dtype};
     memory_.emplace(empty({kernels.packed_bytes(packed)}, ScalarType::Byte));
     packed.data = memory_->data_ptr();
     const int64_t panels = (packed.width + kernels.panel - 1) / kernels.panel;
@@ -77,8 +114,7 @@ struct PackedMatrix {
     const int64_t share =
         std::max<int64_t>(1, kAtOnce / std::max<int64_t>(1, packed.inner * kernels.panel));
     in_parallel((panels + share - 1) / share, [&](int64_t i) {
-      kernels.pack(rows_of(columns), transposed, packed, i * share,
-                   std::min(panels, (i + 1) * share));
+      kernels.pack(matrix, transposed, packed, i * share, std::min(panels, (i + 1) * share));
     });
   }
 
@@ -94,32 +130,32 @@ struct Side {
   std::vector<A> bias, gamma, beta, gate, mean, rstd, var;
   bool batch_norm;  // this side normalises by this batch's statistics
 
-  Side(const Call& c, bool prologue, const Tensor& input) {
+  Side(const Layer& c, bool prologue, const Rows& input) {
     const Recipe& r = c.recipe;
+    const int64_t C = prologue ? c.K : c.N;
     program.stages = prologue ? &r.prologue : &r.epilogue;
     program.recipe = &r;
-    program.M = c.M();
-    program.width = prologue ? c.K() : c.N();
-    program.input = rows_of(input);
+    program.M = c.M;
+    program.width = C;
+    program.input = input;
     program.sample_rows = c.sample_rows;
+    program.seed = c.seed;
     const auto here = [&](Stage stage) { return r.has(stage) && c.in_prologue(stage) == prologue; };
-    if (!prologue && !bias_in_product(dtype_of(c.weight))) program.bias = load(bias, c.bias);
+    if (!prologue && !bias_in_product(c.product)) program.bias = values(c.bias, C, bias);
     if (here(Stage::norm)) {
-      program.gamma = load(gamma, c.norm_weight);
-      program.beta = load(beta, c.norm_bias);
+      program.gamma = values(c.norm_weight, C, gamma);
+      program.beta = values(c.norm_bias, C, beta);
       if (r.norm == Norm::batch && !r.batch_stats) {
-        program.mean = load(mean, c.running_mean);
-        load(var, c.running_var);
+        program.mean = values(c.running_mean, C, mean);
+        var = values<A>(c.running_var, C);
         set_rstd();
       }
     }
-    if (here(Stage::gate)) program.gate = load(gate, c.gate);
+    if (here(Stage::gate)) program.gate = values(c.gate, r.scalar_gate ? 1 : C, gate);
     if (here(Stage::add)) {
-      program.residual_is_input = prologue && !c.residual;
-      if (!program.residual_is_input) program.residual = rows_of(c.residual ? *c.residual : c.x);
+      program.residual_is_input = prologue && !c.residual.data;
+      if (!program.residual_is_input) program.residual = c.residual.data ? c.residual : c.x;
     }
-    if (c.seed)
-      program.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(c.seed->data_ptr()));
     batch_norm = here(Stage::norm) && r.norm == Norm::batch && r.batch_stats;
   }
   Side(const Side&) = delete;
@@ -137,12 +173,6 @@ struct Side {
   }
 
  private:
-  static const A* load(std::vector<A>& into, const Optional& t) {
-    if (!t) return nullptr;
-    into = values<A>(*t);
-    return into.data();
-  }
-
   void set_rstd() {
     rstd.resize(var.size());
     for (size_t n = 0; n < var.size(); ++n)
@@ -244,24 +274,23 @@ struct BackwardPass {
   int64_t stride_ = 0;
 };
 
-// dz.T @ x as a (N, K) tensor of dz's dtype, `into` if given. By strips of dz's columns, which share a packed x, and
-// where there are many rows by parts of them: in powers of two, so that threads have equal shares.
+// dweight = dz.T @ x, (N, K). By strips of dz's columns, which share a packed x, and where there are
+// many rows by parts of them: in powers of two, so that threads have equal shares.
 template <class A>
-Tensor weight_gradient(const Tensor& dz, const Tensor& x, const Optional& into = std::nullopt) {
+void weight_gradient(const Rows& dz, const Rows& x, int64_t M, const Rows& dweight) {
   constexpr int64_t kTasks = 16, kColumns = 48, kRows = 512, kShared = 1024;
   const cpu::Kernels<A>& kernels = cpu::kernels<A>();
-  const int64_t M = x.size(0), N = dz.size(1), K = x.size(1);
-  const Tensor out = into ? *into : empty({N, K}, dz);
+  const int64_t N = dz.features, K = x.features;
   int64_t parts = 1, strips = 1;
   while (parts < kTasks && 2 * parts * std::max(kRows, 2 * K) <= M) parts *= 2;
   while (strips * parts < kTasks && 2 * strips * kColumns <= N) strips *= 2;
   cpu::WeightGradient<A> g;
-  g.dz = rows_of(dz);
-  g.x = rows_of(x);
-  g.product = dtype_of(dz);
-  const Rows dweight = rows_of(out);
+  g.dz = dz;
+  g.x = x;
+  g.product = dz.dtype;
   std::optional<PackedMatrix<A>> right;
-  if (parts == 1 && strips > 1 && M > 0 && M <= kShared) g.right = right.emplace(x, false).packed;
+  if (parts == 1 && strips > 1 && M > 0 && M <= kShared)
+    g.right = right.emplace(x, M, false).packed;
   Optional memory;
   if (parts == 1) {
     g.dweight = dweight;
@@ -286,7 +315,6 @@ Tensor weight_gradient(const Tensor& dz, const Tensor& x, const Optional& into =
       kernels.add_parts(g, parts, begin, end);
     });
   }
-  return out;
 }
 
 }  // namespace fusedres

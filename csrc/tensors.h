@@ -166,35 +166,56 @@ inline Tensor multiply(const Tensor& a, const Tensor& b, const Optional& bias = 
 
 // ---- parameter vectors
 
-// Calls f(pointer) with t's data as its storage type.
+// Elements of any floating dtype, `stride` apart; without data: there are none.
+struct Vector {
+  void* data = nullptr;
+  int64_t stride = 1;
+  DType dtype = DType::float32;
+};
+
+inline Vector vector_of(const Optional& t) {
+  if (!t) return {};
+  return {t->data_ptr(), t->dim() ? t->stride(0) : 1, dtype_of(*t)};
+}
+
+// Calls f(pointer) with the data as its storage type.
 template <class F>
-void with_storage(const Tensor& t, F&& f) {
-  switch (dtype_of(t)) {
+void with_storage(const Vector& v, F&& f) {
+  switch (v.dtype) {
     case DType::float32:
-      return f(static_cast<float*>(t.data_ptr()));
+      return f(static_cast<float*>(v.data));
     case DType::float64:
-      return f(static_cast<double*>(t.data_ptr()));
+      return f(static_cast<double*>(v.data));
     case DType::bfloat16:
-      return f(static_cast<cpu::bfloat16*>(t.data_ptr()));
+      return f(static_cast<cpu::bfloat16*>(v.data));
     case DType::float16:
-      return f(static_cast<cpu::float16*>(t.data_ptr()));
+      return f(static_cast<cpu::float16*>(v.data));
   }
 }
 
-// A (n) tensor of any floating dtype as accumulate values.
+// n elements as accumulate values.
 template <class A>
-std::vector<A> values(const Tensor& t) {
-  const int64_t n = t.numel(), stride = t.dim() ? t.stride(0) : 1;
+std::vector<A> values(const Vector& v, int64_t n) {
   std::vector<A> out(n);
-  with_storage(t, [&](const auto* data) {
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(cpu::to_float(data[i * stride]));
+  with_storage(v, [&](const auto* data) {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(cpu::to_float(data[i * v.stride]));
   });
   return out;
 }
 
-// Accumulate values into a (n) tensor of any floating dtype, whose elements are adjacent.
+// The same where they lie, if they are such; else in `memory`. Null: there are none.
 template <class A>
-void store_vector(const A* data, int64_t n, const Tensor& into) {
+const A* values(const Vector& v, int64_t n, std::vector<A>& memory) {
+  constexpr DType kOwn = std::is_same_v<A, double> ? DType::float64 : DType::float32;
+  if (!v.data) return nullptr;
+  if (v.dtype == kOwn && v.stride == 1) return static_cast<const A*>(v.data);
+  memory = values<A>(v, n);
+  return memory.data();
+}
+
+// Accumulate values into elements that are adjacent.
+template <class A>
+void store_vector(const A* data, int64_t n, const Vector& into) {
   with_storage(into, [&](auto* to) {
     for (int64_t i = 0; i < n; ++i) cpu::from_float(data[i], to[i]);
   });

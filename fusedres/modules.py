@@ -77,9 +77,13 @@ class FusedResidual(Residual):
         linear = modules["linear"] if "linear" in modules else self.linear
         norm: Any = modules["norm"] if "norm" in modules else self.norm
         shortcut = modules["shortcut"] if "shortcut" in modules else self.shortcut
-        gate = parameters["gate"] if "gate" in parameters else self.gate
+        gate = parameters.get("gate")
         if must_be_called(linear, norm, gate) is not None:
             return self.eager(x, residual)
+        if "gate" not in parameters:  # it is computed, which hooks on all modules would see
+            gate = self.gate
+            if gate is not None and gate.dim() != 1:
+                return self.eager(x, residual)
         asked = asked_of(norm, gate, x)
         spec = own["_specs"][own["training"]] if asked == own["_asked"] else self._recipe(asked)
         norm_weight = norm_bias = mean = var = momentum = tracked = None

@@ -467,3 +467,20 @@ def test_one_graph_after_a_surgery_and_for_a_cumulative_average():
         torch.testing.assert_close(fast(x), twin(x))
     for name, buffer in layer.named_buffers():
         torch.testing.assert_close(buffer, twin.get_buffer(name), msg=name)
+
+
+def test_a_computed_gate_is_asked_for_as_often_as_eagers():
+    """Hooks on all modules see each time."""
+    counts = []
+    for kind in (Residual, FusedResidual):
+        layer, seen = kind(8, gate="scalar"), []
+        parametrize.register_parametrization(layer, "gate", nn.Identity())
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_, seen=seen: seen.append(type(module).__name__)
+        )
+        try:
+            layer(torch.randn(3, 8))
+        finally:
+            hook.remove()
+        counts.append([name for name in seen if "Residual" not in name])
+    assert counts[0] == counts[1]
