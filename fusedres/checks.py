@@ -6,7 +6,8 @@ Inside the package nothing checks again: code behind these functions assumes.
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from numbers import Integral, Real
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .operands import Operands
 from .spec import Spec, one_of
 
 OP = "fused_residual"
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,10 +35,22 @@ def check_memory(error: RuntimeError) -> None:
         raise torch.OutOfMemoryError(str(error)) from error
 
 
-def check_feature_counts(op: str, **counts: Any) -> None:
+def check_feature_counts(op: str, **counts: Any) -> list[int]:
+    """The counts as ints, if they are positive integers of any kind."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{op}: {name} must be a positive int, got {value!r}")
+    return [int(value) for value in counts.values()]
+
+
+def check_settings(op: str, bias: Any, momentum: Any, gate: Any, gate_init: Any) -> None:
+    """Those that would be taken for something else, or for nothing."""
+    if not isinstance(bias, (bool, Integral)) and type(bias).__name__ not in ("bool", "bool_"):
+        raise ValueError(f"{op}: bias must be True or False, got {bias!r}")
+    if momentum is not None and not (isinstance(momentum, Real) and 0 <= momentum <= 1):
+        raise ValueError(f"{op}: momentum must be None or between 0 and 1, got {momentum!r}")
+    if gate is None and gate_init is not None:
+        raise ValueError(f"{op}: gate_init={gate_init!r} was given, but gate is None: no gate to set")
 
 
 SCRIPT = (
@@ -91,13 +105,14 @@ def check_product(x: torch.dtype, weight: torch.dtype) -> None:
         )
 
 
-def check_x(x: Any, in_features: int) -> None:
-    """The part of the checks that a module can do before it computes its shortcut."""
+def check_x(x: Any, in_features: int, name: str = "in_features") -> None:
+    """The part of the checks that a module can do before it computes its shortcut. `name`: what the
+    module calls its width.
+    """
     check_tensor("x", x)
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
-            f"{OP}: x has shape {_shape(x)}, expected (..., {in_features}): "
-            f"in_features={in_features}"
+            f"{OP}: x has shape {_shape(x)}, expected (..., {in_features}): {name}={in_features}"
         )
 
 
@@ -259,6 +274,23 @@ def check_shortcut_input(source: Tensor, in_features: int) -> None:
         raise ValueError(
             f"{OP}: the shortcut's input has shape {_shape(source)}, "
             f"expected (..., {in_features}), the in_features of the linear shortcut"
+        )
+
+
+def check_shortcut_weight(source: Any, weight: Any, bias: Any) -> None:
+    """Of a linear shortcut of source (..., K): weight (R, K), bias (R,)."""
+    check_tensor("shortcut_weight", weight)
+    check_tensor("shortcut_bias", bias, optional=True)
+    check_tensor("residual", source)
+    K = source.shape[-1] if source.dim() else None
+    if weight.dim() != 2 or weight.shape[1] != K:
+        raise ValueError(
+            f"{OP}: shortcut_weight has shape {_shape(weight)}, expected (R, {K}), since the "
+            f"shortcut's input has shape {_shape(source)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{OP}: shortcut_bias has shape {_shape(bias)}, expected ({weight.shape[0]},)"
         )
 
 

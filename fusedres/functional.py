@@ -18,7 +18,8 @@ from .autograd import FusedResidualFunction, apply_plainly
 from .dtypes import typed
 from .operands import Operands
 from .reference import composite, draw_seed, rows_per_sample, spec_of
-from .spec import Spec, make_spec, one_of
+from .checks import Backend
+from .spec import Norm, Shortcut, Spec, make_spec, one_of
 from .tracing import transforms_active
 
 _forward_ad = torch.autograd.forward_ad
@@ -177,7 +178,7 @@ def fused_residual(
     *,
     residual: Tensor | None = None,
     order: str = "note",
-    norm: str | None = "layer",
+    norm: Norm | None = "layer",
     activation: str | None = "relu",
     eps: float = 1e-5,
     running_mean: Tensor | None = None,
@@ -188,10 +189,10 @@ def fused_residual(
     dropout: float = 0.0,
     drop_path: float = 0.0,
     residual_scale: float = 1.0,
-    shortcut: str | None = None,
+    shortcut: Shortcut | None = None,
     shortcut_weight: Tensor | None = None,
     shortcut_bias: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """act(norm(x @ weight.T + bias)) + residual, or any other order, in one fused call.
 
@@ -201,7 +202,7 @@ def fused_residual(
         norm_weight, norm_bias: (C,) with C = K where the norm stands before ``linear``, else N; any
             floating dtype. None: no scale, no shift.
         residual: (..., R), R the width at ``add``: goes into the shortcut; default x.
-        order, norm, activation: see :class:`fusedres.Residual`.
+        order, norm, activation: see :class:`fusedres.FusedResidual`.
         eps: added to the variance (no unit).
         running_mean, running_var: (C,), for ``norm="batch"``; updated in place in training, by
             `momentum`. None: this batch's statistics serve, in evaluation too.
@@ -236,7 +237,10 @@ def fused_residual(
         one_of("shortcut", shortcut, ("identity", "pad", "linear"))
     if (shortcut == "linear") and shortcut_weight is None:
         raise ValueError(f"{checks.OP}: shortcut='linear' needs shortcut_weight (R, K)")
+    if shortcut in ("identity", "pad") and shortcut_weight is not None:
+        raise ValueError(f"{checks.OP}: shortcut={shortcut!r} uses no shortcut_weight, but got one")
     if shortcut_weight is not None:
+        checks.check_shortcut_weight(x if residual is None else residual, shortcut_weight, shortcut_bias)
         residual = plain_linear(
             x if residual is None else residual, shortcut_weight, shortcut_bias, backend
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
+from .checks import Backend
 from .modules import FusedResidual, project
-from .spec import STAGES, one_of
+from .spec import STAGES, Gate, Norm, one_of
 
 MLP_ORDERS = {
     "prenorm": "norm-linear-act-linear-add",
@@ -108,27 +109,31 @@ class FusedResidualMLP(nn.Module):
         out_features: int | None = None,
         *,
         order: str = "prenorm",
-        norm: str | None = "layer",
+        norm: Norm | None = "layer",
         activation: str | None = "gelu",
         bias: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        gate: str | None = None,
+        gate: Gate | None = None,
         gate_init: float | None = None,
         hidden_dropout: float = 0.0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         residual_scale: float = 1.0,
-        shortcut: str | nn.Module | None = None,
-        backend: str = "auto",
+        shortcut: Literal["identity", "linear"] | nn.Module | None = None,
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_feature_counts("FusedResidualMLP", features=features)
-        K, H = features, 4 * features if hidden_features is None else hidden_features
-        N = K if out_features is None else out_features
-        checks.check_feature_counts("FusedResidualMLP", hidden_features=H, out_features=N)
+        op = type(self).__name__
+        (K,) = checks.check_feature_counts(op, features=features)
+        H, N = checks.check_feature_counts(
+            op,
+            hidden_features=4 * K if hidden_features is None else hidden_features,
+            out_features=K if out_features is None else out_features,
+        )
+        checks.check_settings(op, bias, momentum, gate, gate_init)
         first, second = split_order(order)
         self.features, self.hidden_features, self.out_features, self.order = K, H, N, order
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -170,11 +175,15 @@ class FusedResidualMLP(nn.Module):
 
         A residual (..., N) skips the default linear shortcut.
         """
-        checks.check_x(x, self.features)
+        checks.check_x(x, self.features, "features")
         checks.check_tensor("residual", residual, optional=True)
         if self.adds:
             residual = self._shortcut(x, residual)
         return self.fc2(self.fc1(x), residual)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
     def _shortcut(self, x: Tensor, residual: Tensor | None) -> Tensor:
         fits = residual is not None and residual.shape[-1] == self.out_features

@@ -59,13 +59,49 @@ def must_be_called(linear: Any, norm: Any, gate: Tensor | None) -> str | None:
 
 
 class FusedResidual(Residual):
-    """`Residual` in one fused call: same arguments (see there), parameters, state_dict and results.
+    """y = act(norm(x @ weight.T + bias)) + x, or another order, in one fused call.
 
-    A drop-in replacement: checkpoints move both ways. Where calling a submodule does more than
-    torch's own layer, or else (SyncBatchNorm, a LoRA layer, hooks), this one runs stage by stage
-    through its submodules; not so where only parameters were replaced or are computed.
+    A drop-in for the same layer of torch's own modules: parameters, state_dict and results are those
+    of :class:`fusedres.Residual`. Where calling a submodule does more than torch's own layer, or
+    else (SyncBatchNorm, a LoRA layer, hooks), it runs stage by stage through its submodules; not so
+    where only parameters were replaced or are computed. ``fusedres.explain(layer, x)`` tells which
+    backend and kernel a call uses, and why not fused.
 
-    `fusedres.explain(layer, x)` tells which backend and kernel a call uses, and why not fused.
+    All of it counts at the next call: children and parameters that were replaced or set to None,
+    their settings (``layer.norm.eps``), and ``order``, ``activation``, ``dropout``, ``drop_path``,
+    ``residual_scale``, ``backend``, which are attributes.
+
+    Args:
+        in_features: K, the size of x's last dimension.
+        out_features: N, default K.
+        order: stages joined by "-", or an alias (``fusedres.ORDERS``).
+        norm: None, "layer", "rms" or "batch"; its parameters live in ``self.norm``. Batch
+            statistics run over all rows, that is over every dimension of x but the last.
+        activation: None, a name in ``fusedres.ACTIVATIONS``, or one of your own, see
+            ``fusedres.register_activation``.
+        bias: whether ``self.linear`` has a bias.
+        eps, momentum: of the norm. ``momentum=None``: a cumulative average, as in nn.BatchNorm1d.
+        gate: None, "scalar" (ReZero, https://arxiv.org/abs/2003.04887) or "channel" (LayerScale,
+            https://arxiv.org/abs/2103.17239): a learned factor ``self.gate`` on the branch.
+        gate_init: its first value; default 0 for "scalar", 1e-5 for "channel".
+        dropout: probability of elementwise dropout on the branch, in training.
+        drop_path: probability of dropping a whole sample's branch, in training (stochastic depth,
+            https://arxiv.org/abs/1603.09382). A sample is one index of x's first dimension.
+        residual_scale: factor on the shortcut.
+        shortcut: "identity", "linear" (parameters ``shortcut.weight``, ``shortcut.bias``), "pad"
+            (zeros appended, option A of https://arxiv.org/abs/1512.03385) or a module. Default:
+            "identity" where the widths agree, else "linear".
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; "auto" falls back.
+        device, dtype: of the parameters.
+
+    Shapes: x (..., K), residual (..., R) as the shortcut takes it, y (..., N); floating dtypes.
+
+    Raises:
+        ValueError, TypeError: a setting outside these lists, or a tensor that does not fit; the
+            message says what would.
+        NotImplementedError: a named backend cannot run the call; the message says why.
+
+    Source: He et al., "Deep residual learning for image recognition", arxiv.org/abs/1512.03385.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -142,6 +178,11 @@ class FusedResidual(Residual):
             raise TypeError(
                 f"FusedResidual.from_layers: linear must be an nn.Linear, got "
                 f"{type(linear).__name__}"
+            )
+        if norm is not None and not isinstance(norm, nn.Module):
+            raise TypeError(
+                f"FusedResidual.from_layers: norm must be a module such as nn.LayerNorm(64), whose "
+                f"parameters are shared, got {norm!r}; FusedResidual(..., norm=...) takes names"
             )
         settings = {**norm_settings(norm, linear.weight.dtype), **settings}
         own = (

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from . import checks
+from .checks import Backend
 from .layers import activation_name, first_parameter, norm_eps, norm_kind
 from .operands import Operands
-from .spec import ACTIVATIONS, SHORTCUTS, Spec, make_spec, one_of
+from .spec import ACTIVATIONS, SHORTCUTS, Gate, Norm, Shortcut, Spec, make_spec, one_of, spec_from
 from .tracing import by_value
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -181,7 +182,7 @@ def spec_of(*settings: Any) -> Spec:
     return (
         make_spec.__wrapped__(*by_value(settings))
         if is_dynamo_compiling()
-        else make_spec(*settings)
+        else spec_from(*settings)
     )
 
 
@@ -198,39 +199,13 @@ def asked_of(norm: Any, gate: Tensor | None, x: Tensor | None) -> tuple[Any, ...
 
 
 class Residual(nn.Module):
-    """y = act(norm(x @ weight.T + bias)) + x, or another order, stage by stage: the reference.
+    """The residual layer stage by stage, by torch's own ops: the reference, and the baseline.
 
-    All of it counts at the next call: children and parameters that were replaced or set to None,
-    their settings (``layer.norm.eps``), and ``order``, ``activation``, ``dropout``, ``drop_path``,
-    ``residual_scale``, ``backend``, which are attributes.
-
-    Args:
-        in_features: K, the size of x's last dimension.
-        out_features: N, default K.
-        order: stages joined by "-", or an alias (``fusedres.ORDERS``).
-        norm: None, "layer", "rms" or "batch"; its parameters live in ``self.norm``. Batch
-            statistics run over all rows, that is over every dimension of x but the last.
-        activation: None, a name in ``fusedres.ACTIVATIONS``, or one of your own, see
-            ``fusedres.register_activation``.
-        bias: whether ``self.linear`` has a bias.
-        eps, momentum: of the norm. ``momentum=None``: a cumulative average, as in nn.BatchNorm1d.
-        gate: None, "scalar" (ReZero, https://arxiv.org/abs/2003.04887) or "channel" (LayerScale,
-            https://arxiv.org/abs/2103.17239): a learned factor ``self.gate`` on the branch.
-        gate_init: its first value; default 0 for "scalar", 1e-5 for "channel".
-        dropout: probability of elementwise dropout on the branch, in training.
-        drop_path: probability of dropping a whole sample's branch, in training (stochastic depth,
-            https://arxiv.org/abs/1603.09382). A sample is one index of x's first dimension.
-        residual_scale: factor on the shortcut.
-        shortcut: "identity", "linear" (parameters ``shortcut.weight``, ``shortcut.bias``), "pad"
-            (zeros appended, option A of https://arxiv.org/abs/1512.03385) or a module. Default:
-            "identity" where the widths agree, else "linear".
-        backend: "auto", "reference", "cpu", "triton" or "cuda"; `Residual` runs the reference only.
-        device, dtype: of the parameters.
+    y = act(norm(x @ weight.T + bias)) + x, or another order. Same arguments, parameters, results
+    and errors as :class:`fusedres.FusedResidual`, whose docstring lists them; `backend` is kept for
+    it and unused here.
 
     Shapes: x (..., K), residual (..., R) as the shortcut takes it, y (..., N); floating dtypes.
-
-    Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
-    does not fit.
 
     Source: He et al., "Deep residual learning for image recognition", arxiv.org/abs/1512.03385.
     """
@@ -241,30 +216,32 @@ class Residual(nn.Module):
         out_features: int | None = None,
         *,
         order: str = "note",
-        norm: str | None = "layer",
+        norm: Norm | None = "layer",
         activation: str | None = "relu",
         bias: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        gate: str | None = None,
+        gate: Gate | None = None,
         gate_init: float | None = None,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         residual_scale: float = 1.0,
-        shortcut: str | nn.Module | None = None,
-        backend: str = "auto",
+        shortcut: Shortcut | nn.Module | None = None,
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         K, N = in_features, in_features if out_features is None else out_features
-        checks.check_feature_counts(type(self).__name__, in_features=K, out_features=N)
+        op = type(self).__name__
+        K, N = checks.check_feature_counts(op, in_features=K, out_features=N)
         checks.check_backend_name(backend)
+        checks.check_settings(op, bias, momentum, gate, gate_init)
         self._features, self.backend = (K, N), backend
         self._specs: dict[bool, Spec] = {}
         self._asked: Any = None  # what _specs were made from
         settings = (order, norm, activation, gate, eps, dropout, drop_path, residual_scale)
-        spec = make_spec(*settings, training=True)
+        spec = spec_from(*settings, training=True)
         self.order, self.activation, self.residual_scale = order, activation, residual_scale
         self.dropout, self.drop_path = dropout, drop_path
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -286,6 +263,10 @@ class Residual(nn.Module):
                 torch.full((size,), init if gate_init is None else float(gate_init), **where)
             )
         self._init_shortcut(shortcut, where)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
     def _init_shortcut(self, shortcut: str | nn.Module | None, where: dict[str, Any]) -> None:
         spec = self.spec
@@ -317,7 +298,7 @@ class Residual(nn.Module):
         value = activation_name(value) if name == "activation" else value
         own: dict[str, Any] = self.__dict__
         settings = {key: own[key] for key in SETTINGS if key in own} | {name: value}
-        make_spec(**settings, training=True)  # refuses nonsense, as in the constructor
+        spec_from(**settings, training=True)  # refuses nonsense, as in the constructor
         own[name], own["_asked"] = value, None
 
     @property

@@ -10,8 +10,10 @@ every backend reads (the ``recipe`` argument of the registered ops), and ``Spec.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 
 STAGES = ("norm", "act", "linear", "gate", "dropout", "droppath", "add")
 
@@ -25,6 +27,7 @@ ORDERS = {
     "branch-norm": "linear-act-norm-add",
 }
 
+Norm = Literal["layer", "rms", "batch"]
 NORMS = ("layer", "rms", "batch")
 
 ACTIVATIONS = (
@@ -49,8 +52,10 @@ ACTIVATIONS = (
 
 REGISTERED: dict[str, Any] = {}  # a user's own activations, see activations/
 
+Gate = Literal["scalar", "channel"]
 GATES = ("scalar", "channel")
 
+Shortcut = Literal["identity", "linear", "pad"]
 SHORTCUTS = ("identity", "linear", "pad")
 
 
@@ -63,8 +68,23 @@ def one_of(what: str, value: object, known: tuple[str, ...] | dict[str, str]) ->
         own, hint = REGISTERED, f"; for one of your own, call register_activation({value!r}, ...)"
     if isinstance(value, str) and (value in known or value in own):
         return value
-    listed = ", ".join((*known, *own))
-    raise ValueError(f"fusedres: unknown {what} {value!r}; known: {listed}{hint}")
+    names = (*known, *own)
+    came = repr(value) if isinstance(value, (str, int, float)) else f"{_called(value)}, not a name"
+    listed = f"{_meant(value, names)}known: {', '.join(names)}"
+    raise ValueError(f"fusedres: unknown {what} {came}; {listed}{hint}")
+
+
+def _called(value: object) -> str:
+    """A class or function by its name, any other object by its class's."""
+    return str(getattr(value, "__name__", type(value).__name__))
+
+
+def _meant(value: object, names: tuple[str, ...]) -> str:
+    """A question, where one of `names` is near: nn.LayerNorm is near "layer", F.gelu "gelu"."""
+    word = value if isinstance(value, str) else _called(value)
+    word = word.lower().removesuffix("1d").removesuffix("norm").strip("_- ")
+    near = get_close_matches(word, names, 1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 @dataclass(frozen=True)
@@ -159,11 +179,20 @@ _READ: dict[str, Any] = {
 }
 
 
+def spec_from(*settings: Any, **more: Any) -> Spec:
+    """make_spec, which is cached; what has no hash, a list say, it refuses by name all the same."""
+    try:
+        return make_spec(*settings, **more)
+    except TypeError:
+        return make_spec.__wrapped__(*settings, **more)
+
+
 def parse_order(order: str) -> tuple[str, ...]:
     """The stages of an alias or of a string of stages joined by "-"; nonsense is a ValueError."""
     if not isinstance(order, str):
         raise ValueError(
-            f"fusedres: order must be a string such as 'linear-norm-act-add', got {order!r}"
+            f"fusedres: order must be a string such as 'linear-norm-act-add' or an alias such as "
+            f"'preact', got {order!r}"
         )
     stages = tuple(ORDERS.get(order, order).split("-"))
     for stage in stages:
@@ -182,13 +211,13 @@ def parse_order(order: str) -> tuple[str, ...]:
 
 
 def _probability(what: str, p: float) -> float:
-    if not isinstance(p, (int, float)) or not 0.0 <= p <= 1.0:
+    if not isinstance(p, Real) or not 0.0 <= p <= 1.0:
         raise ValueError(f"fusedres: {what} must be a probability between 0 and 1, got {p!r}")
     return float(p)
 
 
 def _number(what: str, value: float, least: float | None = None) -> float:
-    ok = isinstance(value, (int, float)) and value == value and abs(value) != float("inf")
+    ok = isinstance(value, Real) and value == value and abs(value) != float("inf")
     if not ok or (least is not None and value < least):
         bound = "" if least is None else f" >= {least:g}"
         raise ValueError(f"fusedres: {what} must be a finite number{bound}, got {value!r}")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, chain, checks
+from .checks import Backend
 from .functional import run
 from .layers import norm_kind
 from .modules import FusedResidual
 from .network import LARGEST, unchained
 from .operands import Operands
 from .reference import SETTINGS, Residual, spec_of
-from .spec import Spec, make_spec, parse_order
+from .spec import Gate, Norm, Spec, parse_order, spec_from
 
 _LAST_ONLY = ("gate", "droppath", "add")  # stages of a block's last layer
 
@@ -102,25 +103,25 @@ class FusedResidualStack(nn.Module):
         *,
         layers_per_block: int = 1,
         order: str = "note",
-        norm: str | None = "layer",
+        norm: Norm | None = "layer",
         activation: str | None = "relu",
         bias: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        gate: str | None = None,
+        gate: Gate | None = None,
         gate_init: float | None = None,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         residual_scale: float = 1.0,
         recompute: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         op = type(self).__name__
         counts = {"features": features, "depth": depth, "layers_per_block": layers_per_block}
-        checks.check_feature_counts(op, **counts)
+        features, depth, layers_per_block = checks.check_feature_counts(op, **counts)
         if depth % layers_per_block:
             raise ValueError(
                 f"{op}: depth must be a multiple of layers_per_block={layers_per_block}, "
@@ -129,14 +130,18 @@ class FusedResidualStack(nn.Module):
         checks.check_backend_name(backend)
         L, N, B = depth, features, layers_per_block
         settings = (order, norm, activation, gate, eps, dropout, drop_path, residual_scale)
-        spec = make_spec(*settings, training=True)
+        checks.check_settings(op, bias, momentum, gate, gate_init)
+        spec = spec_from(*settings, training=True)
         if B > 1 and "add" in spec.prologue:
             raise ValueError(f"{op}: order {order!r} adds before linear; use layers_per_block=1")
         self.features, self.layers_per_block, self.recompute = N, B, recompute
         self.order, self.activation, self.residual_scale = order, activation, residual_scale
         self.dropout, self.drop_path = dropout, drop_path
-        self.norm, self.gate_kind, self.eps, self.momentum = spec.norm, spec.gate, eps, momentum
-        self.backend, self.gate_init = backend, gate_init
+        self.norm: Any = spec.norm
+        self.gate_kind: Any = spec.gate
+        self.eps, self.momentum = eps, momentum
+        self.backend: Any = backend
+        self.gate_init = gate_init
         where: dict[str, Any] = {"device": device, "dtype": dtype}
 
         gates = (L // B, 1 if spec.gate == "scalar" else N)
@@ -180,9 +185,13 @@ class FusedResidualStack(nn.Module):
 
     # ---- the call
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) from x (..., N)."""
-        checks.check_x(x, self.features)
+        checks.check_x(x, self.features, "features")
         if self.why_not_joined(x) is None:
             rows = x if x.dim() == 2 else x.reshape(-1, self.features)
             text, operands = self._text_and_operands()

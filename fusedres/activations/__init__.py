@@ -81,8 +81,13 @@ def register_activation(name: str, torch_function: Callable[[Tensor], Tensor]) -
         raise TypeError(f"fusedres: an activation's name must be a string, got {name!r}")
     if not (name.isidentifier() and name.isascii()) or keyword.iskeyword(name):
         raise ValueError(f"fusedres: an activation's name must be an identifier, got {name!r}")
+    kind = type(torch_function).__name__
+    if isinstance(torch_function, type):
+        what = torch_function.__name__
+        raise TypeError(f"fusedres: activation {name!r} must be a function, got the class {what}")
+    if kind == "ufunc":
+        raise TypeError(f"fusedres: activation {name!r} must be of torch ops, got a numpy function")
     if not callable(torch_function):
-        kind = type(torch_function).__name__
         raise TypeError(f"fusedres: activation {name!r} must be a function of a tensor, got {kind}")
     if name in REGISTERED and ACTIVATION_FUNCTIONS[name] is torch_function:
         return

@@ -86,9 +86,9 @@ def choose(
     Raises NotImplementedError with the reason if a named backend cannot. FUSEDRES_DISABLE=1 and
     FUSEDRES_BACKEND are read when a layer of this kind runs for the first time.
     """
-    spec = Spec.parse(recipe)
+    spec, named_by = Spec.parse(recipe), "backend"
     if one_of("backend", backend, BACKENDS) == "auto":
-        backend = environment_backend()
+        backend, named_by = environment_backend(), "the environment's FUSEDRES_BACKEND"
     if backend == "auto":
         for backend in (*candidates(device, small), "reference"):
             reason = why_not(backend, spec, dtype, device, N, K)
@@ -98,8 +98,8 @@ def choose(
                 native.warn(reason)
     elif reason := why_not(backend, spec, dtype, device, N, K):
         raise NotImplementedError(
-            f"fused_residual: backend={backend!r} cannot run '{spec}' with {dtype}, N={N}, K={K}: "
-            f"{reason}; backend='auto' falls back"
+            f"fused_residual: {named_by}={backend!r} cannot run '{spec}' with {dtype}, N={N}, "
+            f"K={K}: {reason}; {named_by}='auto' falls back"
         )
     if backend in ("triton", "vendor"):
         from . import triton

@@ -1,0 +1,130 @@
+"""Settings as users write them: other kinds of number, names with a slip, modules for names."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fusedres import (
+    FusedResidual,
+    FusedResidualMLP,
+    FusedResidualStack,
+    Residual,
+    fused_residual,
+    register_activation,
+)
+
+LAYERS = [Residual, FusedResidual, FusedResidualMLP, lambda n, **s: FusedResidualStack(n, 2, **s)]
+each = pytest.mark.parametrize("make", LAYERS, ids=["Residual", "FusedResidual", "MLP", "Stack"])
+
+
+@each
+def test_numbers_of_numpy(make):
+    settings = {"eps": np.float32(1e-3), "dropout": np.float64(0.25), "momentum": np.float32(0.5)}
+    layer = make(np.int64(8), residual_scale=np.float16(0.5), bias=np.bool_(True), **settings)
+    own = make(8, eps=float(np.float32(1e-3)), dropout=0.25, momentum=0.5, residual_scale=0.5)
+    own.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 8)
+    assert torch.equal(layer.eval()(x), own.eval()(x))
+
+
+MEANT = [
+    ({"norm": "leyer"}, "unknown norm 'leyer'; did you mean 'layer'"),
+    ({"norm": "LayerNorm"}, "did you mean 'layer'"),
+    ({"norm": nn.LayerNorm}, "unknown norm LayerNorm, not a name; did you mean 'layer'"),
+    ({"norm": nn.BatchNorm1d(8)}, "unknown norm BatchNorm1d, not a name; did you mean 'batch'"),
+    ({"norm": ["rms"]}, "unknown norm list, not a name"),
+    ({"activation": "GeLU"}, "unknown activation 'GeLU'; did you mean 'gelu'"),
+    ({"activation": nn.SiLU()}, "unknown activation SiLU, not a name; did you mean 'silu'"),
+    ({"activation": F.leaky_relu}, "did you mean 'leaky_relu'"),
+    ({"activation": torch.tanh}, "did you mean 'tanh'"),
+    ({"gate": "scaler"}, "did you mean 'scalar'"),
+    ({"backend": "cuda:0"}, "unknown backend 'cuda:0'; did you mean 'cuda'"),
+    ({"order": ["linear", "norm", "act", "add"]}, "order must be a string"),
+    ({"order": None}, "order must be a string"),
+    ({"bias": "no"}, "bias must be True or False, got 'no'"),
+    ({"bias": torch.zeros(8)}, "bias must be True or False"),
+    ({"momentum": -0.1}, "momentum must be None or between 0 and 1, got -0.1"),
+    ({"gate_init": 0.5}, r"gate_init=0\.5 was given, but gate is None"),
+    ({"eps": "small"}, "eps must be a finite number >= 0, got 'small'"),
+    ({"dropout": [0.1]}, r"dropout must be a probability between 0 and 1, got \[0.1\]"),
+]
+
+
+@each
+@pytest.mark.parametrize("settings, message", MEANT)
+def test_what_is_refused_by_name(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(8, **settings)
+
+
+@pytest.mark.parametrize("shortcut", [nn.Linear, "Linear", lambda x: x])
+def test_a_shortcut_that_is_none(shortcut):
+    with pytest.raises(ValueError, match=r"unknown shortcut .*known: identity, linear"):
+        FusedResidual(8, shortcut=shortcut)
+
+
+def test_from_layers_takes_modules():
+    with pytest.raises(TypeError, match=r"norm must be a module such as .*, got 'layer'"):
+        FusedResidual.from_layers(nn.Linear(8, 8), "layer")
+    with pytest.raises(TypeError, match=r"linear must be an nn\.Linear, got int"):
+        FusedResidual.from_layers(8)
+
+
+def test_messages_blame_the_argument_that_was_given():
+    x, weight = torch.randn(3, 8), torch.randn(6, 8)
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., 8\): features=8"):
+        FusedResidualMLP(8)(torch.randn(3, 7))
+    with pytest.raises(ValueError, match=r"shortcut_weight has shape \(6, 7\), expected \(R, 8\)"):
+        fused_residual(x, weight, shortcut_weight=torch.randn(6, 7))
+    with pytest.raises(ValueError, match=r"shortcut_bias has shape \(5,\), expected \(6,\)"):
+        fused_residual(x, weight, shortcut_weight=weight, shortcut_bias=torch.randn(5))
+    with pytest.raises(TypeError, match=r"shortcut_weight must be a torch\.Tensor, got ndarray"):
+        fused_residual(x, weight, shortcut_weight=np.zeros((6, 8)))
+    with pytest.raises(ValueError, match="shortcut='pad' uses no shortcut_weight"):
+        fused_residual(x, weight, shortcut="pad", shortcut_weight=weight)
+
+
+@pytest.mark.parametrize("where", ["x", "weight"])
+def test_sparse_and_nested_tensors_are_refused(where, native):
+    dense = {"x": torch.randn(4, 8), "weight": torch.randn(8, 8)}
+    with pytest.raises(TypeError, match=r"must be dense"):
+        fused_residual(**dense | {where: dense[where].to_sparse()})
+    if where == "x":
+        nested = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])
+        with pytest.raises(TypeError, match=r"must be dense|nested"):
+            FusedResidual(8)(nested)
+
+
+def test_the_environment_is_named_where_it_refuses(monkeypatch, native):
+    monkeypatch.setenv("FUSEDRES_BACKEND", "cuda")
+    from fusedres import backends
+
+    backends.choose.cache_clear()
+    try:
+        with pytest.raises(NotImplementedError, match="FUSEDRES_BACKEND='cuda' cannot run"):
+            FusedResidual(8)(torch.randn(3, 8))
+    finally:
+        backends.choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "function, error, message",
+    [
+        (nn.SiLU, TypeError, "must be a function, got the class SiLU"),
+        (np.tanh, TypeError, "must be of torch ops, got a numpy function"),
+        ("tanh", TypeError, "must be a function of a tensor, got str"),
+        (lambda h: h if h.sum() > 0 else -h, ValueError, "is refused"),
+        (lambda h: h * torch.ones(15), ValueError, "is refused"),
+    ],
+)
+def test_no_activation(function, error, message):
+    with pytest.raises(error, match=message):
+        register_activation("not_an_activation", function)
+
+
+@pytest.mark.parametrize("cls", [FusedResidual, FusedResidualMLP, FusedResidualStack])
+def test_help_says_it_all(cls):
+    for word in ("Args:", "Shapes:", "Raises", "Source", "norm", "activation", "dropout"):
+        assert word in cls.__doc__, word
