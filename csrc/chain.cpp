@@ -28,7 +28,7 @@ class PackedWeights {
     if (!fit()) return;
     memory_.emplace(empty({bytes_ + 64}, ScalarType::Byte));
     const cpu::Kernels<A>& kernels = cpu::kernels<A>();
-    in_parallel(chain.size(), [&](int64_t l) {
+    in_parallel(chain.size(), bytes_ / chain.size() / sizeof(A), [&](int64_t l) {
       const int64_t panels = (packed_[l].width + kernels.panel - 1) / kernels.panel;
       kernels.pack(chain.links[l].weight, transposed, (*this)[l], 0, panels);
     });
@@ -77,13 +77,16 @@ std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
   const int64_t M = chain.M, L = chain.size();
   const DType dtype = chain.product();
   std::vector<Tensor> out{empty({M, chain.links[L - 1].N}, scalar_type(dtype))};
-  Store inputs(M, keep == Keep::nothing ? chain.slots() : chain.inputs());
+  const Turns turns = chain.input_turns();
+  Store inputs(M, keep == Keep::nothing ? std::vector<int64_t>(turns.count, chain.widest)
+                                        : chain.inputs());
   Store z(M, chain.z());
   inputs.allocate(dtype);
   if (keep == Keep::all) z.allocate(dtype);
   for (int64_t l = 1; l < L; ++l)
-    chain.place(l,
-                keep == Keep::nothing ? inputs.first(chain.slot(l), chain.links[l].K) : inputs[l]);
+    chain.links[l].x =
+        keep == Keep::nothing ? inputs.first(turns.of[l], chain.links[l].K) : inputs[l];
+  chain.connect();
   std::deque<LinkForward<A>> links;
   for (int64_t l = 0; l < L; ++l) {
     const bool keeps_z = keep == Keep::all && chain.links[l].recipe.saves_z();
@@ -196,7 +199,8 @@ void weight_gradients(const Chain& chain, const std::deque<LinkBackward<A>>& lin
     g.product = c.product;
     g.dweight = results.weight(l);
   }
-  in_parallel(static_cast<int64_t>(together.size()), [&](int64_t i) {
+  const int64_t cost = chain.M * chain.links[0].N * chain.links[0].K / 16;
+  in_parallel(static_cast<int64_t>(together.size()), cost, [&](int64_t i) {
     kernels.weight_gradient(together[i], 0, chain.M, 0, together[i].dz.features);
   });
 }
@@ -214,7 +218,8 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
   if (!again) next = kept_z.adopt(saved, next, dtype);
   STD_TORCH_CHECK(next == saved.size(), "fusedres: a chain's backward got ", saved.size(),
                   " saved tensors, expected ", next);
-  for (int64_t l = 1; l < L; ++l) chain.place(l, inputs[l]);
+  for (int64_t l = 1; l < L; ++l) chain.links[l].x = inputs[l];
+  chain.connect();
 
   Optional dx;
   if (wanted.at(0) == '1') dx = empty({M, chain.links[0].K}, scalar_type(dtype));
@@ -222,13 +227,15 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
   const PackedWeights<A> weights(chain, false);
   const bool fit = weights.fit();
   Store all_dz(M, fit ? chain.outputs() : std::vector<int64_t>{W});
-  Store gradients(M, chain.slots());  // of the links' inputs, which take turns
-  Store more(M, {W, again ? W : 0});  // what an `add` sends back, and z
-  for (Store* store : {&all_dz, &gradients, &more}) store->allocate(dtype);
+  const Turns gradient_turns = chain.gradient_turns(), skip_turns = chain.skip_turns();
+  Store gradients(M, std::vector<int64_t>(gradient_turns.count, W));  // of the links' inputs
+  Store skips(M, std::vector<int64_t>(skip_turns.count, W));          // what an `add` sends back
+  Store z_again(M, {again ? W : 0});
+  for (Store* store : {&all_dz, &gradients, &skips, &z_again}) store->allocate(dtype);
   const auto dz = [&](int64_t l) { return fit ? all_dz[l] : all_dz.first(0, chain.links[l].N); };
   const auto gradient = [&](int64_t l) {  // of what goes into link l
     if (l == L) return rows_of(dy);
-    if (l > 0) return gradients.first(chain.slot(l), chain.links[l].K);
+    if (l > 0) return gradients.first(gradient_turns.of[L - 1 - l], chain.links[l].K);
     return dx ? rows_of(*dx) : Rows();
   };
 
@@ -242,7 +249,7 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
     const int64_t needs = results.needs(l) | (l > 0 || dx ? 1 << kX : 0);
     Rows z = dz(l);  // whose values nobody reads
     if (c.recipe.saves_z()) {
-      z = again ? more.first(1, c.N) : kept_z[l];
+      z = again ? z_again.first(0, c.N) : kept_z[l];
       if (again) {
         replays[l].emplace(c, z, Rows());
         if (fit) replays[l]->pass.weight = (*forward_weights)[l];
@@ -250,7 +257,7 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
     }
     links.emplace_back(c, needs, z, gradient(l + 1), dz(l), gradient(l));
     results.place(l, links[l].grads.into);
-    links[l].send_back_to(links[chain.source(l)], more[0]);
+    links[l].send_back_to(links[chain.source(l)], skips[skip_turns.of[L - 1 - l]]);
   }
 
   if (fit) {

@@ -2,6 +2,7 @@
 // All as plain pointers: a torch tensor for each link would cost as much as a narrow link's work.
 #pragma once
 
+#include <cstdio>
 #include <deque>
 #include <sstream>
 
@@ -24,12 +25,36 @@ inline void* entry_of(const Tensor& t, int64_t i) {
 
 // ---- links
 
+// Which of few pieces of memory each of many values has: one that no value needs any longer.
+struct Turns {
+  struct Life {
+    int64_t begin, end;  // steps; begins go up
+  };
+  std::vector<int64_t> of;
+  int64_t count = 0;
+
+  explicit Turns(const std::vector<Life>& lives) {
+    std::vector<int64_t> free_from;
+    for (const Life& life : lives) {
+      int64_t slot = 0;
+      while (slot < count && free_from[slot] >= life.begin) ++slot;
+      if (slot == count) {
+        free_from.push_back(0);
+        ++count;
+      }
+      free_from[slot] = life.end;
+      of.push_back(slot);
+    }
+  }
+};
+
 // The links of a call. `text` has a line for each: which of bias, norm_weight, norm_bias and gate
-// there are, as a number of four bits, a space, the recipe.
+// there are, as a number of four bits; "<" and how many links back the one is whose input `add`
+// takes, if it is not this one; a space, the recipe.
 //
 // `depth` not 0: operands are stacked. There are `depth` links, in blocks of as many as there are
 // lines; operands are those of the last line, (depth, ...) each but the gate, which has one entry a
-// block. A block's `add` takes the block's input.
+// block.
 struct Chain {
   std::deque<Layer> links;
   std::vector<std::vector<int64_t>> operand_of;  // for each link, which operand is its Input; or -1
@@ -62,20 +87,20 @@ struct Chain {
       STD_TORCH_CHECK(next == operands.size(), "fusedres: a chain of ", count, " links got ",
                       operands.size(), " operands, expected ", next);
     }
-    place(0, rows_of(kept_.front()));
+    links.front().x = rows_of(kept_.front());
   }
 
   int64_t size() const { return static_cast<int64_t>(links.size()); }
   DType product() const { return links.front().product; }
-  int64_t source(int64_t l) const { return l / block * block; }  // whose input its `add` takes
+  int64_t source(int64_t l) const { return source_[l]; }  // whose input its `add` takes
 
   // Which of operand i's entries is link l's, in a stack: a gate is the block's.
   int64_t entry(int64_t i, int64_t l) const { return i == gate_ ? l / block : l; }
 
-  void place(int64_t l, const Rows& input) {
-    links[l].x = input;
-    for (int64_t user = l + 1; user < size() && source(user) == l; ++user)
-      if (links[user].recipe.has(Stage::add)) links[user].residual = input;
+  // Once every link's input has memory.
+  void connect() {
+    for (int64_t l = 0; l < size(); ++l)
+      if (source(l) != l) links[l].residual = links[source(l)].x;
   }
 
   // ---- how wide what is kept is, for each link
@@ -96,13 +121,35 @@ struct Chain {
     return columns;
   }
 
-  // Values that are soon forgotten take turns: those between blocks, and those inside of one.
-  std::vector<int64_t> slots() const { return std::vector<int64_t>(block > 1 ? 4 : 2, widest); }
-  int64_t slot(int64_t l) const { return l % block == 0 ? l / block % 2 : 2 + l % 2; }
+  // ---- memory that is soon free again, for each link; steps go through the links in order
+
+  // Of its input: from the link before to the last one that reads it. The first one's is the call's.
+  Turns input_turns() const {
+    std::vector<Turns::Life> lives{{-2, -2}};
+    for (int64_t l = 1; l < size(); ++l) lives.push_back({l - 1, l});
+    for (int64_t l = 1; l < size(); ++l)
+      if (source(l) > 0) lives[source(l)].end = std::max(lives[source(l)].end, l);
+    return Turns(lives);
+  }
+  // Of its input's gradient, and of what its `add` sends back: both as far as the link before's or
+  // this one's source, from the last link on.
+  Turns gradient_turns() const {
+    std::vector<Turns::Life> lives;
+    for (int64_t l = size() - 1; l > 0; --l)
+      lives.push_back({size() - 1 - l, size() - 1 - source(l - 1)});
+    return Turns(lives);
+  }
+  Turns skip_turns() const {
+    std::vector<Turns::Life> lives;
+    for (int64_t l = size() - 1; l >= 0; --l)
+      lives.push_back({size() - 1 - l, size() - 1 - source(l)});
+    return Turns(lives);
+  }
 
  private:
   struct Line {
     int there;
+    int64_t back;
     const Recipe& recipe;
   };
 
@@ -112,12 +159,15 @@ struct Chain {
     std::string line;
     while (std::getline(stream, line)) {
       const size_t space = line.find(' ');
-      STD_TORCH_CHECK(space != line.npos && space > 0 && space < 3, "fusedres: no link '", line,
-                      "'");
+      int there = -1, back = 0;
+      const std::string head = line.substr(0, std::min(space, line.size()));
+      const int read = std::sscanf(head.c_str(), "%2d<%6d", &there, &back);
+      STD_TORCH_CHECK(space != line.npos && read >= 1 && there >= 0 && there < 16 && back >= 0,
+                      "fusedres: no link '", line, "'");
       const Recipe& r = recipe(line.substr(space + 1));
       STD_TORCH_CHECK(!r.batch_stats && !r.has(Stage::dropout) && !r.has(Stage::droppath),
                       "fusedres: a chain has neither batch statistics nor dropout");
-      lines.push_back({std::stoi(line), r});
+      lines.push_back({there, back, r});
     }
     STD_TORCH_CHECK(!lines.empty(), "fusedres: a chain without links");
     return lines;
@@ -144,12 +194,27 @@ struct Chain {
     STD_TORCH_CHECK(
         !c.casts() && c.y_dtype() == c.product_dtype() && x.scalar_type() == c.product_dtype(),
         "fusedres: a chain has one dtype");
-    STD_TORCH_CHECK(c.N() > 0 && c.K() > 0 && (block == 1 || !c.in_prologue(Stage::add)),
-                    "fusedres: a link without features, or one that adds before linear");
+    STD_TORCH_CHECK(c.N() > 0 && c.K() > 0, "fusedres: a link without features");
+    connect_to(line, c.in_prologue(Stage::add), c.N());
     c.weight = adjacent_columns(c.weight);
     kept_.push_back(c.weight);
     widest = std::max({widest, c.N(), c.K()});
     links.emplace_back(c);
+  }
+
+  // A link's source, of which no other link is.
+  void connect_to(const Line& line, bool early, int64_t N) {
+    const int64_t l = size(), source = l - line.back;
+    const bool adds = line.recipe.has(Stage::add);
+    STD_TORCH_CHECK(!line.back || (adds && !early), "fusedres: only an add after linear takes an "
+                    "earlier link's input");
+    STD_TORCH_CHECK(source >= 0 && (!line.back || links[source].K == N),
+                    "fusedres: link ", l, " adds the input of link ", source,
+                    ", which is not there or not ", N, " wide");
+    added_.push_back(false);
+    STD_TORCH_CHECK(!adds || !added_[source], "fusedres: two links add the input of link ", source);
+    if (adds) added_[source] = true;
+    source_.push_back(source);
   }
 
   static Tensor stand_in(const Tensor& x, int64_t rows, int64_t columns) {
@@ -195,6 +260,7 @@ struct Chain {
         continue;
       }
       links.push_back(links[l - block]);
+      source_.push_back(source_[l - block] + block);
       Layer& link = links.back();
       const auto move = [&](void*& data, int64_t i) {
         if (i >= 0) data = entry_of(given[i], entry(i, l));
@@ -225,6 +291,8 @@ struct Chain {
   }
 
   int64_t gate_ = -1;         // which operand a stack's gate is
+  std::vector<int64_t> source_;
+  std::vector<bool> added_;
   std::vector<Tensor> kept_;  // x first; what pointers point into
 };
 

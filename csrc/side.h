@@ -85,6 +85,17 @@ void in_parallel(int64_t count, const F& f) {
   torch::stable::parallel_for(0, count, 1, run);
 }
 
+// The same where f(i) is about `cost` multiply-adds or copied elements: few of which are worth no
+// other thread.
+template <class F>
+void in_parallel(int64_t count, int64_t cost, const F& f) {
+  constexpr int64_t kAtOnce = 1 << 15;
+  const int64_t share = std::max<int64_t>(1, kAtOnce / std::max<int64_t>(1, cost));
+  in_parallel((count + share - 1) / share, [&](int64_t i) {
+    for (int64_t j = i * share; j < std::min(count, (i + 1) * share); ++j) f(j);
+  });
+}
+
 template <class F>
 void for_each_chunk(const Chunks& chunks, const F& f) {
   in_parallel(chunks.count, [&](int64_t i) { f(i, chunks.begin(i), chunks.end(i)); });

@@ -2,8 +2,8 @@
 
 x_0 = x,  x_l+1 = layer_l(x_l),  y = x_L
 
-A stack's operands come stacked, one tensor of each kind; its layers may form blocks, whose last
-layer adds the block's input.
+A stack's operands come stacked, one tensor of each kind. An `add` takes its own layer's input, or an
+earlier one's: in a block of several layers the last adds the block's input.
 """
 
 from __future__ import annotations
@@ -25,42 +25,53 @@ _KINDS = 4  # of operands that a link may have beside weight
 
 
 class Link(NamedTuple):
-    """A layer of a chain whose `add` takes its own input."""
+    """A layer of a chain."""
 
-    line: str  # which of `_KINDS` it has, as a number of four bits, and its recipe: csrc/chain.cpp
+    line: str  # which of `_KINDS` it has, whose input it adds, its recipe: csrc/links.h
     operands: tuple[Tensor, ...]  # weight (N, K), then bias, norm_weight, norm_bias, gate
 
     @classmethod
-    def of(cls, recipe: str, weight: Tensor, *more: Tensor | None) -> Link:
+    def of(cls, recipe: str, weight: Tensor, *more: Tensor | None, back: int = 0) -> Link:
+        """`back`: how many links earlier the one is whose input `add` takes; 0: this one."""
         there = sum(1 << i for i, t in enumerate(more) if t is not None)
-        return cls(f"{there} {recipe}", (weight, *(t for t in more if t is not None)))
+        operands = (weight, *(t for t in more if t is not None))
+        return cls(line_of(there, back, recipe), operands)
+
+
+def line_of(there: int, back: int, recipe: str) -> str:
+    return f"{there}<{back} {recipe}" if back else f"{there} {recipe}"
 
 
 PIECE = 1024  # columns of what a call keeps, at most in a piece of memory: csrc/links.h
 
 
-def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tuple[Spec, Any]]:
-    """For each link its recipe and of the operands its own, None where absent.
+def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tuple[Spec, int, Any]]:
+    """For each link its recipe, how many links back its `add` looks, and of the operands its own,
+    None where absent.
 
     `depth` not 0: operands are stacked, (depth, ...) each but the gate, which has an entry for each
     block of as many links as `text` has lines; they are those of the last line.
     """
-    lines = [line.split(" ", 1) for line in text.split("\n")]
-    rest, block, all_there = iter(operands), len(lines), int(lines[-1][0])
+    lines = []
+    for line in text.split("\n"):
+        head, recipe = line.split(" ", 1)
+        there, _, back = head.partition("<")
+        lines.append((int(there), int(back or 0), recipe))
+    rest, block, all_there = iter(operands), len(lines), lines[-1][0]
     stacks: list[Any] = []
     if depth:
         stacks = [next(rest).unbind()]
         stacks += [next(rest).unbind() if all_there >> i & 1 else None for i in range(_KINDS)]
     for link in range(depth or block):
-        there, recipe = lines[link % block]
-        has = [True, *(bool(int(there) >> i & 1) for i in range(_KINDS))]
+        own_there, own_back, own_recipe = lines[link % block]
+        has = [True, *(bool(own_there >> i & 1) for i in range(_KINDS))]
         own: list[Any] = []
         for i, here in enumerate(has):
             if here and depth:
                 own.append(stacks[i][link // block if i == _KINDS else link])
             else:
                 own.append(next(rest) if here else None)
-        yield Spec.parse(recipe), own
+        yield Spec.parse(own_recipe), own_back, own
 
 
 def run(x: Tensor, links: list[Link]) -> Tensor:
@@ -131,13 +142,11 @@ _apply = super(torch.autograd.Function, FusedChainFunction).apply  # see autogra
 
 def composite_chain(text: str, depth: int, x: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
     """y by plain torch ops."""
-    block = text.count("\n") + 1 if depth else 1
-    y = source = x
-    for link, (spec, own) in enumerate(_split(text, depth, operands)):
-        source = y if link % block == 0 else source
-        o = Operands(*(y, *own, source if spec.adds else None))
-        y = composite(spec, o)
-    return y
+    values = [x]
+    for spec, back, own in _split(text, depth, operands):
+        o = Operands(*(values[-1], *own, values[-1 - back] if back else None))
+        values.append(composite(spec, o))
+    return values[-1]
 
 
 def _composite_gradients(
@@ -184,7 +193,7 @@ def _forward_fake(
     x: Tensor, operands: list[Tensor], links: str, depth: int, keep: int
 ) -> list[Tensor]:
     M, inputs, z, N = x.shape[0], [], [], 0
-    for spec, (weight, *_) in _split(links, depth, tuple(operands)):
+    for spec, _back, (weight, *_) in _split(links, depth, tuple(operands)):
         inputs.append(N)
         N = weight.shape[0]
         z.append(N * spec.saves_z)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .checks import Backend
+from .links import Part, joined, links_of, unchained
 from .modules import FusedResidual, project
 from .spec import STAGES, Gate, Norm, one_of
 
@@ -177,9 +178,21 @@ class FusedResidualMLP(nn.Module):
         """
         checks.check_x(x, self.features, "features")
         checks.check_tensor("residual", residual, optional=True)
+        parts = self.parts() if residual is None and unchained(x) is None else None
+        if parts is not None:
+            links = links_of(parts, x)
+            y = joined(x, links) if len(links) == len(parts) else None
+            if y is not None:
+                return y
         if self.adds:
             residual = self._shortcut(x, residual)
         return self.fc2(self.fc1(x), residual)
+
+    def parts(self) -> list[Part] | None:
+        """Its two layers, where they are all that a call with x alone is."""
+        if self.adds and (self.shortcut is not None or self.features != self.out_features):
+            return None
+        return [Part(self.fc1), Part(self.fc2, 1)]
 
     if TYPE_CHECKING:
 

@@ -2,156 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from operator import is_ as _is
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling, is_exporting
 
-from . import backends, chain, graphs
 from .chain import Link
-from .functional import PLAIN, composite_only
-from .layers import hooked, parameter, watched, weight_and_bias
-from .modules import FusedResidual, must_be_called
-from .reference import asked_of
-from .tracing import transforms_active
-
-_modes = torch._C._len_torch_dispatch_stack
-LARGEST = 1 << 18  # elements of a weight: those for which our own product is the best anywhere
+from .links import Part, joined, link_of, links_of, unchained
+from .layers import hooked
+from .mlp import FusedResidualMLP
+from .modules import FusedResidual
 
 
-def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
-    """Why no layers can be joined for x; None if they can. `in_graphs`: the call is one that
-    torch.compile and torch.export keep as an op.
-    """
-    compiling, exporting = is_dynamo_compiling(), is_exporting()
-    if in_graphs and (compiling or exporting):
-        if transforms_active() or (not compiling and graphs.wants_plain_ops(exporting)):
-            return "a transform looks into the layers, or a tool that knows torch's ops alone"
-    elif compiling or exporting or graphs.wants_plain_ops(False) or _modes():
-        return "something looks into the call: a tracer, or a torch dispatch mode"
-    elif type(x) not in PLAIN or composite_only(x, x):
-        return "a transform looks into the layers, or x is a tensor of another kind"
-    if x.device.type != "cpu":
-        return f"x is on {x.device}; layers are joined on a CPU"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    return None if x.dim() and x.numel() else f"x has shape {tuple(x.shape)}"
-
-
-class _Known(NamedTuple):
-    """A layer's link, and what it was made from."""
-
-    link: Link
-    width: int  # N
-    asked: Any  # what the layer's recipe was made from; another object once a setting changed
-    training: bool
-    eps: float | None
-    linear: Any
-    norm: Any
-    kinds: tuple[Any, ...]  # classes, and the backend asked for
-    parameters: tuple[Any, ...]
-    shape: Any
-
-
-_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-_CLASSES = (FusedResidual, nn.Linear, nn.LayerNorm, nn.RMSNorm)
-_FORWARDS = [kind.forward for kind in _CLASSES]
-
-
-def _parameters(linear: Any, norm: Any, module: Any) -> tuple[Any, ...]:
-    """Those that are no more than parameters: weight and bias of both, gate."""
-    p, q = linear._parameters, {} if norm is None else norm._parameters
-    gate = module._parameters.get("gate")
-    return p.get("weight"), p.get("bias"), q.get("weight"), q.get("bias"), gate
-
-
-def _as_known(module: nn.Module, x: Tensor, width: int) -> _Known | None:
-    """What is known of a layer, if nothing has changed that Python alone can see: the op checks
-    shapes, dtypes and devices. In a few dictionary look-ups, since nets have many layers.
-    """
-    known = _known.get(module)
-    if known is None:
+def _parts(module: nn.Module) -> list[Part] | None:
+    """The layers that a module is, if calling it does no more than calling them."""
+    if type(module) is FusedResidual:
+        return [Part(module)]
+    if type(module) is not FusedResidualMLP or "forward" in vars(module) or hooked(vars(module)):
         return None
-    own = module.__dict__
-    linear, norm = own["_modules"].get("linear"), own["_modules"].get("norm")
-    if linear is not known.linear or norm is not known.norm or own["_asked"] is not known.asked:
-        return None
-    if own["_modules"].get("shortcut") is not None:
-        return None
-    for owner in (own, linear.__dict__) if norm is None else (own, linear.__dict__, norm.__dict__):
-        if hooked(owner) or "forward" in owner:
-            return None
-    found = _parameters(linear, norm, module)
-    kinds = type(linear), type(norm), own["backend"]
-    if not all(map(_is, found, known.parameters)) or kinds != known.kinds:
-        return None
-    weight = found[0]
-    if weight.dtype is not x.dtype or weight.shape != known.shape or width != known.shape[1]:
-        return None
-    if own["training"] is not known.training or (norm is not None and norm.eps != known.eps):
-        return None
-    return known
-
-
-def link_of(module: nn.Module, x: Tensor, width: int) -> Link | str:
-    """`module` as a link that gets (M, width) of x's dtype, or why it cannot be one."""
-    if type(module) is not FusedResidual:
-        return f"it is a {type(module).__name__}"
-    own = module.__dict__
-    if "forward" in own or hooked(own):
-        return "it has hooks, or its forward was replaced"
-    linear: Any = module.linear
-    norm: Any = module.norm
-    gate: Any = module.gate
-    reason = must_be_called(linear, norm, gate)
-    if reason is not None:
-        return reason
-    spec = module._recipe(asked_of(norm, gate, x))
-    if spec.random:
-        return "it drops at random"
-    if spec.norm == "batch":
-        return "it has a batch norm"
-    weight, bias = weight_and_bias(linear)
-    norm_weight = norm_bias = None
-    if spec.norm == "rms":
-        norm_weight = parameter(norm, "weight")
-    elif spec.norm is not None:
-        norm_weight, norm_bias = weight_and_bias(norm)
-    given = [t for t in (weight, bias, norm_weight, norm_bias, gate) if t is not None]
-    if any(type(t) not in PLAIN or t.device != x.device for t in given):
-        return "a parameter is a tensor of another kind, or on another device than x"
-    if weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
-        return f"its weight is {weight.dtype}, x {x.dtype}"
-    N, K = weight.shape
-    if width != K or weight.numel() > LARGEST:
-        return f"its weight has shape {(N, K)}, x has {width} features"
-    if "add" in spec.stages and (module.shortcut is not None or N != K):
-        return "its shortcut is not the identity"
-    if spec.norm is not None:
-        expected = (spec.width("norm", K, N),)
-        if norm.normalized_shape != expected:
-            return f"its norm is over {tuple(norm.normalized_shape)}, not {expected}"
-    chosen = backends.choose(module.backend, spec.text, x.dtype, x.device, N, K, False)
-    if chosen != "cpu":
-        return f"its backend is '{chosen}'"
-    link = Link.of(spec.text, weight, bias, norm_weight, norm_bias, gate)
-    found = _parameters(linear, norm, module)
-    if all(t is None or any(t is u for u in found) for t in given):  # none of them is computed
-        eps = None if norm is None else norm.eps
-        _known[module] = _Known(
-            link, N, own["_asked"], own["training"], eps, linear, norm,
-            (type(linear), type(norm), module.backend), found, weight.shape,
-        )  # fmt: skip
-    return link
+    return module.parts()
 
 
 class FusedSequential(nn.Sequential):
     """An nn.Sequential (same arguments, keys, order, indexing and results) in which runs of
-    FusedResidual layers are one call each, forward and backward: on a CPU rows walk through all
+    FusedResidual layers and FusedResidualMLP blocks are one call each, forward and backward: on a CPU rows walk through all
     layers of a run while they lie in the cache, and all weight gradients are computed together.
 
     What cannot be joined, a layer with hooks, batch norm, dropout, a linear shortcut or a foreign
@@ -167,45 +41,37 @@ class FusedSequential(nn.Sequential):
         modules: list[Any] = list(self._modules.values())
         at = 0
         while at < len(modules):
-            links = self._links_from(modules, at, x)
-            joined = max(1, len(links))
-            y = self._joined(x, links) if joined > 1 else None
+            count, links = self._run_from(modules, at, x)
+            y = joined(x, links) if count > 1 else None
             if y is None:
-                for module in modules[at : at + joined]:
+                for module in modules[at : at + count]:
                     x = module(x)
             else:
                 x = y
-            at += joined
+            at += count
         return x
 
     @staticmethod
-    def _links_from(modules: list[Any], at: int, x: Any) -> list[Link]:
-        """The layers from modules[at] on that one call can run."""
-        links: list[Link] = []
-        if at + 1 == len(modules) or type(modules[at]) is not FusedResidual:
-            return links
+    def _run_from(modules: list[Any], at: int, x: Any) -> tuple[int, list[Link]]:
+        """How many modules from modules[at] on one call can run, at least one, and their links."""
+        if at + 1 == len(modules) or type(modules[at]) not in _JOINED:
+            return 1, []
         if not isinstance(x, Tensor) or unchained(x) is not None:
-            return links
-        usual = [kind.forward for kind in _CLASSES] == _FORWARDS and watched() is None
-        width = x.shape[-1]
-        for module in modules[at:]:
-            known = _as_known(module, x, width) if usual else None
-            link = link_of(module, x, width) if known is None else known.link
-            if isinstance(link, str):
-                break
-            width = link.operands[0].shape[0] if known is None else known.width
-            links.append(link)
-        return links
+            return 1, []
+        ends: list[int] = []  # how many links there are after each module
 
-    @staticmethod
-    def _joined(x: Tensor, links: list[Link]) -> Tensor | None:
-        """None: the op refuses; the layers one by one tell why."""
-        rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        try:
-            y = chain.run(rows, links)
-        except RuntimeError:
-            return None
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        def parts() -> Iterator[Part]:
+            count = 0
+            for index in range(at, len(modules)):
+                for part in _parts(modules[index]) or ():
+                    count += 1
+                    yield part
+                if count == (ends[-1] if ends else 0):
+                    return
+                ends.append(count)
+
+        links = links_of(parts(), x)
+        return max(1, len(ends)), links[: ends[-1]] if ends else []
 
     def chains(self, x: Tensor) -> list[str]:
         """What a call with x (..., K) does, a line for each run or module. Nothing runs: a module
@@ -215,16 +81,31 @@ class FusedSequential(nn.Sequential):
         modules: list[Any] = list(self._modules.items())
         while at < len(modules):
             name, module = modules[at]
-            links = self._links_from([m for _, m in modules], at, x)
-            if len(links) > 1:
-                at += len(links)
+            count, links = self._run_from([m for _, m in modules], at, x)
+            if count > 1:
+                at += count
                 width = links[-1].operands[0].shape[0]
                 lines.append(f"{name} to {modules[at - 1][0]}: one call")
             else:
                 at += 1
-                link = link_of(module, x, x.shape[-1]) if reason is None else reason
-                alone = link if isinstance(link, str) else "no neighbour to be joined with"
+                alone = reason or _why_alone(module, x)
                 width = getattr(module, "out_features", x.shape[-1])
                 lines.append(f"{name}: by itself: {alone}")
             x = x.new_empty(()).expand(*x.shape[:-1], width)
         return lines
+
+
+_JOINED = (FusedResidual, FusedResidualMLP)
+
+
+def _why_alone(module: nn.Module, x: Tensor) -> str:
+    width = x.shape[-1]
+    parts = _parts(module) if isinstance(module, _JOINED) else [Part(module)]
+    if parts is None:
+        return "it has hooks, a shortcut of its own, or its forward was replaced"
+    for layer, back in parts:
+        link = link_of(layer, x, width, back)
+        if isinstance(link, str):
+            return link
+        width = link.operands[0].shape[0]
+    return "no neighbour to be joined with"

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from . import backends, chain, checks
 from .checks import Backend
-from .functional import run
+from .functional import PLAIN, run
 from .layers import norm_kind
 from .modules import FusedResidual
-from .network import LARGEST, unchained
+from .links import LARGEST, unchained
 from .operands import Operands
 from .reference import SETTINGS, Residual, spec_of
 from .spec import Gate, Norm, Spec, parse_order, spec_from
@@ -192,11 +193,14 @@ class FusedResidualStack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) from x (..., N)."""
         checks.check_x(x, self.features, "features")
-        if self.why_not_joined(x) is None:
+        given = self._given()
+        if self._why_not(x, given) is None:
             rows = x if x.dim() == 2 else x.reshape(-1, self.features)
-            text, operands = self._text_and_operands()
+            operands = [t for t in given if t is not None]
             try:
-                y = chain.run_stacked(rows, text, len(self), self.recompute, operands)
+                y = chain.run_stacked(
+                    rows, self._text(given), len(self), self.recompute, operands
+                )
                 return y if x.dim() == 2 else y.view(x.shape)
             except RuntimeError as error:  # the layers one by one tell more
                 checks.check_memory(error)
@@ -218,6 +222,13 @@ class FusedResidualStack(nn.Module):
 
     def why_not_joined(self, x: Tensor) -> str | None:
         """Why a call with x (..., N) runs layer by layer; None if it is one call."""
+        return self._why_not(x, self._given())
+
+    def _given(self) -> list[Any]:
+        """The parameters as torch looks them up: one of them may be computed."""
+        return [getattr(self, kind.name) for kind in _PARAMETERS]
+
+    def _why_not(self, x: Tensor, given: list[Any]) -> str | None:
         reason = unchained(x, in_graphs=True)
         if reason is not None:
             return reason
@@ -229,21 +240,23 @@ class FusedResidualStack(nn.Module):
         N = self.features
         if N * N > LARGEST:
             return f"weights of {N} x {N}: too large for layers to share a cache"
-        for kind in _PARAMETERS:
-            t = getattr(self, kind.name)
-            if t is not None and (t.device != x.device or t.layout != torch.strided):
-                return f"{kind.name} is on {t.device}, {t.layout}"
-            if kind.name in ("weight", "bias") and t is not None and t.dtype != x.dtype:
+        for kind, t in zip(_PARAMETERS, given, strict=True):
+            if t is None:
+                continue
+            if t.device != x.device or not (is_exporting() or type(t) in PLAIN):
+                return f"{kind.name} is a {type(t).__name__} on {t.device}"
+            if kind.name in ("weight", "bias") and t.dtype != x.dtype:
                 return f"{kind.name} is {t.dtype}, x {x.dtype}"
         chosen = backends.choose(self.backend, last.text, x.dtype, x.device, N, N, False)
         return None if chosen == "cpu" else f"the backend is '{chosen}'"
 
-    def _text_and_operands(self) -> tuple[str, list[Tensor]]:
+    def _text(self, given: list[Any]) -> str:
+        """The links' lines."""
         last, inner = self._specs()
-        given = [getattr(self, kind.name) for kind in _PARAMETERS]
         there = sum(1 << i for i, t in enumerate(given[1:]) if t is not None)
-        before = f"{there & 0b111} {inner.text}\n" * (self.layers_per_block - 1)
-        return f"{before}{there} {last.text}", [t for t in given if t is not None]
+        back = self.layers_per_block - 1
+        before = f"{chain.line_of(there & 0b111, 0, inner.text)}\n" * back
+        return before + chain.line_of(there, back if last.adds else 0, last.text)
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         """The layers as so many fused calls."""
@@ -274,7 +287,8 @@ class FusedResidualStack(nn.Module):
     # ---- layers
 
     def __len__(self) -> int:
-        return len(self.weight)
+        weight = self._parameters.get("weight")
+        return len(self.weight if weight is None else weight)
 
     def __iter__(self) -> Iterator[FusedResidual]:
         return (self[layer] for layer in range(len(self)))
