@@ -78,8 +78,8 @@ std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
   const DType dtype = chain.product();
   std::vector<Tensor> out{empty({M, chain.links[L - 1].N}, scalar_type(dtype))};
   const Turns turns = chain.input_turns();
-  Store inputs(M, keep == Keep::nothing ? std::vector<int64_t>(turns.count, chain.widest)
-                                        : chain.inputs());
+  Store inputs(
+      M, keep == Keep::nothing ? std::vector<int64_t>(turns.count, chain.widest) : chain.inputs());
   Store z(M, chain.z());
   inputs.allocate(dtype);
   if (keep == Keep::all) z.allocate(dtype);

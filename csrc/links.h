@@ -206,11 +206,11 @@ struct Chain {
   void connect_to(const Line& line, bool early, int64_t N) {
     const int64_t l = size(), source = l - line.back;
     const bool adds = line.recipe.has(Stage::add);
-    STD_TORCH_CHECK(!line.back || (adds && !early), "fusedres: only an add after linear takes an "
+    STD_TORCH_CHECK(!line.back || (adds && !early),
+                    "fusedres: only an add after linear takes an "
                     "earlier link's input");
-    STD_TORCH_CHECK(source >= 0 && (!line.back || links[source].K == N),
-                    "fusedres: link ", l, " adds the input of link ", source,
-                    ", which is not there or not ", N, " wide");
+    STD_TORCH_CHECK(source >= 0 && (!line.back || links[source].K == N), "fusedres: link ", l,
+                    " adds the input of link ", source, ", which is not there or not ", N, " wide");
     added_.push_back(false);
     STD_TORCH_CHECK(!adds || !added_[source], "fusedres: two links add the input of link ", source);
     if (adds) added_[source] = true;
@@ -290,7 +290,7 @@ struct Chain {
                     " operands, expected ", expected);
   }
 
-  int64_t gate_ = -1;         // which operand a stack's gate is
+  int64_t gate_ = -1;  // which operand a stack's gate is
   std::vector<int64_t> source_;
   std::vector<bool> added_;
   std::vector<Tensor> kept_;  // x first; what pointers point into

@@ -4,10 +4,11 @@ Contrastive reinforcement learning trains nets of up to 1000 layers, in blocks o
 skip, x + f(f(f(f(x)))) with f = silu(norm(linear)), width 256, batch 512. Here each depth trains on
 scikit-learn's digits as one FusedResidualStack; the same layers one after another, eager and
 compiled, are timed beside it.
-Source of the net: Wang et al., "1000 layer networks for self-supervised RL", arxiv.org/abs/2503.14858.
+Source of the net: Wang et al., "1000 layer networks for self-supervised RL",
+arxiv.org/abs/2503.14858.
 
-Run: python examples/deep.py          about eight minutes on two cores; stopped, it goes on where it was
-     python examples/deep.py --quick  two depths, a minute
+Run: python examples/deep.py          minutes on two cores; stopped, it goes on where it was
+     python examples/deep.py --quick  two depths
 """
 
 import argparse
@@ -83,11 +84,16 @@ def train(depth: int, way: str, steps: int, show: Callable[[int], None]) -> dict
         seconds.append(perf_counter() - began)
         schedule.step()
         show(step + 1)
-    found = {"ms": 1e3 * median(seconds[1:]), "kept": saved_bytes(net[1], torch.randn(BATCH, WIDTH))}
+    found = {
+        "ms": 1e3 * median(seconds[1:]),
+        "kept": saved_bytes(net[1], torch.randn(BATCH, WIDTH)),
+    }
     if steps == STEPS:
+        net.eval()
         with torch.no_grad():
-            right = [net.eval()(t).argmax(1) == l for t, l in ((x, labels), (x_test, labels_test))]
-        found |= dict(zip(("train", "test"), (100 * r.float().mean().item() for r in right)))
+            for name, digits, expected in (("train", x, labels), ("test", x_test, labels_test)):
+                right = net(digits).argmax(1) == expected
+                found[name] = 100 * right.float().mean().item()
     return found
 
 
@@ -115,7 +121,12 @@ def run(depths: tuple[int, ...], state: Path) -> Found:
 
 def print_table(found: Found, depths: tuple[int, ...]) -> None:
     console.out(f"\nWidth {WIDTH}, batch {BATCH}, {BLOCK} layers a block, {STEPS} steps of Adam:\n")
-    head = ["layers", *(f"{way}, ms a step" for way in WAYS), "kept, fused / eager", "train / test %"]
+    head = [
+        "layers",
+        *(f"{way}, ms a step" for way in WAYS),
+        "kept, fused / eager",
+        "train / test %",
+    ]
     rows = []
     for depth in depths:
         each = {way: found.get(f"{depth} {way}") for way in WAYS}

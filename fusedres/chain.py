@@ -2,8 +2,8 @@
 
 x_0 = x,  x_l+1 = layer_l(x_l),  y = x_L
 
-A stack's operands come stacked, one tensor of each kind. An `add` takes its own layer's input, or an
-earlier one's: in a block of several layers the last adds the block's input.
+A stack's operands come stacked, one tensor of each kind. An `add` takes its own layer's input, or
+an earlier one's: in a block of several layers the last adds the block's input.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Inside the package nothing checks again: code behind these functions assumes.
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Integral, Real
 from typing import Any, Literal, NoReturn
 
@@ -44,13 +45,16 @@ def check_feature_counts(op: str, **counts: Any) -> list[int]:
 
 
 def check_settings(op: str, bias: Any, momentum: Any, gate: Any, gate_init: Any) -> None:
-    """Those that would be taken for something else, or for nothing."""
+    """Those that would be taken for something else or, with a warning, for nothing: from a
+    constructor.
+    """
     if not isinstance(bias, (bool, Integral)) and type(bias).__name__ not in ("bool", "bool_"):
         raise ValueError(f"{op}: bias must be True or False, got {bias!r}")
-    if momentum is not None and not (isinstance(momentum, Real) and 0 <= momentum <= 1):
+    if momentum is not None and not (isinstance(momentum, Real) and 0 <= float(momentum) <= 1):
         raise ValueError(f"{op}: momentum must be None or between 0 and 1, got {momentum!r}")
     if gate is None and gate_init is not None:
-        raise ValueError(f"{op}: gate_init={gate_init!r} was given, but gate is None: no gate to set")
+        told = f"{op}: gate_init={gate_init!r} does nothing, since gate is None"
+        warnings.warn(told, stacklevel=3)
 
 
 SCRIPT = (
@@ -110,6 +114,8 @@ def check_x(x: Any, in_features: int, name: str = "in_features") -> None:
     module calls its width.
     """
     check_tensor("x", x)
+    if x.is_nested and x.layout == torch.strided:
+        raise TypeError(f"{OP}: x must be dense (torch.strided), got a nested tensor")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"{OP}: x has shape {_shape(x)}, expected (..., {in_features}): {name}={in_features}"
@@ -194,7 +200,11 @@ def check_fits(spec: Spec, o: Operands, *saved: Tensor | None) -> None:
 def check_operands(spec: Spec, x: Any, weight: Tensor, residual: Any, pad: bool) -> None:
     """The part of check_call that is about x and residual: what a module must ask on every call."""
     K = weight.shape[1]
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != K:
+    try:
+        fits = isinstance(x, Tensor) and x.dim() != 0 and x.shape[-1] == K
+    except RuntimeError:  # a nested tensor has no shape
+        fits = False
+    if not fits:
         check_x(x, K)
     if residual is not None:
         check_tensor("residual", residual)

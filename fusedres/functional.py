@@ -15,10 +15,10 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import backends, checks, graphs, ops
 from .autograd import FusedResidualFunction, apply_plainly
+from .checks import Backend
 from .dtypes import typed
 from .operands import Operands
 from .reference import composite, draw_seed, rows_per_sample, spec_of
-from .checks import Backend
 from .spec import Norm, Shortcut, Spec, make_spec, one_of
 from .tracing import transforms_active
 
@@ -240,10 +240,9 @@ def fused_residual(
     if shortcut in ("identity", "pad") and shortcut_weight is not None:
         raise ValueError(f"{checks.OP}: shortcut={shortcut!r} uses no shortcut_weight, but got one")
     if shortcut_weight is not None:
-        checks.check_shortcut_weight(x if residual is None else residual, shortcut_weight, shortcut_bias)
-        residual = plain_linear(
-            x if residual is None else residual, shortcut_weight, shortcut_bias, backend
-        )
+        source = x if residual is None else residual
+        checks.check_shortcut_weight(source, shortcut_weight, shortcut_bias)
+        residual = plain_linear(source, shortcut_weight, shortcut_bias, backend)
     o = Operands(x, weight, bias, norm_weight, norm_bias, gate, residual, running_mean, running_var)
     return run(spec, o, momentum, shortcut == "pad", backend, False)
 

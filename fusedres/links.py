@@ -99,8 +99,8 @@ def _as_known(module: nn.Module, x: Tensor, width: int, back: int) -> _Known | N
 
 
 def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | str:
-    """`module` as a link that gets (M, width) of x's dtype, or why it cannot be one. `back`: how many
-    links earlier the one is whose input it adds.
+    """`module` as a link that gets (M, width) of x's dtype, or why it cannot be one. `back`: how
+    many links earlier the one is whose input it adds.
     """
     if type(module) is not FusedResidual:
         return f"it is a {type(module).__name__}"
@@ -163,7 +163,9 @@ class Part(NamedTuple):
 
 
 def links_of(parts: Iterable[Part], x: Tensor) -> list[Link]:
-    """The links of as many of the first layers as one call can run; x is what `unchained` allows."""
+    """The links of as many of the first layers as one call can run; x is one that `unchained`
+    allows.
+    """
     links: list[Link] = []
     usual = [kind.forward for kind in _CLASSES] == _FORWARDS and watched() is None
     width = x.shape[-1]

@@ -154,7 +154,7 @@ class FusedResidualMLP(nn.Module):
             N,
             order=second,
             gate=gate,
-            gate_init=gate_init,
+            gate_init=None if gate is None else gate_init,
             dropout=dropout,
             drop_path=drop_path,
             residual_scale=residual_scale,

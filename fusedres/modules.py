@@ -61,11 +61,11 @@ def must_be_called(linear: Any, norm: Any, gate: Tensor | None) -> str | None:
 class FusedResidual(Residual):
     """y = act(norm(x @ weight.T + bias)) + x, or another order, in one fused call.
 
-    A drop-in for the same layer of torch's own modules: parameters, state_dict and results are those
-    of :class:`fusedres.Residual`. Where calling a submodule does more than torch's own layer, or
-    else (SyncBatchNorm, a LoRA layer, hooks), it runs stage by stage through its submodules; not so
-    where only parameters were replaced or are computed. ``fusedres.explain(layer, x)`` tells which
-    backend and kernel a call uses, and why not fused.
+    A drop-in for the same layer of torch's own modules: parameters, state_dict and results are
+    those of :class:`fusedres.Residual`. Where calling a submodule does more than torch's own layer,
+    or else (SyncBatchNorm, a LoRA layer, hooks), it runs stage by stage through its submodules; not
+    so where only parameters were replaced or are computed. ``fusedres.explain(layer, x)`` tells
+    which backend and kernel a call uses, and why not fused.
 
     All of it counts at the next call: children and parameters that were replaced or set to None,
     their settings (``layer.norm.eps``), and ``order``, ``activation``, ``dropout``, ``drop_path``,

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .chain import Link
-from .links import Part, joined, link_of, links_of, unchained
 from .layers import hooked
+from .links import Part, joined, link_of, links_of, unchained
 from .mlp import FusedResidualMLP
 from .modules import FusedResidual
 
@@ -25,8 +25,9 @@ def _parts(module: nn.Module) -> list[Part] | None:
 
 class FusedSequential(nn.Sequential):
     """An nn.Sequential (same arguments, keys, order, indexing and results) in which runs of
-    FusedResidual layers and FusedResidualMLP blocks are one call each, forward and backward: on a CPU rows walk through all
-    layers of a run while they lie in the cache, and all weight gradients are computed together.
+    FusedResidual layers and FusedResidualMLP blocks are one call each, forward and backward: on a
+    CPU rows walk through all layers of a run while they lie in the cache, and all weight gradients
+    are computed together.
 
     What cannot be joined, a layer with hooks, batch norm, dropout, a linear shortcut or a foreign
     module, is called as nn.Sequential calls it, and parts a run in two. Under autocast,

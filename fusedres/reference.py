@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -328,7 +329,7 @@ class Residual(nn.Module):
         _, eps, size = asked
         norm = norm_kind(self.norm)
         kind = None if size == 0 else "scalar" if size == 1 else "channel"
-        eps = eps if isinstance(eps, (int, float)) else 1e-5  # of a foreign norm
+        eps = eps if isinstance(eps, Real) else 1e-5  # of a foreign norm
         settings = (self.order, norm, self.activation, kind, eps, self.dropout, self.drop_path)
         specs = {t: spec_of(*settings, self.residual_scale, t) for t in (False, True)}
         if not is_dynamo_compiling():  # a graph is made once

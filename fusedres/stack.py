@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from . import backends, chain, checks
 from .checks import Backend
 from .functional import PLAIN, run
 from .layers import norm_kind
-from .modules import FusedResidual
 from .links import LARGEST, unchained
+from .modules import FusedResidual
 from .operands import Operands
 from .reference import SETTINGS, Residual, spec_of
 from .spec import Gate, Norm, Spec, parse_order, spec_from
@@ -198,9 +198,7 @@ class FusedResidualStack(nn.Module):
             rows = x if x.dim() == 2 else x.reshape(-1, self.features)
             operands = [t for t in given if t is not None]
             try:
-                y = chain.run_stacked(
-                    rows, self._text(given), len(self), self.recompute, operands
-                )
+                y = chain.run_stacked(rows, self._text(given), len(self), self.recompute, operands)
                 return y if x.dim() == 2 else y.view(x.shape)
             except RuntimeError as error:  # the layers one by one tell more
                 checks.check_memory(error)
@@ -408,7 +406,7 @@ class FusedResidualStack(nn.Module):
         weight = like.linear.weight
         stack = cls(
             like.in_features, len(found), layers_per_block=B, recompute=recompute,
-            norm=norm_kind(norm), bias=like.linear.bias is not None,
+            norm=cast(Any, norm_kind(norm)), bias=like.linear.bias is not None,
             device=weight.device, dtype=weight.dtype, **settings, **kinds,
         )  # fmt: skip
         stack.train(like.training)

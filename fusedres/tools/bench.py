@@ -93,7 +93,8 @@ class Job:
         M, K, N, order, norm, activation = case
         where: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype]}
         self.case, self.device = case, device
-        self.fused = FusedResidual(K, N, order=order, norm=norm, activation=activation, **where)
+        recipe: dict[str, Any] = {"order": order, "norm": norm, "activation": activation}
+        self.fused = FusedResidual(K, N, **recipe, **where)
         self.eager = Eager(self.fused)
         self.layers: dict[str, nn.Module] = {"eager": self.eager, "fused": self.fused}
         self.x = torch.randn(M, K, **where, requires_grad=True)

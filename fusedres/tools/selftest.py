@@ -54,7 +54,7 @@ def _results(layer: Residual, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     torch.manual_seed(1)  # the same masks every time
     y = layer(x)
     y.backward(dy)
-    found = {"y": y.detach(), "dx": x.grad}
+    found: dict[str, Any] = {"y": y.detach(), "dx": x.grad}
     found |= {f"d{name}": p.grad for name, p in layer.named_parameters()}
     found |= {name: b for name, b in layer.named_buffers() if b.is_floating_point()}
     return found
@@ -67,10 +67,11 @@ def check(backend: str, settings: dict[str, Any], dtype: torch.dtype, device: st
     error may be 4 times eager's plus 8 rounding steps.
     """
     where: dict[str, Any] = {"device": device, "dtype": dtype}
+    of_backend: dict[str, Any] = {"backend": backend}
     torch.manual_seed(0)
     settings = {"activation": "gelu", **settings}
     eager = Residual(K, **settings, **where)
-    fused = FusedResidual(K, **settings, **where, backend=backend)
+    fused = FusedResidual(K, **settings, **where, **of_backend)
     exact = Residual(K, **settings, device=device, dtype=torch.float64)
     fused.load_state_dict(eager.state_dict())
     exact.load_state_dict(eager.state_dict())

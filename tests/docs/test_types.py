@@ -53,8 +53,8 @@ def run(*command, cwd):
 def mypy(tmp_path, text):
     script = tmp_path / "script.py"
     script.write_text(text)
-    options = ["--strict", "--follow-imports=silent", "--config-file=", "--cache-dir", ROOT / "build/mypy"]
-    return run(sys.executable, "-m", "mypy", *options, script, cwd=ROOT)
+    options = ["--strict", "--follow-imports=silent", "--config-file=", "--cache-dir"]
+    return run(sys.executable, "-m", "mypy", *options, ROOT / "build/mypy", script, cwd=ROOT)
 
 
 def test_mypy_strict_is_content_with_a_good_script(tmp_path):
@@ -68,7 +68,8 @@ def test_mypy_finds_a_bad_script_s_errors(tmp_path):
 
 
 def test_pyright_is_content_with_a_good_script(tmp_path):
-    pyright = shutil.which("pyright", path=str(Path(sys.executable).parent)) or shutil.which("pyright")
+    beside = str(Path(sys.executable).parent)
+    pyright = shutil.which("pyright", path=beside) or shutil.which("pyright")
     if pyright is None:
         pytest.skip("pyright is not installed")
     script = tmp_path / "script.py"

@@ -27,8 +27,10 @@ ROOMS = [
     "graphs",
     "functional",
     "modules",
+    "links",
     "mlp",
     "network",
+    "stack",
     "models",
     "tools",
 ]

@@ -46,7 +46,6 @@ MEANT = [
     ({"bias": "no"}, "bias must be True or False, got 'no'"),
     ({"bias": torch.zeros(8)}, "bias must be True or False"),
     ({"momentum": -0.1}, "momentum must be None or between 0 and 1, got -0.1"),
-    ({"gate_init": 0.5}, r"gate_init=0\.5 was given, but gate is None"),
     ({"eps": "small"}, "eps must be a finite number >= 0, got 'small'"),
     ({"dropout": [0.1]}, r"dropout must be a probability between 0 and 1, got \[0.1\]"),
 ]
@@ -57,6 +56,12 @@ MEANT = [
 def test_what_is_refused_by_name(make, settings, message):
     with pytest.raises(ValueError, match=message):
         make(8, **settings)
+
+
+@each
+def test_a_gate_s_value_without_a_gate_is_warned_of(make):
+    with pytest.warns(UserWarning, match=r"gate_init=0\.5 does nothing, since gate is None"):
+        make(8, gate_init=0.5)
 
 
 @pytest.mark.parametrize("shortcut", [nn.Linear, "Linear", lambda x: x])

@@ -446,7 +446,10 @@ def test_the_op_refuses_what_does_not_fit():
         ([weight], "1 linear-add", 4, "too few"),
         ([weight[0]], line, 4, "4 entries"),
         ([weight], "", 4, "without links"),
-        ([weight], "0 linear\n0 add-linear", 4, "adds before linear"),
+        ([weight], "0 linear\n0<1 add-linear", 4, "only an add after linear"),
+        ([weight], "0<1 linear-add", 4, "the input of link -1"),
+        ([weight], "0 linear-add\n0<1 linear-add", 4, "two links add the input of link 0"),
+        ([weight], "16 linear-add", 4, "no link"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(x, operands, text, depth, 0)
