@@ -26,9 +26,9 @@ struct Call {
 
   // Takes them off the stack and checks them. `cuda`: what the op is for; `needs`: backward's.
   Call(StableIValue* stack, bool cuda, std::optional<int64_t> needs = std::nullopt);
-  // A link of a chain: weight is operands[next], then come those of bias, norm_weight, norm_bias and
-  // gate whose bits are set in `there`.
-  Call(const Tensor& x, const std::vector<Tensor>& operands, size_t& next, int there,
+  // A link of a chain: weight is the first of `operands`, then come those of bias, norm_weight,
+  // norm_bias and gate whose bits are set in `there`.
+  Call(const Tensor& x, const std::vector<Tensor>& operands, int there, const Optional& residual,
        const Recipe& recipe);
   Call(const Call&) = delete;
 
@@ -156,9 +156,10 @@ inline Call::Call(StableIValue* stack, bool cuda, std::optional<int64_t> needs)
   if (residual && (!needs || recipe.saves_residual())) residual = adjacent_columns(*residual);
 }
 
-inline Call::Call(const Tensor& x, const std::vector<Tensor>& operands, size_t& next, int there,
-                  const Recipe& recipe)
-    : x(x), weight(operands.at(next++)), sample_rows(1), recipe(recipe) {
+inline Call::Call(const Tensor& x, const std::vector<Tensor>& operands, int there,
+                  const Optional& residual, const Recipe& recipe)
+    : x(x), weight(operands.at(0)), residual(residual), sample_rows(1), recipe(recipe) {
+  size_t next = 1;
   Optional* const into[] = {&bias, &norm_weight, &norm_bias, &gate};
   for (int i = 0; i < 4; ++i)
     if (there >> i & 1) *into[i] = operands.at(next++);

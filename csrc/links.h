@@ -189,8 +189,9 @@ struct Chain {
     // Its input has no memory yet: one element stands for every row and column.
     const Tensor& x = kept_.front();
     const Tensor input = links.empty() ? x : stand_in(x, M, links.back().N);
-    size_t next = 0;
-    Call c(input, own, next, line.there, line.recipe);
+    const Optional residual =
+        line.back ? Optional(stand_in(x, M, own.at(0).size(0))) : std::nullopt;
+    Call c(input, own, line.there, residual, line.recipe);
     STD_TORCH_CHECK(
         !c.casts() && c.y_dtype() == c.product_dtype() && x.scalar_type() == c.product_dtype(),
         "fusedres: a chain has one dtype");

@@ -22,6 +22,13 @@ from .tracing import transforms_active
 
 _modes = torch._C._len_torch_dispatch_stack
 LARGEST = 1 << 18  # elements of a weight: those for which our own product is the best anywhere
+_OF_FEW_ROWS = 1 << 15  # the same for fewer than 8 rows: larger ones take longer to be packed
+
+
+def too_large(weight: Any, x: Tensor) -> bool:
+    """Whether the library multiplies x (..., K) and a weight of this shape better than a chain."""
+    size = weight[0] * weight[1]
+    return size > LARGEST or (size > _OF_FEW_ROWS and x.numel() < 8 * x.shape[-1])
 
 
 def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
@@ -48,6 +55,7 @@ class _Known(NamedTuple):
 
     link: Link
     width: int  # N
+    size: int  # of the weight
     asked: Any  # what the layer's recipe was made from; another object once a setting changed
     training: bool
     eps: float | None
@@ -130,8 +138,8 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
     if weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
         return f"its weight is {weight.dtype}, x {x.dtype}"
     N, K = weight.shape
-    if width != K or weight.numel() > LARGEST:
-        return f"its weight has shape {(N, K)}, x has {width} features"
+    if width != K or too_large(weight.shape, x):
+        return f"its weight has shape {(N, K)}, x has {width} features and shape {tuple(x.shape)}"
     if spec.adds and (module.shortcut is not None or (N != K and not back)):
         return "its shortcut is not the identity"
     if back and "add" in spec.prologue:
@@ -149,7 +157,7 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
     if all(t is None or any(t is u for u in found) for t in given):  # none of them is computed
         eps = None if norm is None else norm.eps
         _known[module] = _Known(
-            link, N, own["_asked"], own["training"], eps, linear, norm,
+            link, N, N * K, own["_asked"], own["training"], eps, linear, norm,
             (type(linear), type(norm), module.backend, back), found, weight.shape,
         )  # fmt: skip
     return link
@@ -169,10 +177,13 @@ def links_of(parts: Iterable[Part], x: Tensor) -> list[Link]:
     links: list[Link] = []
     usual = [kind.forward for kind in _CLASSES] == _FORWARDS and watched() is None
     width = x.shape[-1]
+    few = x.numel() < 8 * width
     for layer, back in parts:
         known = _as_known(layer, x, width, back) if usual else None
         link = link_of(layer, x, width, back) if known is None else known.link
         if isinstance(link, str):
+            break
+        if known is not None and few and known.size > _OF_FEW_ROWS:
             break
         width = link.operands[0].shape[0] if known is None else known.width
         links.append(link)

@@ -23,6 +23,7 @@ MLP_ORDERS = {
     "preact": "norm-act-linear-norm-act-linear-add",
 }
 
+_NARROW = 1 << 16  # elements of a weight
 MLP_SHORTCUTS = ("identity", "linear")
 
 
@@ -189,8 +190,12 @@ class FusedResidualMLP(nn.Module):
         return self.fc2(self.fc1(x), residual)
 
     def parts(self) -> list[Part] | None:
-        """Its two layers, where they are all that a call with x alone is."""
+        """Its two layers, where they are all that a call with x alone is, and narrow enough for one
+        call to be faster than two.
+        """
         if self.adds and (self.shortcut is not None or self.features != self.out_features):
+            return None
+        if self.features * self.hidden_features > _NARROW:
             return None
         return [Part(self.fc1), Part(self.fc2, 1)]
 

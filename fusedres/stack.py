@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_exporting
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import backends, chain, checks
 from .checks import Backend
 from .functional import PLAIN, run
 from .layers import norm_kind
-from .links import LARGEST, unchained
+from .links import LARGEST, too_large, unchained
 from .modules import FusedResidual
 from .operands import Operands
 from .reference import SETTINGS, Residual, spec_of
@@ -236,8 +236,9 @@ class FusedResidualStack(nn.Module):
         if self.norm == "batch":
             return "layers have a batch norm"
         N = self.features
-        if N * N > LARGEST:
-            return f"weights of {N} x {N}: too large for layers to share a cache"
+        in_graph = is_dynamo_compiling() or is_exporting()  # where rows may be a symbol
+        if N * N > LARGEST or (not in_graph and too_large((N, N), x)):
+            return f"weights of {N} x {N} are too large to be packed for x {tuple(x.shape)}"
         for kind, t in zip(_PARAMETERS, given, strict=True):
             if t is None:
                 continue

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..functional import composite_only, fused_residual
 from ..layers import customised, first_parameter, watched
+from ..links import links_of, unchained
 from ..mlp import FusedResidualMLP
 from ..modules import FusedResidual
 from ..network import FusedSequential
@@ -94,6 +95,8 @@ def explain(
         tensors = [x, *call.parameters()]
         context = _context(x, _weight(call.fc1), tensors, device, residual)
         calls, notes = _of_mlp(context, call, x.shape[-1], _features(residual))
+        if residual is None and context.device.type == "cpu" and _joins(call, x):
+            notes.append("one op runs both calls")
         title = "FusedResidualMLP"
     elif isinstance(call, Residual):
         tensors = [x, *call.parameters()]
@@ -124,6 +127,11 @@ def _of_network(
             yield from explain(module, x, device=device).calls
         width = getattr(module, "out_features", x.shape[-1])
         x = x.new_empty(()).expand(*x.shape[:-1], width)
+
+
+def _joins(block: FusedResidualMLP, x: Tensor) -> bool:
+    parts, rows = block.parts(), torch.empty((), dtype=x.dtype).expand(x.shape)
+    return bool(parts) and unchained(rows) is None and len(links_of(parts or [], rows)) == 2
 
 
 def _of_stack(

@@ -66,7 +66,7 @@ def test_every_net_is_trained_at_every_depth(monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", demo.NETS)
 def test_every_net_has_the_layers_it_says(kind):
-    layers = demo.Net(kind, 2).blocks
+    layers = list(demo.Net(kind, 2).layers)
     assert {layer.spec.adds for layer in layers} == {kind.startswith("residual")}
     assert (layers[0].norm is None) == (kind in ("plain", "residual, ReZero gate"))
 

@@ -249,3 +249,12 @@ def test_a_stack_tells_of_its_last_layer_and_whether_one_call_joins_all():
     assert "one by one: on cuda" in explain(stack, x, device="cuda").notes[0]
     stack.dropout = 0.5
     assert "one by one: layers drop at random" in explain(stack, torch.randn(4, 16)).notes[0]
+
+
+def test_a_narrow_block_of_two_matmuls_is_one_op():
+    block = FusedResidualMLP(16, 32)
+    assert "one op runs both calls" in explain(block, torch.randn(9, 16)).notes
+    for other in (FusedResidualMLP(16, 32, dropout=0.5), FusedResidualMLP(256)):
+        told = explain(other, torch.randn(9, other.features))
+        assert "one op runs both calls" not in told.notes
+    assert "one op" not in str(explain(block, torch.randn(9, 16), device="cuda"))

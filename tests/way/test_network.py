@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cases import ALIASES
-from fusedres import FusedResidual, FusedSequential, Residual, chain
+from fusedres import FusedResidual, FusedResidualMLP, FusedSequential, Residual, chain
+from fusedres.mlp import MLP_ORDERS
 from oracle import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -130,6 +131,47 @@ def test_a_link_that_cannot_be_joined_costs_itself_alone(calls):
     told = net.chains(x)
     assert [line.split(":")[0] for line in told] == ["0", "1 to 3", "4", "5 to 7", "8"]
     assert "has hooks" in told[2] and "it is a Linear" in told[0]
+
+
+@pytest.mark.parametrize("order", [*MLP_ORDERS, "linear-norm-act-linear-gate-add-norm"])
+def test_blocks_of_two_matmuls_are_joined(order, calls):
+    """By themselves, and in a net between layers of another width."""
+    torch.manual_seed(0)
+    gate = "channel" if "gate" in order else None
+    block = FusedResidualMLP(24, 40, order=order, activation="silu", gate=gate)
+    x, dy = torch.randn(30, 24), torch.randn(30, 24)
+    alone = copy.deepcopy(block)
+    alone.parts = lambda: None  # two calls
+    nets = [nn.Sequential(m) for m in (block, alone)]
+    ours, theirs = (results(net, x, dy) for net in nets)
+    assert calls == [2]
+    for name, t in theirs.items():
+        torch.testing.assert_close(ours[name], t, msg=lambda text, name=name: f"{name}: {text}")
+    layers = [FusedResidual(24), block, copy.deepcopy(block), FusedResidual(24)]
+    net, plain = FusedSequential(*layers), nn.Sequential(*copy.deepcopy(layers))
+    for i in (1, 2):
+        plain[i].parts = lambda: None
+    calls.clear()
+    ours, theirs = results(net, x, dy), results(plain, x, dy)
+    assert calls == [6]
+    for name, t in theirs.items():
+        torch.testing.assert_close(ours[name], t, msg=lambda text, name=name: f"{name}: {text}")
+    assert net.chains(x) == ["0 to 3: one call"]
+
+
+def test_a_block_that_cannot_be_joined_parts_a_run(calls):
+    blocks = [FusedResidualMLP(16, 24) for _ in range(4)]
+    blocks[1].fc2.register_forward_hook(lambda *_: None)
+    blocks[3].dropout = blocks[3].fc1.dropout = 0.5
+    net, x = (
+        FusedSequential(FusedResidual(16), *blocks, FusedResidual(16, norm="batch")),
+        torch.randn(9, 16),
+    )
+    net.train()(x)
+    assert calls == [3, 2]
+    told = net.chains(x)
+    assert [line.split(":")[0] for line in told] == ["0 to 1", "2", "3", "4", "5"]
+    assert "hooks" in told[1] and "drops at random" in told[3] and "batch norm" in told[4]
 
 
 CHANGES = {

@@ -156,6 +156,7 @@ WAYS = {
     "batch norm": ({"norm": "batch"}, "batch norm"),
     "dropout": ({"dropout": 0.5}, "at random"),
     "wide": ({"features": 520}, "too large"),
+    "few rows": ({"features": 200, "rows": 3}, "too large to be packed"),
     "reference": ({"backend": "reference"}, "the backend is 'reference'"),
 }
 
@@ -165,9 +166,9 @@ WAYS = {
 def test_one_by_one_where_layers_cannot_be_joined(way, block, calls):
     torch.manual_seed(0)
     settings, reason = WAYS[way]
-    settings = {"features": 24, **settings}
+    settings = {"features": 24, "rows": 20, **settings}
+    x = torch.randn(settings.pop("rows"), settings["features"])
     stack = FusedResidualStack(depth=4, layers_per_block=block, **settings)
-    x = torch.randn(20, stack.features)
     assert reason in stack.why_not_joined(x)
     twin = copy.deepcopy(stack)
     torch.manual_seed(5)
