@@ -3,16 +3,16 @@
 import os
 import sys
 
-from .tools.cli import main
-from .tools.commands import INTERRUPTED, OK
-from .tools.console import error
+INTERRUPTED, OK = 130, 0
 
 
 def run() -> int:
     try:
+        from .tools.cli import main  # takes its time, too
+
         return main()
     except KeyboardInterrupt:
-        error("interrupted")
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # what reads us has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,7 @@ from . import checks
 from .checks import Backend
 from .links import Part, joined, links_of, unchained
 from .modules import FusedResidual, project
-from .spec import STAGES, Gate, Norm, one_of
+from .spec import STAGES, Gate, Norm, one_of, unknown_stage
 
 MLP_ORDERS = {
     "prenorm": "norm-linear-act-linear-add",
@@ -38,10 +38,7 @@ def split_order(order: str) -> tuple[str, str]:
     stages = MLP_ORDERS.get(order, order).split("-")
     for stage in stages:
         if stage not in STAGES:
-            raise ValueError(
-                f"fusedres: unknown stage {stage!r} in order {order!r}; "
-                f"stages: {', '.join(STAGES)}; well-known orders: {', '.join(MLP_ORDERS)}"
-            )
+            raise unknown_stage(stage, order, MLP_ORDERS)
     if stages.count("linear") != 2:
         raise ValueError(
             f"fusedres: order {order!r} has {stages.count('linear')} 'linear' stages; "

@@ -70,7 +70,7 @@ def one_of(what: str, value: object, known: tuple[str, ...] | dict[str, str]) ->
         return value
     names = (*known, *own)
     came = repr(value) if isinstance(value, (str, int, float)) else f"{_called(value)}, not a name"
-    listed = f"{_meant(value, names)}known: {', '.join(names)}"
+    listed = f"{meant(value, names)}known: {', '.join(names)}"
     raise ValueError(f"fusedres: unknown {what} {came}; {listed}{hint}")
 
 
@@ -79,7 +79,7 @@ def _called(value: object) -> str:
     return str(getattr(value, "__name__", type(value).__name__))
 
 
-def _meant(value: object, names: tuple[str, ...]) -> str:
+def meant(value: object, names: tuple[str, ...]) -> str:
     """A question, where one of `names` is near: nn.LayerNorm is near "layer", F.gelu "gelu"."""
     word = value if isinstance(value, str) else _called(value)
     word = word.lower().removesuffix("1d").removesuffix("norm").strip("_- ")
@@ -187,6 +187,14 @@ def spec_from(*settings: Any, **more: Any) -> Spec:
         return make_spec.__wrapped__(*settings, **more)
 
 
+def unknown_stage(stage: str, order: str, aliases: dict[str, str]) -> ValueError:
+    near = meant(stage, STAGES if "-" in order else (*aliases, *STAGES))
+    return ValueError(
+        f"fusedres: unknown stage {stage!r} in order {order!r}; {near}stages: "
+        f"{', '.join(STAGES)}; well-known orders: {', '.join(aliases)}"
+    )
+
+
 def parse_order(order: str) -> tuple[str, ...]:
     """The stages of an alias or of a string of stages joined by "-"; nonsense is a ValueError."""
     if not isinstance(order, str):
@@ -197,10 +205,7 @@ def parse_order(order: str) -> tuple[str, ...]:
     stages = tuple(ORDERS.get(order, order).split("-"))
     for stage in stages:
         if stage not in STAGES:
-            raise ValueError(
-                f"fusedres: unknown stage {stage!r} in order {order!r}; "
-                f"stages: {', '.join(STAGES)}; well-known orders: {', '.join(ORDERS)}"
-            )
+            raise unknown_stage(stage, order, ORDERS)
         if stages.count(stage) > 1:
             raise ValueError(f"fusedres: stage {stage!r} stands more than once in order {order!r}")
     if "linear" not in stages:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..checks import BACKENDS
@@ -114,6 +115,7 @@ def _add(every: Commands, name: str, short: str, epilog: str) -> argparse.Argume
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    one.set_defaults(refuse=one.error)
     return one
 
 
@@ -254,7 +256,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name may not fit the terminal's encoding
             stream.reconfigure(errors="replace")
     top = parser()
-    args = top.parse_args(arguments)
+    args, unknown = top.parse_known_args(arguments)
+    if unknown:  # said with the command's own usage
+        refuse: Any = getattr(args, "refuse", top.error)
+        refuse(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command is None:
         top.print_help(sys.stderr)
         return commands.USAGE

@@ -21,7 +21,7 @@ from ..spec import make_spec
 from . import console
 
 ROOT = Path(__file__).resolve().parents[2]  # of the source repository, if this is one
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE = 0, 1, 2  # interrupted: 130
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -194,8 +194,11 @@ def demo(args: argparse.Namespace) -> int:
     if reason := demo.lacks("sklearn"):
         console.error(f"the demo needs scikit-learn ({reason}); get it: pip install scikit-learn")
         return FAILED
-    if not os.access(args.out.resolve().parent, os.W_OK):
-        console.error(f"--out {args.out}: its folder does not exist or cannot be written to")
+    if args.out.is_dir() or not os.access(args.out.resolve().parent, os.W_OK):
+        why = "it is a folder"
+        if not args.out.is_dir():
+            why = "its folder does not exist or cannot be written to"
+        console.error(f"--out {args.out}: {why}")
         return USAGE
     return FAILED if demo.run(args.out, demo.QUICK if args.quick else demo.DEPTHS) else OK
 

@@ -371,3 +371,17 @@ def test_module_runs():
         text=True,
     )
     assert done.returncode == 2 and "unknown stage 'nope'" in done.stderr
+
+
+def test_an_unknown_option_is_told_with_the_command_s_own_usage(capsys):
+    for command in (["bench", "--nonsense"], ["info", "more"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(command)
+        told = capsys.readouterr().err
+        assert stopped.value.code == 2 and f"usage: python -m fusedres {command[0]}" in told
+        assert f"unrecognized arguments: {command[1]}" in told
+
+
+def test_demo_refuses_a_folder_before_it_trains(capsys, tmp_path):
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "it is a folder" in capsys.readouterr().err

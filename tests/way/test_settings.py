@@ -41,6 +41,8 @@ MEANT = [
     ({"activation": torch.tanh}, "did you mean 'tanh'"),
     ({"gate": "scaler"}, "did you mean 'scalar'"),
     ({"backend": "cuda:0"}, "unknown backend 'cuda:0'; did you mean 'cuda'"),
+    ({"order": "pre-act"}, "unknown stage 'pre' in order 'pre-act'"),
+    ({"order": "prenorn"}, "did you mean 'prenorm'"),
     ({"order": ["linear", "norm", "act", "add"]}, "order must be a string"),
     ({"order": None}, "order must be a string"),
     ({"bias": "no"}, "bias must be True or False, got 'no'"),
