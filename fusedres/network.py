@@ -55,7 +55,7 @@ class FusedSequential(nn.Sequential):
     @staticmethod
     def _run_from(modules: list[Any], at: int, x: Any) -> tuple[int, list[Link]]:
         """How many modules from modules[at] on one call can run, at least one, and their links."""
-        if at + 1 == len(modules) or type(modules[at]) not in _JOINED:
+        if at + 1 == len(modules) or type(modules[at]) not in JOINED:
             return 1, []
         if not isinstance(x, Tensor) or unchained(x) is not None:
             return 1, []
@@ -96,12 +96,12 @@ class FusedSequential(nn.Sequential):
         return lines
 
 
-_JOINED = (FusedResidual, FusedResidualMLP)
+JOINED = (FusedResidual, FusedResidualMLP)
 
 
 def _why_alone(module: nn.Module, x: Tensor) -> str:
     width = x.shape[-1]
-    parts = _parts(module) if isinstance(module, _JOINED) else [Part(module)]
+    parts = _parts(module) if isinstance(module, JOINED) else [Part(module)]
     if parts is None:
         return "it has hooks, a shortcut of its own, or its forward was replaced"
     for layer, back in parts:

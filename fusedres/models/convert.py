@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import and_
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from ..layers import customised, stage_of
 from ..modules import FusedResidual
+from ..network import JOINED, FusedSequential
 from ..reference import Residual
 from .fuse import check_when
 from .plan import Planned, Plans, is_planned, planned_kind
 from .report import Add, Change, ConversionReport
-from .sequential import FusedSequential, become, convert_sequential
+from .sequential import ConvertedSequential, become, convert_sequential
 
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 TITLE = "fusedres.convert"
@@ -119,7 +121,7 @@ def _convert_owner(
     name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], when: str
 ) -> list[Add]:
     """Lets a module's forward go by plans if one for these arguments fuses something."""
-    if isinstance(module, (Residual, FusedSequential)) or "forward" in module.__dict__:
+    if isinstance(module, (Residual, ConvertedSequential)) or "forward" in module.__dict__:
         return [Add(name, False, "its forward was replaced")] if "forward" in vars(module) else []
     become(module, planned_kind(type(module)))
     plans = module.__dict__["_fusedres_plans"] = Plans(when)
@@ -166,6 +168,7 @@ def convert(
       ``torch.compile(model, backend="fusedres")``, which reads more. The model is run once with
       them, in evaluation.
     * A :class:`fusedres.Residual` becomes a :class:`fusedres.FusedResidual`.
+    * An nn.Sequential with residual layers in a row becomes a :class:`fusedres.FusedSequential`.
     * With `linear_stacks` (default: without example inputs), neighbours in an nn.Sequential that
       the order grammar can say (linear with a norm, an activation, a dropout, in any order) run as
       one fused layer without `add`.
@@ -192,7 +195,7 @@ def convert(
         name = path or "(the model)"
         if module in handled or module in read:
             continue
-        if isinstance(module, Residual) or type(module) in (nn.Sequential, FusedSequential):
+        if isinstance(module, Residual) or type(module) in (nn.Sequential, ConvertedSequential):
             handled.update(m for m in module.children() if isinstance(m, nn.Linear))
         if isinstance(module, Residual) and not isinstance(module, FusedResidual):
             changes.append(_convert_residual(name, module))
@@ -201,7 +204,20 @@ def convert(
         elif isinstance(module, nn.Linear) and not example_inputs:
             reason = "its caller's forward is not read; see FusedResidual.from_layers"
             changes.append(Change(name, False, f"{type(module).__name__}: {reason}"))
+    changes += _join_layers(model)
     return ConversionReport(TITLE, tuple(changes), tuple(adds))
+
+
+def _join_layers(model: nn.Module) -> Iterator[Change]:
+    """Every nn.Sequential with residual layers in a row becomes a FusedSequential."""
+    for path, module in model.named_modules():
+        if type(module) is nn.Sequential and "forward" not in module.__dict__:
+            joins = [type(child) in JOINED for child in module]
+            if any(map(and_, joins, joins[1:])):
+                become(module, FusedSequential)
+                module.__dict__["_converted"] = True
+                told = "nn.Sequential is now FusedSequential: layers in a row are one call"
+                yield Change(path or "(the model)", True, told)
 
 
 def revert(model: nn.Module) -> ConversionReport:
@@ -213,9 +229,12 @@ def revert(model: nn.Module) -> ConversionReport:
     changes: list[Change] = []
     for path, module in model.named_modules():
         name = path or "(the model)"
-        if type(module) is FusedSequential:
+        if type(module) is ConvertedSequential:
             become(module, nn.Sequential)
             module.__dict__.pop("_stacks", None)
+            changes.append(Change(name, True, "an nn.Sequential again"))
+        elif type(module) is FusedSequential and module.__dict__.pop("_converted", False):
+            become(module, nn.Sequential)
             changes.append(Change(name, True, "an nn.Sequential again"))
         elif isinstance(module, Planned):
             if type(module) is not planned_kind(module._fusedres_kind):

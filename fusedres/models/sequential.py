@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import activation_name, customised, norm_features, norm_settings, stage_of, watched
+from ..links import Part, joined, links_of, unchained
 from ..modules import FusedResidual
 from .report import Change
 
@@ -72,8 +73,9 @@ def _settings(modules: tuple[nn.Module, ...]) -> tuple[Any, ...]:
     )
 
 
-class FusedSequential(nn.Sequential):
-    """An nn.Sequential whose stacks run in fused calls; `convert` makes it, `revert` unmakes it.
+class ConvertedSequential(nn.Sequential):
+    """An nn.Sequential whose stacks run in fused calls, neighbours in one; `convert` makes it,
+    `revert` unmakes it.
 
     Its modules are the nn.Sequential's own. A stack that was changed since (a module replaced, a
     hook added, a dropout put into another mode) runs module by module, as does batch norm over
@@ -87,15 +89,32 @@ class FusedSequential(nn.Sequential):
         modules: Any = tuple(self._modules.values())
         i = 0
         while i < len(modules):
-            stack = self._stacks.get(i)
-            stop = i + 1 if stack is None else i + len(stack.modules)
-            if stack is not None and stack.runs(modules[i:stop], input):
-                input, i = stack.layer(input), stop
+            run = self._run_from(modules, i, input)
+            links = []
+            if len(run) > 1 and isinstance(input, Tensor) and unchained(input) is None:
+                links = links_of((Part(stack.layer) for stack in run), input)
+            y = joined(input, links) if len(links) > 1 else None
+            if y is not None:
+                input, run = y, run[: len(links)]
+            elif run:
+                input, run = run[0].layer(input), run[:1]
             else:
-                input, i = modules[i](input), i + 1
+                input = modules[i](input)
+            i += sum(len(stack.modules) for stack in run) or 1
         return input
 
-    def train(self, mode: bool = True) -> FusedSequential:
+    def _run_from(self, modules: tuple[Any, ...], i: int, input: Any) -> list[Stack]:
+        """The stacks from modules[i] on, one beside the other, that run in fused calls."""
+        run = []
+        while (stack := self._stacks.get(i)) is not None:
+            stop = i + len(stack.modules)
+            if not stack.runs(modules[i:stop], input):
+                break
+            run.append(stack)
+            i = stop
+        return run
+
+    def train(self, mode: bool = True) -> ConvertedSequential:
         for stack in self._stacks.values():
             stack.layer.train(mode)
         return super().train(mode)
@@ -139,7 +158,7 @@ def convert_sequential(path: str, module: nn.Sequential) -> Iterator[Change]:
     for i, reason in alone.items():
         yield Change(join(path, names[i]), False, f"{type(children[i]).__name__}: {reason}")
     if stacks:
-        become(module, FusedSequential)
+        become(module, ConvertedSequential)
         module._stacks = stacks  # type: ignore[assignment]
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fusedres import FusedResidual, Residual, convert, revert
+from fusedres import FusedResidual, FusedSequential, Residual, chain, convert, revert
 from fusedres.models.report import ConversionReport
-from fusedres.models.sequential import FusedSequential
+from fusedres.models.sequential import ConvertedSequential
 
 STACKS = {
     "linear-norm-act": lambda: [nn.Linear(12, 20), nn.LayerNorm(20), nn.GELU()],
@@ -185,7 +185,7 @@ def test_changes_after_convert_are_honoured():
     torch.testing.assert_close(model(x), torch.tanh(model[1](model[0](x))))
     model[1].eps = 10.0
     torch.testing.assert_close(model(x), torch.tanh(model[1](model[0](x))))
-    assert type(model[:2]) is FusedSequential
+    assert type(model[:2]) is ConvertedSequential
     torch.testing.assert_close(model[:2](x), model[1](model[0](x)))
 
 
@@ -243,3 +243,43 @@ def test_subclass_of_residual_is_left_alone():
 def test_not_a_module(function):
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, got list"):
         function([nn.Linear(2, 2)])
+
+
+def test_layers_in_a_row_become_one_call(native, monkeypatch):
+    torch.manual_seed(0)
+    layers = [Residual(16, activation="silu") for _ in range(4)]
+    model = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(16, 2))
+    plain, x, joined, run = copy.deepcopy(model), torch.randn(5, 8), [], chain.run
+    monkeypatch.setattr(chain, "run", lambda x, links: joined.append(len(links)) or run(x, links))
+    names = list(model.state_dict())
+    report = convert(model)
+    assert type(model) is FusedSequential and "layers in a row are one call" in str(report)
+    torch.testing.assert_close(model(x), plain(x))
+    assert joined == [4] and list(model.state_dict()) == names
+    assert not [c for c in convert(model).changes if c.fused]
+    revert(model)
+    assert type(model) is nn.Sequential and type(model[1]) is Residual
+    own = FusedSequential(FusedResidual(8), FusedResidual(8))  # a user's stays
+    revert(own)
+    assert type(own) is FusedSequential
+
+
+def test_stacks_in_a_row_are_one_call(native, monkeypatch):
+    torch.manual_seed(0)
+    layers = [
+        (nn.Linear(n, m), nn.LayerNorm(m), nn.SiLU()) for n, m in ((8, 16), (16, 24), (24, 4))
+    ]
+    model = nn.Sequential(*(m for layer in layers for m in layer))
+    plain, x, joined, run = copy.deepcopy(model), torch.randn(5, 8), [], chain.run
+    monkeypatch.setattr(chain, "run", lambda x, links: joined.append(len(links)) or run(x, links))
+    convert(model)
+    for net in (model, plain):
+        net(x).square().sum().backward()
+    assert joined == [3]
+    torch.testing.assert_close(model(x), plain(x))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    model[4].register_forward_hook(lambda *_: None)  # of the second layer's norm
+    joined.clear()
+    torch.testing.assert_close(model(x), plain(x))
+    assert not joined

@@ -94,8 +94,10 @@ def test_batch_norm_in_evaluation(order, dtype):
 @pytest.mark.parametrize("norm", EACH_NORM)
 @pytest.mark.parametrize("order", ALIASES)
 def test_input_scales(order, norm, dtype, scale):
-    # At scale 1000 gelu bends for a few elements in a thousand, whose errors are most of all.
-    rows = 256 if scale > 1 else 32
+    # At scale 1000 gelu bends for a few elements in a thousand, whose errors are most of all: of
+    # 256 rows' the largest was 0.6 to 2.5 of eager's from one draw to the next, of 1024 rows' 0.5
+    # to 0.7.
+    rows = 1024 if scale > 1 else 32
     for activation in ("relu", "gelu"):
         case = make_case(
             rows, order=order, norm=norm, activation=activation, scale=scale, dtype=dtype
