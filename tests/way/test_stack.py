@@ -152,6 +152,17 @@ def test_recompute_keeps_less_and_gives_the_same_bits(order, depth, width, M):
     assert sizes == [inputs + z * saves_z, inputs]
 
 
+@pytest.mark.parametrize("depth, width", [(12, 24), (12, 500)])
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+def test_without_gradients_values_take_turns_in_memory(block, depth, width):
+    torch.manual_seed(0)
+    stack = FusedResidualStack(width, depth, layers_per_block=block, order="postnorm")
+    x = torch.randn(90, width)
+    with torch.no_grad():
+        y = stack(x)
+    assert torch.equal(y, stack(x).detach())
+
+
 WAYS = {
     "batch norm": ({"norm": "batch"}, "batch norm"),
     "dropout": ({"dropout": 0.5}, "at random"),
@@ -263,6 +274,11 @@ def test_gradcheck_and_double_backward():
 
     assert torch.autograd.gradcheck(call, (x, *tensors))
     assert torch.autograd.gradgradcheck(call, (x, *tensors))
+    leaves = (x, *stack.parameters())
+    for create_graph in (False, True):
+        grads = torch.autograd.grad(stack(x).sin().sum(), leaves, create_graph=create_graph)
+        first = grads if not create_graph else first
+        torch.testing.assert_close(grads, first)
 
 
 def test_each_gradient_alone():
@@ -346,7 +362,8 @@ def test_starts_as_layers_one_by_one_do():
 
 
 def test_loads_layers_inside_a_model_and_names_what_is_missing():
-    stack = nn.Sequential(nn.Linear(4, 8), FusedResidualStack(8, 4, layers_per_block=2))
+    stack = FusedResidualStack(8, 4, layers_per_block=2, gate="channel", gate_init=0.5)
+    stack = nn.Sequential(nn.Linear(4, 8), stack)
     plain = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*stack[1].to_layers()))
     state = plain.state_dict()
     stack.load_state_dict(state)
