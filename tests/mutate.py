@@ -54,7 +54,10 @@ SUITES = {
     "locale": ("errors", "decimal_comma"),
     "products": ("cpu_kernels", "(products and not instruction) or batch_norm or any_number"),
     "chain": ("network", "scaled or each_gradient"),
-    "stack": ("stack", "gates or turns or one_by_one or loads or double or (numbers and rms)"),
+    "stack": (
+        "stack",
+        "gates or turns or one_by_one or loads or double or recompute_keeps or (numbers and rms)",
+    ),
     "settings": ("settings", ""),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
     "triton drops": ("triton", "masks or everything_on"),
