@@ -16,7 +16,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
 	@echo "Another torch or Python: make test TORCH=torch==2.13.0 PYTHON=python3.12 VENV=.venv312"
 
-demo: $(VENV)/built ## train plain and residual nets on real digits and draw the picture (3 minutes)
+demo: $(VENV)/built ## train plain and residual nets on real digits and draw the picture (a minute)
 	@mkdir -p build
 	$(PY) -m fusedres demo --out build/degradation.png
 

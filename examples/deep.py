@@ -13,11 +13,9 @@ Run: python examples/deep.py          minutes on two cores; stopped, it goes on 
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,15 +25,16 @@ from torch import Tensor, nn
 from fusedres import FusedResidualStack
 from fusedres.tools import console, demo
 from fusedres.tools.bench import saved_bytes
+from fusedres.tools.timing import interleave
 
 WIDTH, BATCH, BLOCK = 256, 512, 4
 DEPTHS, QUICK = (4, 16, 64, 256, 1000), (4, 16)
 STEPS, LEARNING_RATE, WARMUP = 60, 3e-4, 10
-TIMED = 5  # steps of what is only timed
+SECONDS = 3.0  # for the rounds of steps that take turns
 COMPILED = 64  # layers: torch.compile needs a second for each
 WAYS = {"eager": "#d62728", "compiled": "#ff7f0e", "fused": "#1f77b4", "recompute": "#17becf"}
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "deep.png"
-Found = dict[str, dict[str, Any]]  # by "depth way"
+Found = dict[str, dict[str, Any]]  # by depth
 
 
 class Layers(nn.Module):
@@ -67,53 +66,66 @@ def make(depth: int, way: str) -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, WIDTH), layers, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10))
 
 
-def train(depth: int, way: str, steps: int, show: Callable[[int], None]) -> dict[str, Any]:
-    """Milliseconds a step, bytes kept for backward and, after all steps, accuracy in percent."""
+class Training:
+    """A net and one step of its training."""
+
+    def __init__(self, depth: int, way: str) -> None:
+        self.net = make(depth, way)
+        self.adam = torch.optim.Adam(self.net.parameters(), LEARNING_RATE, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adam, lambda step: min(1, (step + 1) / WARMUP)
+        )
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self) -> None:
+        x, _, labels, _ = demo.digits()
+        rows = torch.randperm(len(x), generator=self.generator)[:BATCH]
+        F.cross_entropy(self.net(x[rows]), labels[rows]).backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.schedule.step()
+
+
+def time_steps(depth: int) -> dict[str, Any]:
+    """Milliseconds a step and bytes kept for backward, by way; the ways take turns."""
+    ways = [way for way in WAYS if way != "compiled" or depth <= COMPILED]
+    each = {way: Training(depth, way) for way in ways}
+    calls = {way: training.step for way, training in each.items()}
+    rounds, _ = interleave(calls, torch.device("cpu"), SECONDS)
+    x = torch.randn(BATCH, WIDTH)
+    kept = {way: saved_bytes(each[way].net[1], x) for way in ways if way != "compiled"}
+    return {"ms": {way: 1e3 * median(r[way] for r in rounds) for way in ways}, "kept": kept}
+
+
+def train(depth: int, show: Callable[[int], None]) -> dict[str, float]:
+    """Accuracy in percent."""
     x, x_test, labels, labels_test = demo.digits()
-    net = make(depth, way)
-    adam = torch.optim.Adam(net.parameters(), LEARNING_RATE, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1, (step + 1) / WARMUP))
-    generator, seconds = torch.Generator().manual_seed(0), []
-    for step in range(steps):
-        rows = torch.randperm(len(x), generator=generator)[:BATCH]
-        began = perf_counter()
-        F.cross_entropy(net(x[rows]), labels[rows]).backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad()
-        seconds.append(perf_counter() - began)
-        schedule.step()
+    training = Training(depth, "fused")
+    for step in range(STEPS):
+        training.step()
         show(step + 1)
-    found = {
-        "ms": 1e3 * median(seconds[1:]),
-        "kept": saved_bytes(net[1], torch.randn(BATCH, WIDTH)),
-    }
-    if steps == STEPS:
-        net.eval()
-        with torch.no_grad():
-            for name, digits, expected in (("train", x, labels), ("test", x_test, labels_test)):
-                right = net(digits).argmax(1) == expected
-                found[name] = 100 * right.float().mean().item()
+    net, found = training.net.eval(), {}
+    with torch.no_grad():
+        for name, digits, expected in (("train", x, labels), ("test", x_test, labels_test)):
+            found[name] = 100 * (net(digits).argmax(1) == expected).float().mean().item()
     return found
 
 
 def run(depths: tuple[int, ...], state: Path) -> Found:
-    """Every depth in every way; what `state` has of an earlier run is not done again."""
+    """Every depth; what `state` has of an earlier run is not done again."""
     found: Found = json.loads(state.read_text()) if state.exists() else {}
-    todo = [
-        (depth, way, STEPS if way == "fused" else TIMED)
-        for depth in depths
-        for way in WAYS
-        if f"{depth} {way}" not in found and (way != "compiled" or depth <= COMPILED)
-    ]
-    total = sum(depth * steps for depth, _, steps in todo)
-    done = 0
+    todo = [depth for depth in depths if str(depth) not in found]
+    done, total = 0, 2 * STEPS * sum(todo)
     with console.progress(max(total, 1), "training") as show:
-        for depth, way, steps in todo:
-            text = f"{depth} layers, {way}"
-            step = lambda i, at=done, d=depth, t=text: show(at + d * i, t)  # noqa: E731
-            found[f"{depth} {way}"] = train(depth, way, steps, step)
-            done += depth * steps
+        for depth in todo:
+            text = f"{depth} layers"
+            show(done, f"{text}, timed")
+            entry = time_steps(depth)
+            done += STEPS * depth
+            entry |= train(depth, lambda i, at=done, d=depth, t=text: show(at + d * i, t))
+            done += STEPS * depth
+            found[str(depth)] = entry
             state.parent.mkdir(parents=True, exist_ok=True)
             state.write_text(json.dumps(found, indent=1))
     return found
@@ -121,20 +133,14 @@ def run(depths: tuple[int, ...], state: Path) -> Found:
 
 def print_table(found: Found, depths: tuple[int, ...]) -> None:
     console.out(f"\nWidth {WIDTH}, batch {BATCH}, {BLOCK} layers a block, {STEPS} steps of Adam:\n")
-    head = [
-        "layers",
-        *(f"{way}, ms a step" for way in WAYS),
-        "kept, fused / eager",
-        "train / test %",
-    ]
+    head = ["layers", *(f"{way}, ms" for way in WAYS), "kept, fused / eager", "train / test %"]
     rows = []
     for depth in depths:
-        each = {way: found.get(f"{depth} {way}") for way in WAYS}
-        ms = [f"{e['ms']:.3g}" if e else "" for e in each.values()]
-        kept = each["fused"]["kept"] / each["eager"]["kept"]
-        rows.append(
-            [str(depth), *ms, f"{kept:.2f}", "{train:.0f} / {test:.0f}".format(**each["fused"])]
-        )
+        entry = found[str(depth)]
+        ms = [f"{entry['ms'][way]:.3g}" if way in entry["ms"] else "" for way in WAYS]
+        kept = entry["kept"]["fused"] / entry["kept"]["eager"]
+        scores = f"{entry['train']:.0f} / {entry['test']:.0f}"
+        rows.append([str(depth), *ms, f"{kept:.2f}", scores])
     console.table(head, rows)
 
 
@@ -142,25 +148,28 @@ def draw(found: Found, depths: tuple[int, ...], picture: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 3.8), facecolor="white")
-    panels = {"ms": "ms a training step", "kept": "MiB kept for backward", "test": "accuracy, %"}
-    for axis, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for way, colour in WAYS.items():
-            each = [(d, found.get(f"{d} {way}", {}).get(key)) for d in depths]
-            if key == "kept":
-                each = [(d, v and v / 2**20) for d, v in each if way != "compiled"]
-            points = [(d, v) for d, v in each if v is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", color=colour, label=way)
+    times, memory, accuracy = figure.subplots(1, 3)
+    for way, colour in WAYS.items():
+        ms = [(d, found[str(d)]["ms"].get(way)) for d in depths]
+        points = [(d, v / d) for d, v in ms if v]
+        times.plot(*zip(*points, strict=True), "o-", color=colour, label=way)
+        if way != "compiled":
+            kept = [found[str(d)]["kept"][way] / 2**20 for d in depths]
+            memory.plot(depths, kept, "o-", color=colour, label=way)
+    for part, style in (("train", "s--"), ("test", "o-")):
+        scores = [found[str(d)][part] for d in depths]
+        accuracy.plot(depths, scores, style, color=WAYS["fused"], label=part)
+    titles = "ms a layer and training step", "MiB kept for backward", "accuracy, %"
+    for axis, title in zip((times, memory, accuracy), titles, strict=True):
         axis.set_xscale("log")
         axis.set_xticks(depths, map(str, depths))
         axis.minorticks_off()
-        if key == "test":
-            axis.set_ylim(0, 104)
-        else:
-            axis.set_yscale("log")
-            axis.legend()
         axis.set(title=title, xlabel="layers")
         axis.grid(alpha=0.3)
+        axis.legend()
+    times.set_ylim(bottom=0)
+    memory.set_yscale("log")
+    accuracy.set_ylim(0, 104)
     figure.tight_layout()
     figure.savefig(picture, dpi=130)
 
@@ -176,8 +185,7 @@ def main() -> None:
     depths = QUICK if args.quick else DEPTHS
     found = run(depths, args.state)
     print_table(found, depths)
-    wrong = [d for d in depths if not math.isfinite(found[f"{d} fused"]["ms"])]
-    wrong += [d for d in depths if found[f"{d} fused"]["train"] < 95]
+    wrong = [depth for depth in depths if found[str(depth)]["train"] < 95]
     if reason := demo.lacks("matplotlib"):
         console.out(f"\nNo picture ({reason}); get it with: pip install matplotlib", "note")
     else:

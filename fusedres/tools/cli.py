@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="for machines")
     _add_explain(every)
     _add_bench(every)
-    demo = _add(every, "demo", "plain against residual nets, 3 minutes", DEMO_EPILOG)
+    demo = _add(every, "demo", "plain against residual nets, a minute", DEMO_EPILOG)
     demo.add_argument("--quick", action="store_true", help="4 and 56 layers only, a minute")
     demo.add_argument(
         "--out",

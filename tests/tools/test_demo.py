@@ -44,6 +44,7 @@ def trained(monkeypatch):
     def trained(results):
         monkeypatch.setattr(demo, "run_grid", lambda depths: results)
         monkeypatch.setattr(demo, "identity_padding_difference", lambda: 0.0)
+        monkeypatch.setattr(demo, "step_times", lambda depth: (1.5, 6.0))
 
     return trained
 
@@ -77,6 +78,11 @@ def test_identity_layers_change_nothing(monkeypatch):
     assert demo.identity_padding_difference() == 0
 
 
+def test_a_step_s_times():
+    fused, eager = demo.step_times(4)
+    assert 0 < fused < 1e3 and 0 < eager < 1e3
+
+
 def test_it_prints_and_draws(trained, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     trained(found())
@@ -85,7 +91,7 @@ def test_it_prints_and_draws(trained, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert picture.read_bytes().startswith(b"\x89PNG") and f"Picture: {picture}" in out
     assert "residual, ReZero gate" in out and "99 / 96" in out and "20 / 15" in out
-    assert "logits differ by 0.0" in out and not err
+    assert "logits differ by 0.0" in out and "1.5 ms, by torch's own modules 6 ms" in out and not err
 
 
 @pytest.mark.parametrize(

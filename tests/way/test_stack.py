@@ -275,10 +275,11 @@ def test_gradcheck_and_double_backward():
     assert torch.autograd.gradcheck(call, (x, *tensors))
     assert torch.autograd.gradgradcheck(call, (x, *tensors))
     leaves = (x, *stack.parameters())
-    for create_graph in (False, True):
-        grads = torch.autograd.grad(stack(x).sin().sum(), leaves, create_graph=create_graph)
-        first = grads if not create_graph else first
-        torch.testing.assert_close(grads, first)
+    fused, composite = (
+        torch.autograd.grad(stack(x).sin().sum(), leaves, create_graph=again)
+        for again in (False, True)
+    )
+    torch.testing.assert_close(composite, fused)
 
 
 def test_each_gradient_alone():
