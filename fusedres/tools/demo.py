@@ -12,7 +12,7 @@ import importlib
 import math
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from pathlib import Path
@@ -179,7 +179,7 @@ def step_times(depth: int) -> tuple[float, float]:
         F.cross_entropy(net(x[:BATCH]), labels[:BATCH]).backward()
         net.zero_grad()
 
-    calls = {name: partial(step, net) for name, net in nets.items()}
+    calls: dict[str, Callable[[], None]] = {name: partial(step, net) for name, net in nets.items()}
     rounds, _ = interleave(calls, torch.device("cpu"), 2.0)
     fused, eager = (1e3 * median(each[name] for each in rounds) for name in nets)
     return fused, eager

@@ -91,7 +91,9 @@ def test_it_prints_and_draws(trained, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert picture.read_bytes().startswith(b"\x89PNG") and f"Picture: {picture}" in out
     assert "residual, ReZero gate" in out and "99 / 96" in out and "20 / 15" in out
-    assert "logits differ by 0.0" in out and "1.5 ms, by torch's own modules 6 ms" in out and not err
+    assert (
+        "logits differ by 0.0" in out and "1.5 ms, by torch's own modules 6 ms" in out and not err
+    )
 
 
 @pytest.mark.parametrize(
