@@ -18,7 +18,7 @@ from .tables import (
     share,
 )
 
-MOST = 10  # rows in README, of all devices together
+MOST = 5  # rows in README, of all devices together; four more are of whole networks
 NOTE = (
     "times faster than eager torch and than torch.compile, a step is forward + backward; saved: "
     f"bytes kept for backward over eager's; {SLOWER}: slower by more than noise"

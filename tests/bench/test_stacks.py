@@ -1,0 +1,40 @@
+"""`python -m bench stacks`: it measures, judges, and the pages show what its newest file says."""
+
+import json
+
+import pytest
+
+from bench import stacks
+from bench.measure import results_file
+
+
+def test_a_net_is_measured_and_judged(monkeypatch, native, capsys):
+    tiny = stacks.Net("digits", 16, 8, 4, 2)
+    monkeypatch.setattr(stacks, "NETS", (tiny,))
+    assert stacks.main(["--quick", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "| digits | 16 x 8" in out and "step with Adam" in out
+    assert "not measured" in out  # the other nets' goals
+    with pytest.raises(SystemExit):
+        stacks.main(["--only", "nothing"])
+
+
+def test_a_wrong_net_is_not_timed(monkeypatch, native):
+    found = stacks._contenders(stacks.Net("wrong", 8, 8, 2))
+    with stacks.torch.no_grad():
+        found["fused"].weight.mul_(1.1)
+    with pytest.raises(ArithmeticError, match="fused differs from eager"):
+        stacks._check(found, stacks.torch.randn(8, 8, requires_grad=True))
+
+
+def test_goals_are_judged_by_what_was_found():
+    row = {"net": "digits", "mode": stacks.INFERENCE, "ratios": {"eager": {"median": 4.5}}}
+    judged = {goal["goal"]: goal for goal in stacks.judge([row])}
+    assert judged["digits, forward"]["met"] and not judged["digits, forward"]["passed"]
+    assert judged["digits, step"]["met"] is None
+
+
+def test_pages_show_the_newest_results():
+    newest = results_file.newest(stacks.RESULTS)["cpu"]
+    for page, text in stacks.pages(json.loads(newest.read_text())).items():
+        assert page.read_text() == text, f"{page.name}: run `make tables`"
