@@ -106,6 +106,11 @@ def _as_known(module: nn.Module, x: Tensor, width: int, back: int) -> _Known | N
     return known
 
 
+def _computed(owner: Any, *names: str) -> bool:
+    """Whether one of them is neither a parameter nor a plain attribute."""
+    return any(name not in owner._parameters and name not in owner.__dict__ for name in names)
+
+
 def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | str:
     """`module` as a link that gets (M, width) of x's dtype, or why it cannot be one. `back`: how
     many links earlier the one is whose input it adds.
@@ -126,6 +131,9 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
         return "it drops at random"
     if spec.norm == "batch":
         return "it has a batch norm"
+    norms = {"layer": ("weight", "bias"), "rms": ("weight",), None: ()}[spec.norm]
+    if _computed(linear, "weight", "bias") or _computed(norm, *norms) or _computed(module, "gate"):
+        return "a parameter is computed"  # which may change it, so not before the call is sure
     weight, bias = weight_and_bias(linear)
     norm_weight = norm_bias = None
     if spec.norm == "rms":

@@ -297,7 +297,12 @@ class Operations:
         _, argument, changes = HOOKS[choice]
 
         def hook(module, *args):
-            kind = type(module).__name__.replace("Fused", "").replace("Eager", "")
+            kind = (
+                type(module)
+                .__name__.replace("Fused", "")
+                .replace("Converted", "")
+                .replace("Eager", "")
+            )
             value = args[argument - 1]
             tensors = value if isinstance(value, tuple) else (value,)
             told = [t if t is None else (t.dtype, *t.shape) for t in tensors]

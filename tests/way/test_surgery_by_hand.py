@@ -484,3 +484,20 @@ def test_a_computed_gate_is_asked_for_as_often_as_eagers():
             hook.remove()
         counts.append([name for name in seen if "Residual" not in name])
     assert counts[0] == counts[1]
+
+
+def test_a_weight_that_changes_when_it_is_asked_for_is_asked_once():
+    """Spectral norm iterates; the block's second layer cannot be joined to the first."""
+    blocks = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        block = FusedResidualMLP(8, dropout=0.4)
+        parametrizations.spectral_norm(block.fc1.linear)
+        blocks.append(block)
+    blocks[1].parts = lambda: None  # two calls from the start
+    x = torch.randn(5, 8)
+    for block in blocks:
+        torch.manual_seed(1)
+        block(x)
+    a, b = (block.fc1.linear.parametrizations.weight[0]._u for block in blocks)
+    assert torch.equal(a, b)
