@@ -28,9 +28,11 @@ class PackedWeights {
     if (!fit()) return;
     memory_.emplace(empty({bytes_ + 64}, ScalarType::Byte));
     const cpu::Kernels<A>& kernels = cpu::kernels<A>();
-    in_parallel(chain.size(), bytes_ / chain.size() / sizeof(A), [&](int64_t l) {
-      const int64_t panels = (packed_[l].width + kernels.panel - 1) / kernels.panel;
-      kernels.pack(chain.links[l].weight, transposed, (*this)[l], 0, panels);
+    in_shares(chain.size(), bytes_ / chain.size() / sizeof(A), [&](int64_t begin, int64_t end) {
+      for (int64_t l = begin; l < end; ++l) {
+        const int64_t panels = (packed_[l].width + kernels.panel - 1) / kernels.panel;
+        kernels.pack(chain.links[l].weight, transposed, (*this)[l], 0, panels);
+      }
     });
   }
 
@@ -190,7 +192,7 @@ void weight_gradients(const Chain& chain, const std::deque<LinkBackward<A>>& lin
     const Rows x = right_side(links[l], memory.emplace_back());
     if (c.N * c.K > kLargest || chain.M >= kFewRows || chain.size() < kManyLinks) {
       weight_gradient<A>(dz[l], x, chain.M, results.weight(l));
-      memory.clear();
+      memory.pop_back();
       continue;
     }
     cpu::WeightGradient<A>& g = together.emplace_back();
@@ -200,8 +202,9 @@ void weight_gradients(const Chain& chain, const std::deque<LinkBackward<A>>& lin
     g.dweight = results.weight(l);
   }
   const int64_t cost = chain.M * chain.links[0].N * chain.links[0].K / 16;
-  in_parallel(static_cast<int64_t>(together.size()), cost, [&](int64_t i) {
-    kernels.weight_gradient(together[i], 0, chain.M, 0, together[i].dz.features);
+  in_shares(static_cast<int64_t>(together.size()), cost, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels.weight_gradient(together[i], 0, chain.M, 0, together[i].dz.features);
   });
 }
 

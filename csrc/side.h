@@ -1,6 +1,7 @@
 // What ops.cpp and chain.cpp make passes of: a layer as plain pointers, one side of its `linear` with
-// parameters as accumulate values, rows cut into chunks, packed weights. The number of chunks depends on the shape only, and the chunks'
-// column sums are added in order, so results do not depend on the number of threads.
+// parameters as accumulate values, rows cut into chunks, packed weights. The number of chunks depends
+// on the shape only, and the chunks' column sums are added in order, so results do not depend on the
+// number of threads.
 #pragma once
 
 #include <algorithm>
@@ -85,15 +86,14 @@ void in_parallel(int64_t count, const F& f) {
   torch::stable::parallel_for(0, count, 1, run);
 }
 
-// The same where f(i) is about `cost` multiply-adds or copied elements: few of which are worth no
-// other thread.
+// f(begin, end) for parts of [0, count), each element of which is about `cost` multiply-adds or copied
+// elements: few of them are worth no other thread.
 template <class F>
-void in_parallel(int64_t count, int64_t cost, const F& f) {
+void in_shares(int64_t count, int64_t cost, const F& f) {
   constexpr int64_t kAtOnce = 1 << 15;
   const int64_t share = std::max<int64_t>(1, kAtOnce / std::max<int64_t>(1, cost));
-  in_parallel((count + share - 1) / share, [&](int64_t i) {
-    for (int64_t j = i * share; j < std::min(count, (i + 1) * share); ++j) f(j);
-  });
+  in_parallel((count + share - 1) / share,
+              [&](int64_t i) { f(i * share, std::min(count, (i + 1) * share)); });
 }
 
 template <class F>
@@ -121,11 +121,8 @@ struct PackedMatrix {
     memory_.emplace(empty({kernels.packed_bytes(packed)}, ScalarType::Byte));
     packed.data = memory_->data_ptr();
     const int64_t panels = (packed.width + kernels.panel - 1) / kernels.panel;
-    constexpr int64_t kAtOnce = 1 << 15;  // elements that are not worth another thread
-    const int64_t share =
-        std::max<int64_t>(1, kAtOnce / std::max<int64_t>(1, packed.inner * kernels.panel));
-    in_parallel((panels + share - 1) / share, [&](int64_t i) {
-      kernels.pack(matrix, transposed, packed, i * share, std::min(panels, (i + 1) * share));
+    in_shares(panels, packed.inner * kernels.panel, [&](int64_t begin, int64_t end) {
+      kernels.pack(matrix, transposed, packed, begin, end);
     });
   }
 

@@ -122,6 +122,9 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
         return "it has hooks, or its forward was replaced"
     linear: Any = module.linear
     norm: Any = module.norm
+    computed = "a parameter is computed"  # which may change it, so not before the call is sure
+    if _computed(module, "gate"):
+        return computed
     gate: Any = module.gate
     reason = must_be_called(linear, norm, gate)
     if reason is not None:
@@ -132,8 +135,8 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
     if spec.norm == "batch":
         return "it has a batch norm"
     norms = {"layer": ("weight", "bias"), "rms": ("weight",), None: ()}[spec.norm]
-    if _computed(linear, "weight", "bias") or _computed(norm, *norms) or _computed(module, "gate"):
-        return "a parameter is computed"  # which may change it, so not before the call is sure
+    if _computed(linear, "weight", "bias") or _computed(norm, *norms):
+        return computed
     weight, bias = weight_and_bias(linear)
     norm_weight = norm_bias = None
     if spec.norm == "rms":

@@ -13,6 +13,8 @@ from .links import Part, joined, link_of, links_of, unchained
 from .mlp import FusedResidualMLP
 from .modules import FusedResidual
 
+JOINED = (FusedResidual, FusedResidualMLP)
+
 
 def _parts(module: nn.Module) -> list[Part] | None:
     """The layers that a module is, if calling it does no more than calling them."""
@@ -94,9 +96,6 @@ class FusedSequential(nn.Sequential):
                 lines.append(f"{name}: by itself: {alone}")
             x = x.new_empty(()).expand(*x.shape[:-1], width)
         return lines
-
-
-JOINED = (FusedResidual, FusedResidualMLP)
 
 
 def _why_alone(module: nn.Module, x: Tensor) -> str:

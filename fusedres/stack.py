@@ -300,7 +300,8 @@ class FusedResidualStack(nn.Module):
         if not -L <= index < L:
             raise IndexError(f"{type(self).__name__}: no layer {index}, there are {L}")
         layer = self._empty_layer(index % L)
-        for owner, name, t in self._of_layer(layer, index % L):
+        for kind, owner, t in self._of_layer(layer, index % L):
+            name = kind.of_layer
             if name in owner._parameters and t is not None:
                 del owner._parameters[name]
             setattr(owner, name, t)
@@ -350,15 +351,15 @@ class FusedResidualStack(nn.Module):
             **(last if ends else {}),
         ).train(self.training)
 
-    def _of_layer(self, layer: nn.Module, index: int) -> Iterator[tuple[nn.Module, str, Any]]:
-        """The layer's modules, the names of their tensors, and what the stack has for each."""
+    def _of_layer(self, layer: nn.Module, index: int) -> Iterator[tuple[_Kind, nn.Module, Any]]:
+        """What kinds of tensor the layer has, their modules, and what the stack has for each."""
         for kind in (*_PARAMETERS, *_BUFFERS):
             owner: Any = getattr(layer, kind.owner) if kind.owner else layer
             if owner is None or getattr(owner, kind.of_layer, None) is None:
                 continue
             entry = index // self.layers_per_block if kind.name == "gate" else index
             t = getattr(self, kind.name)
-            yield owner, kind.of_layer, None if t is None else t[entry]
+            yield kind, owner, None if t is None else t[entry]
 
     def to_layers(self) -> list[FusedResidual]:
         """The layers with copies of the parameters. Without blocks, ``nn.Sequential(*layers)``
@@ -368,11 +369,11 @@ class FusedResidualStack(nn.Module):
         layers = []
         for index in range(len(self)):
             layer = self._empty_layer(index)
-            for owner, name, t in self._of_layer(layer, index):
+            for kind, owner, t in self._of_layer(layer, index):
                 copy = None if t is None else t.detach().clone()
-                if copy is not None and name in owner._parameters:
+                if copy is not None and kind in _PARAMETERS:
                     copy = nn.Parameter(copy)
-                setattr(owner, name, copy)
+                setattr(owner, kind.of_layer, copy)
             layers.append(layer)
         return layers
 
@@ -413,10 +414,10 @@ class FusedResidualStack(nn.Module):
         stack.train(like.training)
         with torch.no_grad():
             for i, layer in enumerate(found):
-                twin = stack[i]
+                twin = stack._empty_layer(i)
                 same = str(twin.spec) == str(layer.spec) and layer.shortcut is None
-                theirs, own = layer.state_dict(), twin.state_dict()
-                own |= {kind.path: t for kind, t in stack._parameters_of(twin)}
+                theirs = layer.state_dict()
+                own = {kind.path: t for kind, _, t in stack._of_layer(twin, i)}
                 shapes = [{k: t.shape for k, t in d.items()} for d in (theirs, own)]
                 if not same or shapes[0] != shapes[1]:
                     raise ValueError(
@@ -425,14 +426,6 @@ class FusedResidualStack(nn.Module):
                 for path, t in own.items():
                     t.copy_(theirs[path])
         return stack
-
-    @staticmethod
-    def _parameters_of(layer: nn.Module) -> Iterator[tuple[_Kind, Tensor]]:
-        for kind in _PARAMETERS:
-            owner = getattr(layer, kind.owner) if kind.owner else layer
-            t = None if owner is None else getattr(owner, kind.of_layer)
-            if t is not None:
-                yield kind, t
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any

@@ -333,3 +333,19 @@ def test_what_does_not_fit_is_an_error_of_the_layer():
         net(torch.randn(4, 8))
     with pytest.raises(ValueError, match="in_features=8"):
         net(torch.randn(4, 7))
+
+
+def test_a_wide_link_among_narrow_ones_leaves_their_gradients():
+    """Its weight gradient is taken by itself, while the others' still wait for their operands."""
+    torch.manual_seed(0)
+    widths = [16] * 9 + [520, 520]
+    weights = [torch.randn(n, k, requires_grad=True) for k, n in pairwise(widths)]
+    x = torch.randn(40, 16)
+    y = chain.run(x, [chain.Link.of("norm-linear norm=layer", w) for w in weights])
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, weights, dy)
+    h = x
+    for w in weights:
+        h = nn.functional.linear(nn.functional.layer_norm(h, h.shape[1:]), w)
+    for a, b in zip(found, torch.autograd.grad(h, weights, dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
