@@ -1,4 +1,4 @@
-"""Chains of links that are alike in Triton: one launch forward.
+"""Chains of links that are alike in Triton: one launch forward, three backward.
 
 What is asked of a chain is narrower than of a layer: N = K, a power of two up to 256, one recipe
 without dropout, gate and batch norm. Everything else runs layer by layer.
@@ -7,7 +7,7 @@ without dropout, gate and batch norm. Everything else runs layer by layer.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ from . import triton as layers
 from .plan import ceil_div
 
 try:
-    from ..kernels.chain import residual_chain_forward_kernel
+    from ..kernels import chain as kernels
 except ImportError:  # without Triton, which `why_not` says
-    residual_chain_forward_kernel = None
+    kernels: Any = None  # type: ignore[no-redef]
 
 WIDTHS = (16, 32, 64, 128, 256)
-WAVE = 64  # rows a multiprocessor; more make wide links better off as launches of their own
+MOST_ROWS = 1 << 30
+HOPPER = 200 << 10  # bytes of shared memory that a block may have
+BESIDE = 35 << 10  # bytes of it that tiles take beside the weights
+SUMS = {"ROWS": 128, "COLUMNS": 16}
 MANY = 4096  # rows, from which on programs take more of them
 
 
@@ -76,21 +79,24 @@ def pattern_of(links: str) -> Pattern | str:
     return Pattern(last, block, tuple(bool(int(there) >> i & 1) for i in range(3)))
 
 
-def why_not(
-    links: str, dtype: torch.dtype, device: torch.device, M: int, N: int, K: int
-) -> str | None:
-    """None if these kernels can run a chain of x (M, N) and should; else the reason."""
+def limit(links: str, dtype: torch.dtype, device: torch.device, N: int, K: int) -> int | str:
+    """For up to how many rows these kernels should run a chain, or why they cannot run it."""
     found = pattern_of(links)
     if isinstance(found, str):
         return found
     if N != K or N not in WIDTHS:
-        return f"one launch takes {', '.join(map(str, WIDTHS))} features in and out, not {(K, N)}"
-    if dtype == torch.float32 and N > 128:
-        return "weights of 256 x 256 in float32 do not fit in shared memory"
-    most = WAVE * planner.device_of(device).processors
-    if N > 128 and most < M:
-        return f"for more than {most} rows of {N} features a launch a layer is faster"
-    return layers.why_not(found.spec, dtype, device, N, K)
+        return f"{(K, N)} features: one launch takes {', '.join(map(str, WIDTHS))}, in and out"
+    if dtype == torch.float32 and N > 64:
+        return f"in float32 {N} features are too many for one launch, 64 are not"
+    reason = layers.why_not(found.spec, dtype, device, N, K)
+    if reason is not None:
+        return reason
+    if N < 256:
+        return MOST_ROWS
+    here = planner.device_of(device)
+    if here.shared < HOPPER:
+        return f"before Hopper {N} features are too many for one launch"
+    return here.processors * 16  # one wave; a program waits for all weights, so two are too slow
 
 
 def tile_of(dtype: torch.dtype, M: int, N: int, device: planner.Device) -> ChainTile:
@@ -98,10 +104,25 @@ def tile_of(dtype: torch.dtype, M: int, N: int, device: planner.Device) -> Chain
     if N == 256:
         return ChainTile(16, 8, 1)
     if dtype == torch.float32:
-        return ChainTile(16, 4, 3 if N <= 64 else 2)
-    if M < MANY:
-        return ChainTile(16, 4 if N <= 64 else 8, 3)
-    return ChainTile(64, 4 if N <= 64 else 8, 3)
+        return ChainTile(16, 4, 3)
+    rows, warps = 64 if M >= MANY else 16, 4 if N <= 64 else 8
+    return _fitting(ChainTile(rows, warps, 3), N, device)
+
+
+def backward_tile_of(dtype: torch.dtype, M: int, N: int, device: planner.Device) -> ChainTile:
+    """At most 32 rows, whose products take their left operand from registers without harm."""
+    if N == 256:
+        return ChainTile(16, 8, 1)
+    if dtype == torch.float32:
+        return ChainTile(16, 8, 2)
+    rows, warps = 32 if M >= MANY else 16, 4 if N <= 64 else 8
+    return _fitting(ChainTile(rows, warps, 3), N, device)
+
+
+def _fitting(tile: ChainTile, N: int, device: planner.Device) -> ChainTile:
+    """With as many stages as its 16-bit weights have room for."""
+    room = max(1, (device.shared - BESIDE) // (2 * N * N))
+    return tile._replace(STAGES=min(tile.STAGES, room))
 
 
 class Parameters(NamedTuple):
@@ -125,8 +146,8 @@ class Parameters(NamedTuple):
 def chain_forward(
     x: Tensor, operands: list[Tensor], links: str, depth: int, keep: int
 ) -> list[Tensor]:
-    """y (M, N); then for `keep` 1 and 2 all links' inputs (L, M, N), for 1 and where backward asks
-    for it all z (L, M, N). x (M, N) of any strides.
+    """y (M, N); then, unless `keep` is 0, all links' inputs (L, M, N), and with 1, where backward
+    asks for it, all z (L, M, N). x (M, N) of any strides.
     """
     pattern = _pattern(links)
     spec, p = pattern.spec, Parameters.of(operands, links, depth, pattern)
@@ -138,7 +159,7 @@ def chain_forward(
     if M:
         tile = tile_of(x.dtype, M, N, planner.device_of(x.device))
         with torch.cuda.device_of(x):
-            residual_chain_forward_kernel[(ceil_div(M, tile.BLOCK_M),)](
+            kernels.residual_chain_forward_kernel[(ceil_div(M, tile.BLOCK_M),)](
                 x, *p, inputs, z, y, M, L, spec.eps, spec.residual_scale, *x.stride(),
                 PROLOGUE=spec.prologue, EPILOGUE=spec.epilogue, NORM_BEFORE="norm" in spec.prologue,
                 CENTRED=spec.norm != "rms", B=pattern.block,
@@ -146,6 +167,78 @@ def chain_forward(
                 PRECISION=layers._precision(), N=N, **tile.options(),
             )  # fmt: skip
     return [t for t in (y, inputs, z) if t is not None]
+
+
+def chain_backward(
+    dy: Tensor,
+    saved: list[Tensor],
+    x: Tensor,
+    operands: list[Tensor],
+    links: str,
+    depth: int,
+    wanted: str,
+) -> list[Tensor]:
+    """The gradients of x and the operands, those that `wanted` has a "1" for, in their types.
+
+    dy (M, N) of any strides ; `saved` as `chain_forward` gave it. Three launches: dz of all links
+    and dx, all weights' gradients, sums over the programs' rows.
+    """
+    pattern = _pattern(links)
+    spec, p = pattern.spec, Parameters.of(operands, links, depth, pattern)
+    _check(x, p)
+    (M, N), L = x.shape, p.weight.shape[0]
+    if tuple(dy.shape) != (M, N):
+        raise RuntimeError(f"fusedres: dy is {tuple(dy.shape)}, expected {(M, N)}")
+    inputs, z = (*saved, None)[:2]
+    tile = backward_tile_of(x.dtype, M, N, planner.device_of(x.device))
+    programs = ceil_div(M, tile.BLOCK_M)
+
+    kinds = 1 + sum(pattern.there)
+    asked = [name for name, t in zip(Parameters._fields, p, strict=True) if t is not None]
+    asked = [name for kind, name in enumerate(asked) if "1" in wanted[1 + kind :: kinds]]
+    grads = {n: torch.empty_like(getattr(p, n)) for n in asked}
+    dx = x.new_empty((M, N)) if wanted[0] == "1" else None
+    if not M:
+        for grad in grads.values():
+            grad.zero_()
+        return _in_order(dx, grads, p, depth, wanted)
+    dz = x.new_empty((L, M, N)) if "weight" in grads else None
+    operand = x.new_empty((L, M, N)) if "weight" in grads and spec.prologue else None
+    outs = [grads.get(name) for name in ("bias", "norm_weight", "norm_bias")]
+    partial = [
+        None if t is None else x.new_empty((L, programs, N), dtype=torch.float32) for t in outs
+    ]
+    act, act_grad = layers.activation_functions(spec.activation, x.dtype)
+    with torch.cuda.device_of(x):
+        kernels.residual_chain_backward_kernel[(programs,)](
+            dy, inputs, z, *p, dx, dz, operand, *partial, M, L, spec.eps, spec.residual_scale,
+            *dy.stride(), PROLOGUE=spec.prologue, EPILOGUE=spec.epilogue,
+            AGAIN=z is None and spec.saves_z, SHORTCUT=spec.saves_residual,
+            CENTRED=spec.norm != "rms", ACT=act, ACT_GRAD=act_grad,
+            PRECISION=layers._precision(), B=pattern.block, N=N, **tile.options(),
+        )  # fmt: skip
+        if dz is not None:
+            multiplied = inputs if operand is None else operand
+            torch.bmm(dz.transpose(1, 2), multiplied, out=grads["weight"])
+        if any(t is not None for t in outs):
+            kernels.residual_chain_sums_kernel[(L * (N // SUMS["COLUMNS"]),)](
+                tuple(partial), tuple(outs), programs, N=N, **SUMS
+            )
+    return _in_order(dx, grads, p, depth, wanted)
+
+
+def _in_order(
+    dx: Tensor | None, grads: dict[str, Tensor], p: Parameters, depth: int, wanted: str
+) -> list[Tensor]:
+    """The gradients as the op returns them: of x, of each stack or of each link's operands."""
+    L = len(p.weight)
+    there = (name for name, t in zip(Parameters._fields, p, strict=True) if t is not None)
+    stacks = [grads.get(name) for name in there]
+    if not depth:
+        links = zip(*([None] * L if t is None else t.unbind() for t in stacks), strict=True)
+        stacks = [t for link in links for t in link]
+    found = zip((dx, *stacks), wanted, strict=True)
+    return [t for t, need in found if t is not None and need == "1"]
 
 
 def _pattern(links: str) -> Pattern:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .moments import moments
+from .moments import add_rows, moments
 from .stages import row_rstd
 
 
@@ -125,3 +125,143 @@ def residual_chain_forward_kernel(
             )
             operand = values[len(PROLOGUE)].to(dtype)
     tl.store(y_ptr + first * N + at, stream, rows)
+
+
+@triton.jit
+def walk_link_back(
+    d, values, c, rstd, gamma, scale,
+    STAGES: tl.constexpr, CENTRED: tl.constexpr, ACT_GRAD: tl.constexpr, N: tl.constexpr,
+):
+    """The gradient of what STAGES act on, from d, that of their result; the shortcut's; and what
+    sums up over rows to the norm's parameters': dh * c and dh. `values`, c, rstd: `run_link`'s.
+    """
+    dshortcut = tl.zeros_like(d)
+    dh = dshortcut
+    dhc = dshortcut
+    for i in tl.static_range(len(STAGES) - 1, -1, -1):
+        if STAGES[i] == "norm":
+            dh = d
+            dhc = d * c
+            g = gamma * d
+            d = g - c * (tl.sum(g * c, 1) / N)[:, None]
+            if CENTRED:
+                d -= (tl.sum(g, 1) / N)[:, None]
+            d *= rstd
+        elif STAGES[i] == "act":
+            d = d * ACT_GRAD(values[i])
+        else:
+            tl.static_assert(STAGES[i] == "add")
+            dshortcut = scale * d
+    return d, dshortcut, dhc, dh
+
+
+@triton.jit
+def store_column_sums(ptr, t, rows, line, n, N: tl.constexpr):
+    """ptr[line] = sum_m t, if there is a ptr (lines, N). Rows past M may be NaN, with eps = 0."""
+    if ptr is not None:
+        tl.store(ptr + line * N + n, tl.sum(tl.where(rows, t, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["M", "L"])
+def residual_chain_backward_kernel(
+    dy_ptr, inputs_ptr, z_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr,
+    dx_ptr, dz_ptr, operand_ptr, dbias_ptr, dnorm_weight_ptr, dnorm_bias_ptr,
+    M, L, eps, scale, stride_dym, stride_dyn,
+    PROLOGUE: tl.constexpr, EPILOGUE: tl.constexpr, AGAIN: tl.constexpr, SHORTCUT: tl.constexpr,
+    CENTRED: tl.constexpr, ACT: tl.constexpr, ACT_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    B: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):
+    """dz_l = EPILOGUE'(dx_l+1) ; dx_l = PROLOGUE'(dz_l @ weight_l) + what adds send back
+
+    dx_L = dy (M, N) of any strides ; inputs, z, weight, ... as forward had and kept them. z may be
+    None: where no stage asks for it, or, AGAIN, to be computed again. dx (M, N) ; dz, operand
+    (L, M, N), operand = PROLOGUE(x) ; dbias, dnorm_weight, dnorm_bias (L, programs, N), fp32: each
+    program's sums over its rows. All of these may be None.
+
+    SHORTCUT: a stage after `add` needs what was added. dx stays in fp32 from link to link.
+    """
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    programs = tl.num_programs(0)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, N)
+    rows = (first + m < M)[:, None]
+    at = m[:, None] * N + n[None, :]
+    square = n[:, None] * N + n[None, :]
+    plane = tl.cast(M, tl.int64) * N
+
+    d = load_rows(dy_ptr, (first + m)[:, None] * stride_dym + n[None, :] * stride_dyn, rows)
+    d = d.to(tl.float32)
+    skip = tl.zeros_like(d)
+    for done in tl.range(0, L, num_stages=STAGES):
+        link = L - 1 - done
+        here = link * plane + first * N
+        weight_at = weight_ptr + tl.cast(link, tl.int64) * (N * N) + square
+        if STAGES > 1:
+            weight = tl.load(weight_at)
+        gamma = row_of(norm_weight_ptr, link, n, N, 1.0)
+        beta = row_of(norm_bias_ptr, link, n, N, 0.0)
+
+        x = d
+        if AGAIN or len(PROLOGUE) > 0:
+            x = load_rows(inputs_ptr + here, at, rows).to(tl.float32)
+        before, c, rstd = run_link(
+            x, x, True, gamma, beta, eps, scale, PROLOGUE, CENTRED, ACT, N, B
+        )
+        operand = before[len(PROLOGUE)].to(dtype)
+        if operand_ptr is not None:
+            tl.store(operand_ptr + here + at, operand, rows)
+        z = tl.zeros_like(d)
+        if z_ptr is not None:
+            z = load_rows(z_ptr + here, at, rows).to(tl.float32)
+        elif AGAIN:
+            if STAGES == 1:
+                weight = tl.load(weight_at)
+            z = tl.dot(operand, weight.T, input_precision=PRECISION)
+            z = (z + row_of(bias_ptr, link, n, N, 0.0)).to(dtype).to(tl.float32)
+        shortcut = z
+        if SHORTCUT:
+            source = link // B * B
+            shortcut = load_rows(inputs_ptr + source * plane + first * N, at, rows).to(tl.float32)
+        adds = link % B == B - 1
+        after, c_after, rstd_after = run_link(
+            z, shortcut, adds, gamma, beta, eps, scale, EPILOGUE, CENTRED, ACT, N, B
+        )
+
+        d, dshortcut, dhc, dh = walk_link_back(
+            d, after, c_after, rstd_after, gamma, scale, EPILOGUE, CENTRED, ACT_GRAD, N
+        )
+        skip = dshortcut if B == 1 else tl.where(adds, dshortcut, skip)
+        dz = d.to(dtype)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + here + at, dz, rows)
+        line = tl.cast(link, tl.int64) * programs + tl.program_id(0)
+        store_column_sums(dbias_ptr, d, rows, line, n, N)
+        if STAGES == 1:  # again if need be: registers that hold it all the time would be spilled
+            weight = tl.load(weight_at)
+        d = tl.dot(dz, weight, input_precision=PRECISION)
+        d, _, dhc_before, dh_before = walk_link_back(
+            d, before, c, rstd, gamma, scale, PROLOGUE, CENTRED, ACT_GRAD, N
+        )
+        store_column_sums(dnorm_weight_ptr, dhc + dhc_before, rows, line, n, N)
+        store_column_sums(dnorm_bias_ptr, dh + dh_before, rows, line, n, N)
+        d = d + skip if B == 1 else tl.where(link % B == 0, d + skip, d)
+    if dx_ptr is not None:
+        tl.store(dx_ptr + first * N + at, d, rows)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def residual_chain_sums_kernel(
+    partial_ptrs, out_ptrs, programs, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """out[l] = the sum of partial[l] over all programs, in fixed order, for each pair of tensors
+    partial (L, programs, N), out (L, N) that are not None. A program owns COLUMNS of a link.
+    """
+    tiles: tl.constexpr = N // COLUMNS
+    link = tl.program_id(0) // tiles
+    n = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.cast(link, tl.int64) * programs
+    for i in tl.static_range(len(out_ptrs)):
+        if out_ptrs[i] is not None:
+            total = add_rows(partial_ptrs[i], first, 1, programs, n, N, ROWS, COLUMNS)
+            tl.store(out_ptrs[i] + link * N + n, total)
