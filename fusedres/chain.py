@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling, is_exporting
 
+from . import backends
 from .backends import native
 from .checks import check_memory
 from .operands import Operands
+from .ops import late
 from .reference import composite
 from .spec import Spec
 
@@ -74,8 +76,39 @@ def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tupl
         yield Spec.parse(own_recipe), own_back, own
 
 
+def backend_of(x: Tensor) -> str:
+    """Which backend runs chains where x is."""
+    return "cpu" if x.device.type == "cpu" else "triton"
+
+
+def why_not_triton(backend: str, links: str, x: Tensor, N: int, K: int) -> str | None:
+    """Why Triton does not run these links for x (..., K) in one call; None if it does."""
+    most = backends.chain_limit(backend, links, x.dtype, x.device, N, K)
+    if isinstance(most, str):
+        return most
+    return (
+        None if x.numel() <= most * K else f"for more than {most} rows a launch a layer is faster"
+    )
+
+
+def _forward(x: Tensor, *call: Any) -> list[Tensor]:
+    """y and what is kept, of (x, operands, links, depth, keep)."""
+    ops = torch.ops.fusedres
+    op = ops.chain_forward if backend_of(x) == "cpu" else ops.triton_chain_forward
+    found: list[Tensor] = op.default(x, *call)
+    return found
+
+
+def _backward(dy: Tensor, *call: Any) -> list[Tensor]:
+    """The gradients that `wanted` asks for, of (dy, saved, x, operands, links, depth, wanted)."""
+    ops = torch.ops.fusedres
+    op = ops.chain_backward if backend_of(dy) == "cpu" else ops.triton_chain_backward
+    found: list[Tensor] = op.default(dy, *call)
+    return found
+
+
 def run(x: Tensor, links: list[Link]) -> Tensor:
-    """y (M, N) of the last link from x (M, K) of the first; all of one dtype, on a CPU.
+    """y (M, N) of the last link from x (M, K) of the first; all of one dtype and device.
 
     Operands are assumed checked; what the op still refuses is a RuntimeError.
     """
@@ -93,8 +126,7 @@ def run_stacked(
         return residual_chain(x, operands, text, depth, recompute)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in operands)):
         return _apply(text, depth, recompute, x, *operands)
-    y: Tensor = torch.ops.fusedres.chain_forward.default(x, operands, text, depth, 0)[0]
-    return y
+    return _forward(x, operands, text, depth, 0)[0]
 
 
 class FusedChainFunction(torch.autograd.Function):
@@ -109,7 +141,7 @@ class FusedChainFunction(torch.autograd.Function):
     ) -> Tensor:
         """y (M, N)."""
         keep = 2 if recompute else 1
-        y, *saved = torch.ops.fusedres.chain_forward.default(x, operands, text, depth, keep)
+        y, *saved = _forward(x, operands, text, depth, keep)
         ctx.text, ctx.depth, ctx.kept = text, depth, len(saved)
         ctx.save_for_backward(*saved, x, *operands)
         return y
@@ -126,9 +158,7 @@ class FusedChainFunction(torch.autograd.Function):
             return *nothing, *_composite_gradients(ctx.text, ctx.depth, tensors, needs, dy)
         wanted = "".join("01"[need] for need in needs)
         try:
-            found = torch.ops.fusedres.chain_backward.default(
-                dy, saved, x, operands, ctx.text, ctx.depth, wanted
-            )
+            found = _backward(dy, saved, x, operands, ctx.text, ctx.depth, wanted)
         except RuntimeError as error:
             check_memory(error)
             return *nothing, *_composite_gradients(ctx.text, ctx.depth, tensors, needs, dy)
@@ -154,7 +184,7 @@ def _composite_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients by plain torch ops, which can be differentiated again."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
         x, *operands = views = [t.view_as(t) for t in tensors]
         y = composite_chain(text, depth, x, tuple(operands))
         wanted = [t for t, need in zip(views, needs, strict=True) if need]
@@ -174,8 +204,7 @@ def _pieces(columns: list[int]) -> list[int]:
 
 
 def _in_graph(x: Tensor, operands: list[Tensor], links: str, depth: int, recompute: bool) -> Tensor:
-    y: Tensor = torch.ops.fusedres.chain_forward.default(x, operands, links, depth, 0)[0]
-    return y
+    return _forward(x, operands, links, depth, 0)[0]
 
 
 def _in_graph_recording(
@@ -187,6 +216,17 @@ def _in_graph_recording(
 
 def _fake(x: Tensor, operands: list[Tensor], links: str, depth: int, recompute: bool) -> Tensor:
     return _forward_fake(x, operands, links, depth, 0)[0]
+
+
+def _triton_forward_fake(
+    x: Tensor, operands: list[Tensor], links: str, depth: int, keep: int
+) -> list[Tensor]:
+    """All links have one shape: what is kept is one tensor of inputs, and one of z."""
+    specs = [spec for spec, _, _ in _split(links, depth, tuple(operands))]
+    kept = [x.new_empty((len(specs), *x.shape))] if keep else []
+    if keep == 1 and specs[-1].saves_z:
+        kept.append(torch.empty_like(kept[0]))
+    return [x.new_empty(x.shape), *kept]
 
 
 def _forward_fake(
@@ -223,6 +263,20 @@ torch.library.impl("fusedres::residual_chain", "CompositeExplicitAutograd", _in_
 torch.library.impl("fusedres::residual_chain", "Autograd", _in_graph_recording)
 torch.library.register_fake("fusedres::residual_chain", _fake)
 residual_chain = torch.ops.fusedres.residual_chain.default
+
+# Chains in Triton: as the single layers' ops in ops.py.
+FORWARD_SCHEMA = "(Tensor x, Tensor[] operands, str links, int depth, int keep) -> Tensor[]"
+BACKWARD_SCHEMA = (
+    "(Tensor dy, Tensor[] saved, Tensor x, Tensor[] operands, str links, int depth, str wanted) "
+    "-> Tensor[]"
+)
+for _name, _schema, _shapes in (
+    ("chain_forward", FORWARD_SCHEMA, _triton_forward_fake),
+    ("chain_backward", BACKWARD_SCHEMA, _backward_fake),
+):
+    torch.library.define(f"fusedres::triton_{_name}", _schema)
+    torch.library.impl(f"fusedres::triton_{_name}", ("CPU", "CUDA"), late("chain", _name))
+    torch.library.register_fake(f"fusedres::triton_{_name}", _shapes)
 
 if native.missing is None:
     torch.library.register_fake("fusedres::chain_forward", _forward_fake)

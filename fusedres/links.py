@@ -25,6 +25,10 @@ LARGEST = 1 << 18  # elements of a weight: those for which our own product is th
 _OF_FEW_ROWS = 1 << 15  # the same for fewer than 8 rows: larger ones take longer to be packed
 
 
+_WIDTHS = [(width,) for width in backends.CHAIN_WIDTHS]
+_TOLD = ", ".join(map(str, backends.CHAIN_WIDTHS))
+
+
 def too_large(weight: Any, x: Tensor) -> bool:
     """Whether the library multiplies x (..., K) and a weight of this shape better than a chain."""
     size = weight[0] * weight[1]
@@ -43,9 +47,11 @@ def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
         return "something looks into the call: a tracer, or a torch dispatch mode"
     elif type(x) not in PLAIN or composite_only(x, x):
         return "a transform looks into the layers, or x is a tensor of another kind"
-    if x.device.type != "cpu":
-        return f"x is on {x.device}; layers are joined on a CPU"
-    if torch.is_autocast_enabled("cpu"):
+    if x.device.type not in ("cpu", "cuda"):
+        return f"x is on {x.device}; layers are joined on a CPU or a CUDA GPU"
+    if chain.backend_of(x) == "triton" and x.shape[-1:] not in _WIDTHS:
+        return f"x has shape {tuple(x.shape)}; on a GPU one call takes {_TOLD} features"
+    if torch.is_autocast_enabled(x.device.type):
         return "autocast is on"
     return None if x.dim() and x.numel() else f"x has shape {tuple(x.shape)}"
 
@@ -95,7 +101,7 @@ def _as_known(module: nn.Module, x: Tensor, width: int, back: int) -> _Known | N
         if hooked(owner) or "forward" in owner:
             return None
     found = _parameters(linear, norm, module)
-    kinds = type(linear), type(norm), own["backend"], back
+    kinds = type(linear), type(norm), own["backend"], back, x.device
     if not all(map(_is, found, known.parameters)) or kinds != known.kinds:
         return None
     weight = found[0]
@@ -149,7 +155,8 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
     if weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
         return f"its weight is {weight.dtype}, x {x.dtype}"
     N, K = weight.shape
-    if width != K or too_large(weight.shape, x):
+    on_cpu = chain.backend_of(x) == "cpu"
+    if width != K or (on_cpu and too_large(weight.shape, x)):
         return f"its weight has shape {(N, K)}, x has {width} features and shape {tuple(x.shape)}"
     if spec.adds and (module.shortcut is not None or (N != K and not back)):
         return "its shortcut is not the identity"
@@ -159,17 +166,21 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
         expected = (spec.width("norm", K, N),)
         if norm.normalized_shape != expected:
             return f"its norm is over {tuple(norm.normalized_shape)}, not {expected}"
-    chosen = backends.choose(module.backend, spec.text, x.dtype, x.device, N, K, False)
-    if chosen != "cpu":
-        return f"its backend is '{chosen}'"
     given_back = back if spec.adds else 0
     link = Link.of(spec.text, weight, bias, norm_weight, norm_bias, gate, back=given_back)
+    if on_cpu:
+        chosen = backends.choose(module.backend, spec.text, x.dtype, x.device, N, K, False)
+        reason = None if chosen == "cpu" else f"its backend is '{chosen}'"
+    else:
+        reason = chain.why_not_triton(module.backend, link.line, x, N, K)
+    if reason is not None:
+        return reason
     found = _parameters(linear, norm, module)
     if all(t is None or any(t is u for u in found) for t in given):  # none of them is computed
         eps = None if norm is None else norm.eps
         _known[module] = _Known(
             link, N, N * K, own["_asked"], own["training"], eps, linear, norm,
-            (type(linear), type(norm), module.backend, back), found, weight.shape,
+            (type(linear), type(norm), module.backend, back, x.device), found, weight.shape,
         )  # fmt: skip
     return link
 
@@ -181,6 +192,14 @@ class Part(NamedTuple):
     back: int = 0
 
 
+def _goes_on(links: list[Link], link: Link, layer: Any, x: Tensor) -> bool:
+    """Whether Triton takes `link` after `links`: one recipe for all, and not too many rows."""
+    if links:
+        return link.line == links[0].line
+    width = x.shape[-1]
+    return chain.why_not_triton(layer.backend, link.line, x, width, width) is None
+
+
 def links_of(parts: Iterable[Part], x: Tensor) -> list[Link]:
     """The links of as many of the first layers as one call can run; x is one that `unchained`
     allows.
@@ -188,13 +207,16 @@ def links_of(parts: Iterable[Part], x: Tensor) -> list[Link]:
     links: list[Link] = []
     usual = [kind.forward for kind in _CLASSES] == _FORWARDS and watched() is None
     width = x.shape[-1]
-    few = x.numel() < 8 * width
+    on_cpu = chain.backend_of(x) == "cpu"
+    few = on_cpu and x.numel() < 8 * width
     for layer, back in parts:
         known = _as_known(layer, x, width, back) if usual else None
         link = link_of(layer, x, width, back) if known is None else known.link
         if isinstance(link, str):
             break
         if known is not None and few and known.size > _OF_FEW_ROWS:
+            break
+        if not on_cpu and not _goes_on(links, link, layer, x):
             break
         width = link.operands[0].shape[0] if known is None else known.width
         links.append(link)

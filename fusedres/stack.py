@@ -82,8 +82,10 @@ class FusedResidualStack(nn.Module):
     of whole blocks on views; both train the stack. `from_layers` and `to_layers` copy; a state_dict
     of an nn.Sequential of layers (``0.linear.weight``, ...) loads, too.
 
-    All layers are one call on a CPU, without dropout, drop-path and batch norm, for N <= 512; else
-    layers are called one by one. `why_not_joined` tells why.
+    All layers are one call without dropout, drop-path and batch norm: on a CPU for N <= 512; on a
+    GPU for N = 16, 32, 64, 128 and 256 without a gate, in bfloat16 and float16 (float32: up to 64;
+    256 for no more rows than one wave of programs takes, from Hopper on), where it is one launch
+    forward and three backward. Else layers are called one by one. `why_not_joined` tells why.
 
     Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
     does not fit, NotImplementedError where a named backend cannot run a call.
@@ -237,7 +239,8 @@ class FusedResidualStack(nn.Module):
             return "layers have a batch norm"
         N = self.features
         in_graph = is_dynamo_compiling() or is_exporting()  # where rows may be a symbol
-        if N * N > LARGEST or (not in_graph and too_large((N, N), x)):
+        on_cpu = chain.backend_of(x) == "cpu"
+        if on_cpu and (N * N > LARGEST or (not in_graph and too_large((N, N), x))):
             return f"weights of {N} x {N} are too large to be packed for x {tuple(x.shape)}"
         for kind, t in zip(_PARAMETERS, given, strict=True):
             if t is None:
@@ -246,6 +249,8 @@ class FusedResidualStack(nn.Module):
                 return f"{kind.name} is a {type(t).__name__} on {t.device}"
             if kind.name in ("weight", "bias") and t.dtype != x.dtype:
                 return f"{kind.name} is {t.dtype}, x {x.dtype}"
+        if not on_cpu:
+            return chain.why_not_triton(self.backend, self._text(given), x, N, N)
         chosen = backends.choose(self.backend, last.text, x.dtype, x.device, N, N, False)
         return None if chosen == "cpu" else f"the backend is '{chosen}'"
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Spec
+from . import CHAIN_WIDTHS
 from . import plan as planner
 from . import triton as layers
 from .plan import ceil_div
@@ -22,7 +23,6 @@ try:
 except ImportError:  # without Triton, which `why_not` says
     kernels: Any = None  # type: ignore[no-redef]
 
-WIDTHS = (16, 32, 64, 128, 256)
 MOST_ROWS = 1 << 30
 HOPPER = 200 << 10  # bytes of shared memory that a block may have
 BESIDE = 35 << 10  # bytes of it that tiles take beside the weights
@@ -81,19 +81,27 @@ def pattern_of(links: str) -> Pattern | str:
 
 def limit(links: str, dtype: torch.dtype, device: torch.device, N: int, K: int) -> int | str:
     """For up to how many rows these kernels should run a chain, or why they cannot run it."""
+    found = most_rows(links, dtype, N, K, planner.device_of(device))
+    if isinstance(found, str):
+        return found
+    return layers.why_not(_pattern(links).spec, dtype, device, N, K) or found
+
+
+def most_rows(links: str, dtype: torch.dtype, N: int, K: int, here: planner.Device) -> int | str:
+    """The same, if these kernels can run on this device at all."""
     found = pattern_of(links)
     if isinstance(found, str):
         return found
-    if N != K or N not in WIDTHS:
-        return f"{(K, N)} features: one launch takes {', '.join(map(str, WIDTHS))}, in and out"
+    if dtype not in layers.DTYPES:
+        return f"the Triton kernels do not take {dtype}"
+    if N != K or N not in CHAIN_WIDTHS:
+        return (
+            f"{(K, N)} features: one launch takes {', '.join(map(str, CHAIN_WIDTHS))}, in and out"
+        )
     if dtype == torch.float32 and N > 64:
         return f"in float32 {N} features are too many for one launch, 64 are not"
-    reason = layers.why_not(found.spec, dtype, device, N, K)
-    if reason is not None:
-        return reason
     if N < 256:
         return MOST_ROWS
-    here = planner.device_of(device)
     if here.shared < HOPPER:
         return f"before Hopper {N} features are too many for one launch"
     return here.processors * 16  # one wave; a program waits for all weights, so two are too slow
@@ -140,7 +148,7 @@ class Parameters(NamedTuple):
         if not depth:
             operands = [torch.stack(operands[kind::kinds]) for kind in range(kinds)]
         rest = (t.contiguous() for t in operands)
-        return cls(*(next(rest) if has else None for has in (True, *pattern.there)))
+        return cls(next(rest), *(next(rest) if has else None for has in pattern.there))
 
 
 def chain_forward(
@@ -218,7 +226,7 @@ def chain_backward(
             PRECISION=layers._precision(), B=pattern.block, N=N, **tile.options(),
         )  # fmt: skip
         if dz is not None:
-            multiplied = inputs if operand is None else operand
+            multiplied: Any = inputs if operand is None else operand
             torch.bmm(dz.transpose(1, 2), multiplied, out=grads["weight"])
         if any(t is not None for t in outs):
             kernels.residual_chain_sums_kernel[(L * (N // SUMS["COLUMNS"]),)](

@@ -371,6 +371,7 @@ def test_other_files_with_gpu_tests_are_found() -> None:
     assert [file.name for file in gpu_steps.files_with_gpu_tests()] == [
         "test_register_activation.py",
         "test_triton.py",
+        "test_triton_chain.py",
         "test_triton_grid.py",
         "test_triton_mixed.py",
         "test_tune.py",

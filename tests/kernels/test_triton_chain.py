@@ -1,17 +1,19 @@
 """Chains in Triton: the numbers of their layers one by one, in one launch and in three."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from fusedres import FusedResidualStack
+from fusedres import FusedResidual, FusedResidualStack, FusedSequential, chain
 from fusedres.chain import composite_chain
 from oracle import assert_as_accurate
-from triton_run import DEVICE, DTYPES, F32, INTERPRET, MARKS, Launches
+from triton_run import BF16, DEVICE, DTYPES, F32, INTERPRET, MARKS, Launches
 from triton_run import _clean as _clean  # a fixture, for every test
 
 from fusedres.backends import chain as backend  # isort: skip
+from fusedres.backends import plan as planner  # isort: skip
 
 pytestmark = MARKS
 
@@ -188,3 +190,132 @@ def test_launches(depth, monkeypatch):
         "bmm.out",
         "residual_chain_sums_kernel",
     ]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many links each call of the ops has; on a CPU, too, they are Triton's."""
+    found = []
+    for name in ("_forward", "_backward"):
+        run = getattr(chain, name)
+
+        def counted(t, *call, run=run, at=-2):
+            found.append(call[at] or call[at - 1].count("\n") + 1)
+            return run(t, *call)
+
+        monkeypatch.setattr(chain, name, counted)
+    monkeypatch.setattr(chain, "backend_of", lambda _: "triton")
+    return found
+
+
+def step(net, x, dy):
+    leaf = x.clone().requires_grad_()
+    net.zero_grad()
+    y = net(leaf)
+    y.backward(dy)
+    grads = {name: p.grad.clone() for name, p in net.named_parameters()}
+    return {"y": y.detach(), "x": leaf.grad, **grads}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_stack_is_a_call(recompute, calls, monkeypatch):
+    stack = FusedResidualStack(
+        32, 4, layers_per_block=2, activation="silu", recompute=recompute, device=DEVICE
+    )
+    x, dy = torch.randn(3, 7, 32, device=DEVICE), torch.randn(3, 7, 32, device=DEVICE)
+    assert stack.why_not_joined(x) is None
+    ours = step(stack, x, dy)
+    assert calls == [4, 4]
+    with torch.no_grad():
+        assert torch.equal(stack(x), ours["y"]) and calls.pop() == 4
+    monkeypatch.setattr(stack, "backend", "reference")
+    assert stack.why_not_joined(x) == "the backend is 'reference'"
+    theirs = step(stack, x, dy)
+    assert len(calls) == 2
+    for name, t in theirs.items():
+        torch.testing.assert_close(ours[name], t, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_layers_of_one_kind_in_a_row_are_a_call(calls):
+    def layer(**settings):
+        return FusedResidual(32, activation="silu", device=DEVICE, **settings)
+
+    rows = [layer() for _ in range(3)], [layer(order="prenorm"), layer(order="prenorm")]
+    net = FusedSequential(*rows[0], *rows[1], layer(dropout=0.1), layer(gate="scalar"))
+    x, dy = torch.randn(20, 32, device=DEVICE), torch.randn(20, 32, device=DEVICE)
+    told = net.chains(x)
+    assert told[:2] == ["0 to 2: one call", "3 to 4: one call"]
+    assert "drops at random" in told[2] and "has a gate" in told[3]
+    net[5].eval()
+    ours = step(net[:5], x, dy)
+    assert calls == [3, 2, 2, 3]
+    theirs = step(torch.nn.Sequential(*net[:5]), x, dy)
+    for name, t in theirs.items():
+        torch.testing.assert_close(ours[name], t, atol=1e-4, rtol=1e-4, msg=name)
+
+
+WAYS = {
+    "gate": ({"gate": "scalar"}, "a gate"),
+    "dropout": ({"dropout": 0.5}, "at random"),
+    "batch norm": ({"norm": "batch"}, "batch norm"),
+    "width": ({"features": 40}, "one call takes 16, 32, 64, 128, 256 features"),
+    "float32": ({"features": 128}, "too many for one launch"),
+    "order": ({"order": "linear-norm-act-add", "backend": "reference"}, "'reference'"),
+    "add before": ({"order": "add-linear-act"}, "adds before linear"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_runs_layer_by_layer_says_why(way, calls):
+    settings, reason = WAYS[way]
+    settings = {"features": 32, "depth": 2, **settings}
+    stack = FusedResidualStack(**settings, device=DEVICE)
+    x = torch.randn(18, stack.features, device=DEVICE)
+    assert reason in stack.why_not_joined(x)
+    assert stack(x).shape == x.shape and not calls
+
+
+def test_rows_of_a_wide_stack(calls, monkeypatch):
+    """More than one wave of programs are better off as a launch a layer."""
+    device = planner.Device("any", 2, 227 << 10)
+    monkeypatch.setattr(planner, "device_of", lambda _: device)
+    limit = partial(chain.backends.chain_limit, "auto", "7 linear-norm-act-add norm=layer")
+    limit.func.cache_clear()
+    where = torch.device(DEVICE)
+    assert limit(BF16, where, 256, 256) == 32
+    assert limit(BF16, where, 128, 128) > 1 << 20
+    assert "features" in limit(BF16, where, 512, 512)
+    limit.func.cache_clear()
+    monkeypatch.setattr(planner, "device_of", lambda _: device._replace(shared=160 << 10))
+    assert "before Hopper" in limit(BF16, where, 256, 256)
+    limit.func.cache_clear()
+
+
+@pytest.mark.parametrize("order, keep", [("note", 1), ("preact", 1), ("note", 2), ("note", 0)])
+def test_the_ops_are_what_their_fakes_say(order, keep):
+    case = Case(M=18, order=order)
+    x, *operands = case.tensors
+    call = x, operands, case.links, case.depth
+    tests = ("test_schema", "test_faketensor")
+    ops = torch.ops.fusedres
+    torch.library.opcheck(ops.triton_chain_forward.default, (*call, keep), test_utils=tests)
+    if keep:
+        _, *saved = case.forward(keep)
+        call = case.dy, saved, *call, "11011"
+        torch.library.opcheck(ops.triton_chain_backward.default, call, test_utils=tests)
+
+
+def test_operands_that_do_not_fit_are_told():
+    case = Case(M=18)
+    x, weight, *rest = case.tensors
+    for operands, reason in (
+        ([weight[:2], *rest], r"bias is \(4, 32\) on .*, expected \(2, 32\)"),
+        ([weight.double(), *rest], "weight is torch.float64, x is torch.float32"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            backend.chain_forward(x, operands, case.links, 4, 0)
+    _, *saved = case.forward()
+    with pytest.raises(RuntimeError, match=r"dy is \(9, 32\), expected \(18, 32\)"):
+        backend.chain_backward(case.dy[:9], saved, x, [weight, *rest], case.links, 4, "11111")
+    with pytest.raises(RuntimeError, match="a gate"):
+        backend.chain_forward(x, [weight, *rest], "15 linear-gate-add gate=scalar", 4, 0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import test_triton_aot
+from fusedres.backends import CHAIN_WIDTHS
 from fusedres.backends import plan as planner
 from fusedres.chain import line_of
 from fusedres.spec import make_spec
@@ -46,7 +47,7 @@ KERNELS = [f"residual_chain_{name}_kernel" for name in ("forward", "backward", "
 @pytest.mark.parametrize("sm", SHARED_LIMIT)
 def test_every_tile(sm, pool):
     """Few rows and many; each width with one of the recipes that take the most registers."""
-    sizes = [(BF16, M, N) for N in backend.WIDTHS for M in (512, 65536) if N < 256 or M == 512]
+    sizes = [(BF16, M, N) for N in CHAIN_WIDTHS for M in (512, 65536) if N < 256 or M == 512]
     sizes = [(F32, 512, 64), *sizes[2 : 9 - (sm == 80)]]  # 16 features have 32's tiles
     jobs = [(sm, *size, *RECIPES[(i + sm) % 3]) for i, size in enumerate(sizes)]
     told = []
