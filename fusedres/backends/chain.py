@@ -23,7 +23,7 @@ try:
 except ImportError:  # without Triton, which `why_not` says
     kernels: Any = None  # type: ignore[no-redef]
 
-MOST_ROWS = 1 << 30
+MOST_ROWS = 1 << 30  # where there is no limit
 HOPPER = 200 << 10  # bytes of shared memory that a block may have
 BESIDE = 35 << 10  # bytes of it that tiles take beside the weights
 SUMS = {"ROWS": 128, "COLUMNS": 16}
@@ -259,6 +259,8 @@ def _pattern(links: str) -> Pattern:
 def _check(x: Tensor, p: Parameters) -> None:
     """What kernels, which only see pointers, would get wrong in silence."""
     L, N = p.weight.shape[0], x.shape[1]
+    if N not in CHAIN_WIDTHS:
+        raise RuntimeError(f"fusedres: x has {N} features, a chain in Triton has {CHAIN_WIDTHS}")
     for name, t in p._asdict().items():
         expected = (L, N, N) if name == "weight" else (L, N)
         if t is not None and (tuple(t.shape) != expected or t.device != x.device):

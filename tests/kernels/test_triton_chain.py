@@ -326,6 +326,8 @@ def test_the_ops_are_what_their_fakes_say(order, keep):
 def test_operands_that_do_not_fit_are_told():
     case = Case(M=18)
     x, weight, *rest = case.tensors
+    with pytest.raises(RuntimeError, match=r"x has 24 features, a chain in Triton has \(16, 32"):
+        backend.chain_forward(x[:, :24], [weight, *rest], case.links, 4, 0)
     for operands, reason in (
         ([weight[:2], *rest], r"bias is \(4, 32\) on .*, expected \(2, 32\)"),
         ([weight.double(), *rest], "weight is torch.float64, x is torch.float32"),
