@@ -9,6 +9,8 @@
 namespace fusedres {
 
 enum Input { kX, kWeight, kBias, kNormWeight, kNormBias, kGate, kResidual, kInputs };
+// Beside the inputs' bits in `needs`: nobody will look at the saved z again, so dz may lie there.
+constexpr int kOverZ = kInputs;
 
 using torch::stable::detail::from;
 using torch::stable::detail::to;

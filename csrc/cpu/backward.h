@@ -17,19 +17,33 @@ inline void accumulate(A* sums, const A* d, int64_t n) {
   if (sums) add(sums, d, n);
 }
 
+// sums += d, or d * t, down the rows of d, `stride` apart, and of t.
 template <class A>
-inline void accumulate_product(A* sums, const A* d, const A* t, int64_t n) {
+inline void add_rows(A* sums, const A* d, int64_t stride, const A* t, int64_t t_stride,
+                     int64_t rows, int64_t n) {
   if (!sums) return;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sums[i] += d[i] * t[i];
+  over_strips<A>(n, [&](int64_t i, auto v, auto strip) {
+    using T = decltype(v);
+    constexpr int kStrip = strip, kLanes = sizeof(T) / sizeof(A);
+    T s[kStrip];
+#pragma GCC unroll 4
+    for (int j = 0; j < kStrip; ++j) s[j] = at<T>(sums, i + j * kLanes);
+    for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+      for (int j = 0; j < kStrip; ++j) {
+        const int64_t where = i + j * kLanes;
+        const T& of_d = at<T>(d, row * stride + where);
+        s[j] += t ? of_d * at<T>(t, row * t_stride + where) : of_d;
+      }
+#pragma GCC unroll 4
+    for (int j = 0; j < kStrip; ++j) at<T>(sums, i + j * kLanes) = s[j];
+  });
 }
 
 template <class A>
 inline void norm_grad(const Walk<A>& w, const Tape<A>& tape, A* d) {
   const Program<A>& p = w.program;
   const int64_t n = p.width;
-  accumulate_product(w.dgamma, d, tape.c, n);
-  accumulate(w.dbeta, d, n);
   if (p.recipe->batch_stats) {  // the sums over all rows are known by now
     const A weight = A(1) / static_cast<A>(p.M);
 #pragma omp simd
@@ -57,7 +71,6 @@ inline void backward_stage(const Walk<A>& w, Stage stage, int64_t m, const Tape<
     case Stage::act:
       return activate_grad(r.act, d, tape.act, n);
     case Stage::gate:
-      accumulate_product(w.dgate, d, tape.gate, n);
       if (r.scalar_gate)
         for (int64_t i = 0; i < n; ++i) d[i] *= p.gate[0];
       else
@@ -84,9 +97,12 @@ inline void backward_stage(const Walk<A>& w, Stage stage, int64_t m, const Tape<
 template <class A>
 class Side {
  public:
-  // Of its width, in scratch: the sums, and for each row what `add` sends back and five values.
-  static constexpr int64_t kMostRows = 16, kSums = 4, kOfRow = 6;
-  static int64_t elements(int64_t width) { return (kSums + at_once(width) * kOfRow) * width; }
+  // Of its width, in scratch: the sums, a batch norm's coefficients, and for each row what `add`
+  // sends back and five values.
+  static constexpr int64_t kMostRows = 16, kSums = 4, kCoefficients = 4, kOfRow = 6;
+  static int64_t elements(int64_t width) {
+    return (kSums + kCoefficients + at_once(width) * kOfRow) * width;
+  }
 
   Side(const Walk<A>* given, Arena& arena) {
     if (!given) return;
@@ -104,6 +120,7 @@ class Side {
     replayed_ = replayed(*walk_.program.stages, walk_.last);
     takes_norm_ = walk_.first > 0;
     if (takes_norm_) replayed_ = std::max(replayed_, walk_.first);
+    if (walk_.dh_sum && walk_.last == 1) set_coefficients();
   }
 
   // Rows d, of m, m + 1, ..., become gradients of what stages[first] acted on: stage by stage, as in
@@ -124,19 +141,55 @@ class Side {
   void few_rows(int64_t m, int64_t count, A* d, int64_t stride) {
     const Program<A>& p = walk_.program;
     const std::vector<Stage>& stages = *p.stages;
+    if (scale_) return batch_norm_rows(m, count, d, stride);
     replay(m, count);
-    for (size_t stage = walk_.last; stage > walk_.first; --stage)
+    for (size_t stage = walk_.last; stage > walk_.first; --stage) {
+      sum_up(stages[stage - 1], count, d, stride);
       for (int64_t i = 0; i < count; ++i)
         backward_stage(walk_, stages[stage - 1], m + i, tapes_[i], d + i * stride, dx_add(i));
-    for (int64_t i = 0; i < count; ++i) {
-      A* const row = d + i * stride;
-      if (takes_norm_) {
-        accumulate_product(walk_.dgamma, row, tapes_[i].c, width_);
-        accumulate(walk_.dbeta, row, width_);
-      }
-      accumulate(walk_.dbias, row, width_);
-      if (p.residual_is_input && walk_.first == 0) accumulate(row, dx_add(i), width_);
     }
+    if (takes_norm_) sum_up(Stage::norm, count, d, stride);
+    sum_up(Stage::linear, count, d, stride);
+    if (p.residual_is_input && walk_.first == 0)
+      for (int64_t i = 0; i < count; ++i) add(d + i * stride, dx_add(i), width_);
+    if ((rows_ += count) >= kMostRows) flush();
+  }
+
+  // What the parameters of `stage` get from d, the gradient of its result.
+  void sum_up(Stage stage, int64_t count, const A* d, int64_t stride) {
+    const auto sum = [&](A* sums, const A* t) {
+      add_rows(sums, d, stride, t, kOfRow * width_, count, width_);
+    };
+    if (stage == Stage::norm) sum(walk_.dgamma, tapes_[0].c), sum(walk_.dbeta, nullptr);
+    if (stage == Stage::gate) sum(walk_.dgate, tapes_[0].gate);
+    if (stage == Stage::linear) sum(walk_.dbias, nullptr);
+  }
+
+  // A batch norm alone, whose sums are known: no value of a row needs another.
+  //
+  //   dz = gamma rstd (dh - mean(dh) - c mean(dh c)) = scale dh - offset - slope (z - center)
+  void set_coefficients() {
+    const Program<A>& p = walk_.program;
+    scale_ = memory_ + kSums * width_;
+    A *const offset = scale_ + width_, *const slope = offset + width_, *const center = slope + width_;
+    const A weight = A(1) / static_cast<A>(p.M);
+    for (int64_t i = 0; i < width_; ++i) {
+      scale_[i] = p.gamma ? p.gamma[i] * p.rstd[i] : p.rstd[i];
+      offset[i] = scale_[i] * weight * walk_.dh_sum[i];
+      slope[i] = scale_[i] * weight * walk_.dhc_sum[i] * p.rstd[i];
+      center[i] = p.bias ? p.mean[i] - p.bias[i] : p.mean[i];
+    }
+  }
+  void batch_norm_rows(int64_t m, int64_t count, A* d, int64_t stride) {
+    const A *const scale = scale_, *const offset = scale + width_, *const slope = offset + width_,
+                   *const center = slope + width_;
+    for (int64_t row = 0; row < count; ++row)
+      with_row<A>(walk_.program.input, m + row, [&, n = width_, t = d + row * stride](auto* z) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i)
+          t[i] = scale[i] * t[i] - offset[i] - slope[i] * (to_float(z[i]) - center[i]);
+      });
+    sum_up(Stage::linear, count, d, stride);
     if ((rows_ += count) >= kMostRows) flush();
   }
 
@@ -152,7 +205,9 @@ class Side {
     return rows;
   }
 
-  A* dx_add(int64_t row) { return memory_ + (kSums + row * kOfRow) * width_; }
+  A* dx_add(int64_t row) {
+    return memory_ + (kSums + kCoefficients + row * kOfRow) * width_;
+  }
   A* value(int64_t row, int i) { return dx_add(row) + (1 + i) * width_; }  // of the forward
 
   // Fills the tapes, which keep up to three values of a row. The last stage's own result is not
@@ -181,14 +236,14 @@ class Side {
       else if (last == Stage::gate)
         tapes_[i].gate = t[i];
       else
-        forward_stage<A, true>(p, last, m + i, t[i], value(i, used[i] + 1), &tapes_[i]);
+        tapes_[i].rstd = norm_forward<A, true>(p, t[i], nullptr), tapes_[i].c = t[i];
     }
   }
 
   Walk<A> walk_;
   A* totals_[kSums] = {};  // where the caller wants the sums: dgamma, dbeta, dgate, dbias
   int64_t width_ = 0, rows_ = 0, at_once_ = 1;
-  A* memory_ = nullptr;
+  A *memory_ = nullptr, *scale_ = nullptr;
   size_t replayed_ = 0;
   bool takes_norm_ = false;
   Tape<A> tapes_[kMostRows];

@@ -28,22 +28,41 @@ inline size_t stages_before_norm(const std::vector<Stage>& stages) {
   return std::find(stages.begin(), stages.end(), Stage::norm) - stages.begin();
 }
 
+// Columns [i, i + kStrip T's) of t: the mean m down the rows, the sums of t - m and of (t - m)^2.
+template <class T, int kStrip, class A>
+FUSEDRES_INLINE void strip_statistics(const A* t, int64_t stride, int64_t rows, A* mean, A* rest,
+                                      A* square) {
+  constexpr int kLanes = sizeof(T) / sizeof(A);
+  T m[kStrip] = {}, d_sum[kStrip] = {}, d_square[kStrip] = {};
+  for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+    for (int j = 0; j < kStrip; ++j) m[j] += at<T>(t, row * stride + j * kLanes);
+#pragma GCC unroll 4
+  for (int j = 0; j < kStrip; ++j) m[j] /= static_cast<A>(rows);
+  for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+    for (int j = 0; j < kStrip; ++j) {
+      const T d = at<T>(t, row * stride + j * kLanes) - m[j];
+      d_sum[j] += d;
+      d_square[j] += d * d;
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < kStrip; ++j) {
+    at<T>(mean, j * kLanes) = m[j];
+    at<T>(rest, j * kLanes) = d_sum[j];
+    at<T>(square, j * kLanes) = d_square[j];
+  }
+}
+
 // Merges the rows t (rows, n) into the mean and squares of `seen` rows: two passes about the block's
 // own mean, whose rounding shows as the mean of what is left. Both begin as 0.
 template <class A>
 inline void merge_statistics(const A* t, int64_t stride, int64_t rows, int64_t n, int64_t seen,
                              double* mean, double* squares, A* sums) {
   A *const rest = sums + n, *const square = rest + n;
-  std::fill_n(sums, 3 * n, A(0));
-  for (int64_t m = 0; m < rows; ++m) add(sums, t + m * stride, n);
-  for (int64_t i = 0; i < n; ++i) sums[i] /= static_cast<A>(rows);
-  for (int64_t m = 0; m < rows; ++m)
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const A d = t[m * stride + i] - sums[i];
-      rest[i] += d;
-      square[i] += d * d;
-    }
+  over_strips<A>(n, [&](int64_t i, auto v, auto strip) {
+    strip_statistics<decltype(v), strip>(t + i, stride, rows, sums + i, rest + i, square + i);
+  });
   const double here = static_cast<double>(rows);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {

@@ -1,0 +1,42 @@
+"""Whether backward may write over what forward saved for it: dz where z lies.
+
+As AOTAutograd's donated buffers: eager frees an activation before it needs memory for the next
+gradient, an op that makes all gradients at once can only write over it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST = 1 << 14  # elements: to ask costs a microsecond
+
+# Private to torch, hence the getattr; a test sees what is saved by them.
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+_users: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+def donated(ctx: Any, t: Tensor, references: int) -> bool:
+    """Whether `t`, which `ctx` saved and its caller holds by so many references, is nobody else's:
+    backward runs once (no retain_graph), no hook and no user holds it, no mode records ops.
+
+    If so, the graph forgets it at once, so that a second backward is an error even if this one fails.
+    """
+    if (
+        type(t) is not Tensor
+        or t.numel() < LEAST
+        or _keeps_graph()
+        or _modes()
+        or sys.getrefcount(t) != references + 3  # and two arguments and torch
+        or _users(t.untyped_storage()._cdata) != 2  # t's and the question's
+    ):
+        return False
+    ctx.maybe_clear_saved_tensors()
+    return True
