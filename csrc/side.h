@@ -282,22 +282,22 @@ struct BackwardPass {
   int64_t stride_ = 0;
 };
 
-// dweight = dz.T @ x, (N, K). By strips of dz's columns, which share a packed x, and where there are
-// many rows by parts of them: in powers of two, so that threads have equal shares.
+// dweight = dz.T @ x, (N, K). Where there are many rows by parts of them, in powers of two; and by
+// strips of dz's columns, on whose number no result depends: many strips share a packed x.
 template <class A>
 void weight_gradient(const Rows& dz, const Rows& x, int64_t M, const Rows& dweight) {
-  constexpr int64_t kTasks = 16, kColumns = 48, kRows = 512, kShared = 1024;
+  constexpr int64_t kParts = 16, kColumns = 48, kRows = 256, kShared = 1024;
   const cpu::Kernels<A>& kernels = cpu::kernels<A>();
-  const int64_t N = dz.features, K = x.features;
+  const int64_t N = dz.features, K = x.features, threads = torch::stable::get_num_threads();
   int64_t parts = 1, strips = 1;
-  while (parts < kTasks && 2 * parts * std::max(kRows, 2 * K) <= M) parts *= 2;
-  while (strips * parts < kTasks && 2 * strips * kColumns <= N) strips *= 2;
+  while (parts < kParts && 2 * parts * std::max(kRows, 2 * K) <= M) parts *= 2;
+  while (strips * parts < threads && 2 * strips * kColumns <= N) strips *= 2;
   cpu::WeightGradient<A> g;
   g.dz = dz;
   g.x = x;
   g.product = dz.dtype;
   std::optional<PackedMatrix<A>> right;
-  if (parts == 1 && strips > 1 && M > 0 && M <= kShared)
+  if (parts == 1 && strips > 2 && M > 0 && M <= kShared)
     g.right = right.emplace(x, M, false).packed;
   Optional memory;
   if (parts == 1) {
@@ -308,9 +308,10 @@ void weight_gradient(const Rows& dz, const Rows& x, int64_t M, const Rows& dweig
                    std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
     g.part = static_cast<A*>(memory->data_ptr());
   }
-  const int64_t columns = (N + strips - 1) / strips, rows = (M / parts + 1) / 2 * 2;
+  const int64_t tile = kernels.tile_rows(g.product), tiles = (N + tile - 1) / tile;
+  const int64_t columns = (tiles + strips - 1) / strips * tile, rows = (M / parts + 1) / 2 * 2;
   in_parallel(strips * parts, [&](int64_t task) {
-    const int64_t part = task / strips, begin = task % strips * columns;
+    const int64_t part = task / strips, begin = std::min(N, task % strips * columns);
     cpu::WeightGradient<A> mine = g;
     if (g.part) mine.part += part * N * g.part_stride;
     kernels.weight_gradient(mine, part * rows, part + 1 < parts ? (part + 1) * rows : M, begin,

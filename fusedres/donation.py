@@ -27,16 +27,11 @@ def donated(ctx: Any, t: Tensor, references: int) -> bool:
     """Whether `t`, which `ctx` saved and its caller holds by so many references, is nobody else's:
     backward runs once (no retain_graph), no hook and no user holds it, no mode records ops.
 
-    If so, the graph forgets it at once, so that a second backward is an error even if this one fails.
+    Where backward runs once, the graph forgets what it saved at once, as it would do after it: so a
+    second one is an error even if this one fails.
     """
-    if (
-        type(t) is not Tensor
-        or t.numel() < LEAST
-        or _keeps_graph()
-        or _modes()
-        or sys.getrefcount(t) != references + 3  # and two arguments and torch
-        or _users(t.untyped_storage()._cdata) != 2  # t's and the question's
-    ):
+    if type(t) is not Tensor or t.numel() < LEAST or _keeps_graph() or _modes():
         return False
     ctx.maybe_clear_saved_tensors()
-    return True
+    alone = sys.getrefcount(t) == references + 2  # and the two arguments'
+    return alone and _users(t.untyped_storage()._cdata) == 2  # t's and the question's

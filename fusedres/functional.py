@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import backends, checks, graphs, ops
@@ -130,6 +131,9 @@ def run(
             checks.check_memory(error)
             raise
         if stats is not None:
+            if name == "cpu" and not (compiling or exporting or _modes()):
+                _update_at_once(o.running_mean, o.running_var, stats, M, momentum, tracked)
+                return y if flat else y.view(*x.shape[:-1], N)
             batch, unbias = stats.unbind(), M / max(M - 1, 1)
     if spec.batch_stats:
         update_running_statistics(o, batch, unbias, M, momentum, tracked)
@@ -138,6 +142,21 @@ def run(
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:
     return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+
+
+def _update_at_once(
+    mean: Tensor | None,
+    var: Tensor | None,
+    batch: Tensor,
+    rows: int,
+    momentum: float | None,
+    tracked: Tensor | None,
+) -> None:
+    """update_running_statistics by one op: torch's eight cost a tenth of a small step."""
+    if momentum is None and tracked is None:
+        return
+    torch.ops.fusedres.update_running_.default(mean, var, tracked, batch, rows, momentum)
+    increment_version([t for t in (mean, var, tracked) if t is not None])
 
 
 @torch.no_grad()

@@ -171,7 +171,8 @@ class Side {
   void set_coefficients() {
     const Program<A>& p = walk_.program;
     scale_ = memory_ + kSums * width_;
-    A *const offset = scale_ + width_, *const slope = offset + width_, *const center = slope + width_;
+    A *const offset = scale_ + width_, *const slope = offset + width_,
+             *const center = slope + width_;
     const A weight = A(1) / static_cast<A>(p.M);
     for (int64_t i = 0; i < width_; ++i) {
       scale_[i] = p.gamma ? p.gamma[i] * p.rstd[i] : p.rstd[i];
@@ -205,9 +206,7 @@ class Side {
     return rows;
   }
 
-  A* dx_add(int64_t row) {
-    return memory_ + (kSums + kCoefficients + row * kOfRow) * width_;
-  }
+  A* dx_add(int64_t row) { return memory_ + (kSums + kCoefficients + row * kOfRow) * width_; }
   A* value(int64_t row, int i) { return dx_add(row) + (1 + i) * width_; }  // of the forward
 
   // Fills the tapes, which keep up to three values of a row. The last stage's own result is not
@@ -260,19 +259,29 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
       (rows * step + rows * inner + rows * wide + Side<A>::elements(N) + Side<A>::elements(K)) *
       sizeof(A));
   Side<A> after(b.after, arena), before(b.before, arena);
-  A* const t = arena.take<A>(rows * step);
+  A* const scratch = arena.take<A>(rows * step);
   Unit* const left = arena.take<Unit>(rows * inner);
-  A* const product = multiplies ? arena.take<A>(rows * wide) : t;
-  const int64_t d_step = multiplies ? wide : step;
+  A* const of_product = multiplies ? arena.take<A>(rows * wide) : scratch;
+  // dz and dx are made where they are stored, if they can be and nothing is read there.
+  const bool dx_there = multiplies && can_hold<A>(b.dx, K) && b.dx.data != b.dy.data;
+  const bool dz_there = multiplies && can_hold<A>(b.dz, N) && b.product == b.dz.dtype &&
+                        b.dz.data != b.dy.data &&
+                        !(b.after && b.dz.data == b.after->program.input.data);
+  const Block<A> dz_block = dz_there ? Block<A>(b.dz) : Block<A>(scratch, step);
+  const Block<A> dx_block = dx_there     ? Block<A>(b.dx)
+                            : multiplies ? Block<A>(of_product, wide)
+                                         : Block<A>(scratch, step);
+  const int64_t t_step = dz_block.stride, d_step = dx_block.stride;
 
   for (int64_t first = begin; first < end; first += rows) {
     const int64_t count = std::min(rows, end - first);
+    A *const t = dz_block.at(first), *const product = dx_block.at(first);
     // dy -> back through the stages after -> dz
-    for (int64_t i = 0; i < count; ++i) load_row(b.dy, first + i, t + i * step, N);
-    if (b.after) after.rows(first, count, t, step);
+    for (int64_t i = 0; i < count; ++i) load_row(b.dy, first + i, t + i * t_step, N);
+    if (b.after) after.rows(first, count, t, t_step);
     for (int64_t i = 0; i < count; ++i) {
-      A* const d = t + i * step;
-      if (b.dz.data) store_row(d, b.dz, first + i, N);
+      A* const d = t + i * t_step;
+      if (b.dz.data && !dz_there) store_row(d, b.dz, first + i, N);
       if (!multiplies) continue;
       if (std::is_same_v<Unit, A>)
         round_row(d, b.product, N);
@@ -283,7 +292,7 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
     if (multiplies) {
       const Unit* a = left;
       int64_t stride = inner;
-      if constexpr (std::is_same_v<Unit, A>) a = t, stride = step;
+      if constexpr (std::is_same_v<Unit, A>) a = t, stride = t_step;
       multiply(row_major(a, stride), count, static_cast<const Unit*>(b.weight.data), inner, K,
                product, d_step, false);
     }
@@ -292,7 +301,7 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count && b.dx.data; ++i) {
       A* const d = product + i * d_step;
       if (b.skip.data) add_scaled(b.skip, first + i, static_cast<A>(b.skip_scale), d, K);
-      store_row(d, b.dx, first + i, K);
+      if (!dx_there) store_row(d, b.dx, first + i, K);
     }
   }
   after.flush();

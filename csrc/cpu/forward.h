@@ -107,9 +107,13 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
   Arena arena((rows * step + rows * inner + rows * wide + 3 * width) * sizeof(A));
   A* const t = arena.take<A>(rows * step);
   Unit* const left = arena.take<Unit>(rows * inner);
-  A* const z = multiplies ? arena.take<A>(rows * wide) : t;
+  A* const product = multiplies ? arena.take<A>(rows * wide) : t;
   A* const sums = arena.take<A>(3 * width);
-  const int64_t z_step = multiplies ? wide : step;
+  // z becomes y where y is stored, if it can; with no y, z is made where it is stored.
+  const Rows& stored = f.y.data ? f.y : f.z;
+  const bool there = multiplies && can_hold<A>(stored, N) && f.product == stored.dtype;
+  const Block<A> block = there ? Block<A>(stored) : Block<A>(product, multiplies ? wide : step);
+  const int64_t z_step = block.stride;
   const bool plain = multiplies && !f.before && !f.operand.data && f.x.dtype == f.product;
   const bool in_place =
       plain && !apart && f.product != DType::bfloat16 && f.product != DType::float16;
@@ -122,6 +126,7 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
 
   for (int64_t first = begin; first < end; first += rows) {
     const int64_t count = std::min(rows, end - first);
+    A* const z = block.at(first);
     // x -> stages before -> operand
     if (pairs_as_they_are) {
       for (int64_t i = 0; i < count; ++i) load_units(f.x, first + i, K, left + i * inner);
@@ -153,11 +158,12 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
       A* const row = z + i * z_step;
       if (f.early_bias) add(row, f.early_bias, N);
       if (multiplies) round_row(row, f.product, N);
-      if (f.z.data) store_row(row, f.z, first + i, N);
+      if (f.z.data && !(there && &stored == &f.z)) store_row(row, f.z, first + i, N);
       if (f.after && f.after->bias) add(row, f.after->bias, N);
     }
     run_stages(f.after, after_stages, first, count, z, z_step);
-    for (int64_t i = 0; i < count && f.y.data; ++i) store_row(z + i * z_step, f.y, first + i, N);
+    for (int64_t i = 0; i < count && f.y.data && !there; ++i)
+      store_row(z + i * z_step, f.y, first + i, N);
     if (statistics)
       merge_statistics(z, z_step, count, width, first - begin, statistics, statistics + width,
                        sums);
