@@ -219,12 +219,16 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
     }
     BackwardPass<A>& end = at_once ? pass : rest;
     if (prologue) {
-      end.before = grads.walk(*prologue, true, 0, r.prologue.size());
+      // dh lies where doperand did, as after `linear`; an `add` would have to send back twice.
+      const bool keeps_dh = batch && product == kExact<A> && !c.in_prologue(Stage::add);
+      const size_t stages = keeps_dh ? prologue->norm() + 1 : r.prologue.size();
+      end.before = grads.walk(*prologue, true, 0, stages);
       if (prologue_residual) end.before->dresidual = rows_of(*grads.of[kResidual]);
       if (batch) {
         BackwardPass<A> tail;
         tail.pass = rest.pass;
         tail.before = grads.walk_to_batch_norm(*prologue, true);
+        if (keeps_dh && r.prologue.size() > stages) tail.pass.dx = rest.pass.dy;
         tail.run(M);
         grads.take(tail.before, true);
         set_norm_sums(*end.before, *tail.before);

@@ -109,20 +109,24 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
   Unit* const left = arena.take<Unit>(rows * inner);
   A* const product = multiplies ? arena.take<A>(rows * wide) : t;
   A* const sums = arena.take<A>(3 * width);
-  // z becomes y where y is stored, if it can; with no y, z is made where it is stored.
-  const Rows& stored = f.y.data ? f.y : f.z;
+  const auto stages_of = [&](const Program<A>* p) {
+    if (!p) return size_t{0};
+    return statistics && p == last ? stages_before_norm(*p->stages) : p->stages->size();
+  };
+  const size_t before_stages = stages_of(f.before), after_stages = stages_of(f.after);
+
+  // z becomes y where y is stored, if it can; with no y and no stages, z is made where it is stored
+  // and the mean gets the bias.
+  const bool z_stays = !f.y.data && after_stages == 0;
+  const Rows& stored = z_stays ? f.z : f.y;
   const bool there = multiplies && can_hold<A>(stored, N) && f.product == stored.dtype;
+  const A* const bias = f.after ? f.after->bias : nullptr;
   const Block<A> block = there ? Block<A>(stored) : Block<A>(product, multiplies ? wide : step);
   const int64_t z_step = block.stride;
   const bool plain = multiplies && !f.before && !f.operand.data && f.x.dtype == f.product;
   const bool in_place =
       plain && !apart && f.product != DType::bfloat16 && f.product != DType::float16;
   const bool pairs_as_they_are = plain && apart;
-  const auto stages_of = [&](const Program<A>* p) {
-    if (!p) return size_t{0};
-    return statistics && p == last ? stages_before_norm(*p->stages) : p->stages->size();
-  };
-  const size_t before_stages = stages_of(f.before), after_stages = stages_of(f.after);
 
   for (int64_t first = begin; first < end; first += rows) {
     const int64_t count = std::min(rows, end - first);
@@ -158,8 +162,8 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
       A* const row = z + i * z_step;
       if (f.early_bias) add(row, f.early_bias, N);
       if (multiplies) round_row(row, f.product, N);
-      if (f.z.data && !(there && &stored == &f.z)) store_row(row, f.z, first + i, N);
-      if (f.after && f.after->bias) add(row, f.after->bias, N);
+      if (f.z.data && !(there && z_stays)) store_row(row, f.z, first + i, N);
+      if (bias && !(there && z_stays)) add(row, bias, N);
     }
     run_stages(f.after, after_stages, first, count, z, z_step);
     for (int64_t i = 0; i < count && f.y.data && !there; ++i)
@@ -168,6 +172,8 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
       merge_statistics(z, z_step, count, width, first - begin, statistics, statistics + width,
                        sums);
   }
+  if (statistics && bias && there && z_stays)
+    for (int64_t n = 0; n < width; ++n) statistics[n] += bias[n];
 }
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA
