@@ -125,7 +125,8 @@ def _convert_owner(
         return [Add(name, False, "its forward was replaced")] if "forward" in vars(module) else []
     become(module, planned_kind(type(module)))
     plans = module.__dict__["_fusedres_plans"] = Plans(when)
-    plan = plans.find(module, args, kwargs)
+    made = plans.make(module, args, kwargs)
+    plan = None if made is None else made[0]
     reason = "it is given a subclass of torch.Tensor" if plan is None else plan.why_not
     fused = plan is not None and plan.call is not None
     if fused:
