@@ -8,14 +8,16 @@ read, all of it runs in one state of autocast.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..checks import DTYPES
+from .block import Block, Layer, cut
 from .dataflow import Dataflow, is_transformed
+from .describe import describe
 from .identify import read_long
 from .reading import Op, read, shape, value
 
@@ -25,74 +27,6 @@ _HEAVY = {
     *("scaled_dot_product_attention", "multi_head_attention_forward", "scatter_add", "index_add"),
     *_CONVOLUTIONS,
 }
-
-
-@dataclass
-class Layer:
-    """One fused call: stages in order, its input and operands, and the nodes it stands for."""
-
-    x: Node
-    stages: list[str] = field(default_factory=list)
-    tensors: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    nodes: list[Node] = field(default_factory=list)
-    passing: dict[Node, Node] = field(default_factory=dict)  # what is its input but for chance
-    last: Node | None = None  # whose value the call returns
-    rows: bool = False  # leading dimensions change on the way
-
-    def put(self, op: Op, node: Node, first: bool = False) -> None:
-        """Joins a stage, as the first one or the last."""
-        if op.kind not in ("same", "rows"):
-            kind = "gate" if op.kind == "factor" else op.kind
-            self.stages.insert(0 if first else len(self.stages), kind)
-            self.tensors |= op.tensors
-            self.settings |= op.settings
-        self.rows |= op.kind == "rows"
-        self.nodes += [node, *op.inside]
-        if op.kind in ("same", "rows", "dropout", "droppath"):
-            self.passing |= dict.fromkeys((node, *op.inside), op.x)
-        if first or not self.stages:
-            self.x = op.x
-        if self.last is None or not first:
-            self.last = node
-
-    @property
-    def order(self) -> str:
-        return "-".join(self.stages)
-
-
-@dataclass
-class Block:
-    """One residual add with the layers that lead to it."""
-
-    add: Node
-    layers: list[Layer]
-    residual: Node
-
-    @property
-    def rows(self) -> bool:
-        """Whether rows are cut into leading dimensions otherwise somewhere inside."""
-        return any(layer.rows for layer in self.layers)
-
-    @property
-    def out(self) -> Node:
-        last = self.layers[-1].last
-        assert last is not None
-        return last
-
-    @property
-    def nodes(self) -> set[Node]:
-        return {node for layer in self.layers for node in layer.nodes}
-
-    @property
-    def inputs(self) -> list[Node]:
-        """What the block reads, in order of appearance."""
-        inside = self.nodes
-        first = self.layers[0].x
-        found = dict.fromkeys([first, self.residual])
-        for node in sorted(inside):
-            found |= dict.fromkeys(n for n in node.all_input_nodes if n not in inside)
-        return list(found)
 
 
 @dataclass
@@ -261,7 +195,7 @@ class Matcher:
             steps.append((op, n))
             reads.nodes |= {n, *op.inside}
             n = op.x
-        return _cut(tail, steps)
+        return cut(tail, steps)
 
     def _scaled_skip(self, block: Block) -> None:
         """c * r + branch, where nobody else reads c * r."""
@@ -311,70 +245,7 @@ class Matcher:
         return self.flow.disturbed(inside, block.out, inputs)
 
 
-def _cut(tail: Layer, steps: list[tuple[Op, Node]]) -> list[Layer]:
-    """Cuts what stands before the last matmul (`steps`, nearest first) into layers.
-
-    Stages between two matmuls join the first layer's end where it has a norm, or off a CPU: else
-    that layer would gain nothing, and they are the second one's beginning.
-    """
-    kinds = [op.kind for op, _ in steps]
-    at = kinds.index("linear") if "linear" in kinds else len(steps)
-    between, before = steps[:at], steps[at + 1 :]
-    cpu = value(tail.x).device.type == "cpu"
-    first: Layer | None = None
-    if at < len(steps):
-        first = Layer(steps[at][0].x)
-        first.put(*steps[at], first=True)
-        for op, node in reversed(between):
-            if op.kind in first.stages:
-                break
-            first.put(op, node)
-        for op, node in before:
-            if op.kind in first.stages:
-                break
-            first.put(op, node, first=True)
-        if "norm" not in first.stages and (cpu or first.stages == ["linear"]):
-            first = None
-    taken = set() if first is None else set(first.nodes)
-    for op, node in between:
-        if node in taken or op.kind in tail.stages:
-            break
-        tail.put(op, node, first=True)
-    return [tail] if first is None or tail.x is not first.last else [first, tail]
-
-
 def _comes_in(node: Node) -> bool:
     """Whether it is an activation that was made outside the graph: who knows from what."""
     v = value(node)
     return node.op == "placeholder" and isinstance(v, Tensor) and not isinstance(v, nn.Parameter)
-
-
-_MOVING = {
-    "transpose": "a transpose, so that its rows are not those of the sum",
-    "permute": "a transpose, so that its rows are not those of the sum",
-    "roll": "windows that are put back in their places",
-    "getitem": "a part of a larger value",
-}
-_ENDS = {
-    "multi_head_attention_forward": "the attention output projection inside nn.MultiheadAttention",
-    "add": "a sum",
-    "iadd": "a sum",
-    "mul": "a product of two activations",
-    "batch_norm": "batch norm over another dimension than the last",
-}
-
-
-def describe(node: Node) -> str:
-    """What a branch ends in, in the words of its model."""
-    name, source = _name(node), node
-    while _name(source) in (*_MOVING, "view", "reshape") and source.all_input_nodes:
-        source = source.all_input_nodes[0]
-    if _name(source) == "multi_head_attention_forward":
-        name = _name(source)
-    if node.op == "placeholder":
-        return "a value from outside the graph"
-    return _ENDS.get(name) or _MOVING.get(name) or f"'{name}'"
-
-
-def _name(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target)).strip("_")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .match import Block
+from .block import Block
 from .reading import value
 from .rewrite import emit
 

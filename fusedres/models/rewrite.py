@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..functional import run
 from ..operands import Operands
 from ..spec import Spec, make_spec
-from .match import Block, Layer
+from .block import Block, Layer
 from .reading import shape, value
 
 Look = Callable[[Any], Any]  # from a node of the model's graph to the one that has its value
