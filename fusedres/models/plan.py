@@ -90,6 +90,9 @@ def make_plan(
         others = [v for v in flat if not isinstance(v, _SIMPLE) and type(v) not in PLAIN]
         if others:
             raise CannotTrace(f"it is given a {type(others[0]).__name__}")
+        for name, p in root.named_parameters():
+            if type(p) not in PLAIN:  # convert comes before fully_shard or parallelize_module
+                raise CannotTrace(f"its parameter {name} is a {type(p).__name__} already")
         before = Modules(list(root.modules()))
         graph, tracer = trace(root, flat, tree, opaque)
         if before.find([]) is None:
@@ -154,13 +157,20 @@ class Plans:
         other = any(isinstance(v, Tensor) and type(v) not in PLAIN for v in leaves(args, kwargs))
         if len(self.plans) >= MOST or replica or other:
             return None
-        plan = make_plan(root, args, kwargs, self.when, is_planned)
+        plan = make_plan(root, args, kwargs, self.when, _is_called)
         self.plans.append(plan)
         return plan, plan.modules.find(plan.wanted) or []
 
 
 def is_planned(module: nn.Module) -> bool:
     return "_fusedres_plans" in module.__dict__
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether a caller's plan calls it. SyncBatchNorm's forward goes by whether processes are there
+    yet.
+    """
+    return is_planned(module) or isinstance(module, nn.SyncBatchNorm)
 
 
 class Planned:
