@@ -130,6 +130,10 @@ class Matcher:
             if is_transformed(node):
                 add.why_not = "it runs inside a torch.func transform"
                 return add
+            alpha = node.kwargs.get("alpha", 1)
+            if alpha != 1:
+                add.why_not = f"it adds {alpha} times its second operand"
+                return add
             for b, s in ((branch, skip), (skip, branch)):
                 found = self._block(node, b, s)
                 if isinstance(found, Block):
@@ -174,12 +178,10 @@ class Matcher:
         block = Block(add, layers, skip)
         if block.rows and "droppath" in tail.stages:
             return "its rows are cut into other samples before it adds"
-        sum_op = self._read(add)
-        assert sum_op is not None
         tail.put(Op("add", branch), add)
         self._scaled_skip(block)
         self._after(block)
-        return self._unsafe(block, sum_op) or block
+        return self._unsafe(block) or block
 
     def _before(self, tail: Layer, reads: _Reads) -> list[Layer]:
         """The layers of the block: stages before the matmul, and the matmul before them."""
@@ -222,14 +224,14 @@ class Matcher:
                 return
             tail.put(op, n)
 
-    def _unsafe(self, block: Block, sum_op: Op) -> str | None:
+    def _unsafe(self, block: Block) -> str | None:
         inside, inputs = block.nodes, block.inputs
         for node in inside:
             op = self._read(node)
             if op is not None and op.writes and op.x not in inside:
                 reason = self.flow.seen_later(op.x, node)
-                if node is not block.add or reason is not None:
-                    return reason or "a stage writes into what it reads"
+                if reason is not None:
+                    return reason
         tensors = [block.layers[0].x, block.residual]
         tensors += [t for layer in block.layers for t in layer.tensors.values() if t is not None]
         devices = {value(t).device for t in tensors if isinstance(t, Node)}

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
-from blocks import BLOCKS, LEFT, MLP, K, linear
+from blocks import BLOCKS, LEFT, MLP, TWICE, K, drop_path, linear
 from blocks import _make as make
 from fusedres import convert, revert
 from fusedres.models import gain, guard
@@ -60,8 +60,8 @@ def test_found_and_equal(name):
     block, x = make_block(), torch.randn(3, 6, K)
     plain = copy.deepcopy(block)
     report = convert(block, x, when="always").residual_adds
-    assert report.found == len(report.fused) == (2 if name == "two branches" else 1)
-    assert report.fused[0].what.split(" in ")[0].split(", ") == recipes
+    assert report.found == len(report.fused) == (2 if name in TWICE else 1)
+    assert report.fused[-1].what.split(" in ")[0].split(", ") == recipes
     assert calls(block, x) == 1
     assert_same(step(block, block, x), step(plain, plain, x))
     with torch.no_grad():
@@ -79,6 +79,30 @@ def test_left_with_the_reason(name):
     report = convert(block, x, when="always").residual_adds
     assert not report.fused and report.left and type(block) is kind
     assert_same(step(block, block, x), before, 0.0)
+
+
+def test_drop_path():
+    """The mask's own questions for the branch's size do not keep it from being fused."""
+    net = make(lambda s, x: x + drop_path(s.fc(x), 0.25, s.training), fc=linear())
+    plain, x = copy.deepcopy(net), torch.randn(500, 4, K)
+    report = convert(net, x, when="always")
+    assert "linear-droppath-add drop_path=0.25" in str(report)
+    assert calls(net, x) == 1
+    dropped = (net(x) == x).view(500, -1)
+    assert torch.equal(dropped.all(1), dropped.any(1))
+    assert abs(dropped.all(1).double().mean() - 0.25) < 0.08
+    assert_same([net.eval()(x)], [plain.eval()(x)])
+
+
+@pytest.mark.parametrize("name", ["in place", "in place into the branch", "in place into the skip"])
+def test_what_writes_in_place_is_timed_too(name, monkeypatch):
+    """In training, where a leaf that learns must not be written into."""
+    timed = []
+    measure = gain._measure
+    monkeypatch.setattr(gain, "_measure", lambda pair: timed.append(measure(pair)) or timed[-1])
+    monkeypatch.setattr(gain, "_MEASURED", {})
+    convert(BLOCKS[name][0](), torch.randn(3, 6, K, requires_grad=True))
+    assert len(timed) == 1
 
 
 def test_parameters_keys_and_modules_stay():
