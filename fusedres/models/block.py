@@ -46,11 +46,17 @@ class Layer:
 
 @dataclass
 class Block:
-    """One residual add with the layers that lead to it."""
+    """One residual add with the layers that lead to it: of one branch, or of two, whose sum it
+    adds. The first branch's last layer then adds `residual`, the second's what that gives.
+    """
 
     add: Node
-    layers: list[Layer]
+    branches: list[list[Layer]]
     residual: Node
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for branch in self.branches for layer in branch]
 
     @property
     def rows(self) -> bool:
@@ -68,11 +74,15 @@ class Block:
         return {node for layer in self.layers for node in layer.nodes}
 
     @property
+    def data(self) -> list[Node]:
+        """What its branches begin with."""
+        return [branch[0].x for branch in self.branches]
+
+    @property
     def inputs(self) -> list[Node]:
         """What the block reads, in order of appearance."""
         inside = self.nodes
-        first = self.layers[0].x
-        found = dict.fromkeys([first, self.residual])
+        found = dict.fromkeys([*self.data, self.residual])
         for node in sorted(inside):
             found |= dict.fromkeys(n for n in node.all_input_nodes if n not in inside)
         return list(found)

@@ -57,7 +57,7 @@ class Pair:
         v = value(node)
         if not isinstance(v, Tensor):
             return v
-        data, size = (self.block.layers[0].x, self.block.residual), list(map(_hint, v.shape))
+        data, size = (*self.block.data, self.block.residual), list(map(_hint, v.shape))
         if node in data:
             rows = [2] * (len(size) - 2) + [3] if small else size[:-1]
             size = [*([6] if small and self.block.rows else rows), size[-1]]

@@ -69,6 +69,14 @@ def _into_the_skip(s, x):
     return y
 
 
+def _one_norm(s, x):
+    h = s.norm(x)
+    y = s.a(h)
+    y += 0.5 * s.fc2(F.gelu(s.fc1(h)))
+    y += 0.25 * x
+    return s.after(y)
+
+
 # name -> (module, recipes that the report is to name of its last add, on a CPU)
 BLOCKS = {
     "prenorm": (
@@ -165,6 +173,17 @@ BLOCKS = {
         lambda: _make(lambda s, x: x + s.a(x) + s.fc2(F.gelu(s.fc1(s.norm(x)))), **PARALLEL),
         ["norm-linear-act norm=layer activation=gelu", "linear-add"],
     ),
+    "a sum of branches": (
+        lambda: _make(lambda s, x: x + (s.a(x) + s.fc2(F.gelu(s.fc1(s.norm(x))))), **PARALLEL),
+        ["norm-linear-act norm=layer activation=gelu", "linear-add", "linear-add"],
+    ),
+    "a sum of branches of one norm": (
+        lambda: _make(_one_norm, **PARALLEL, after=lambda: nn.LayerNorm(K)),
+        [
+            "act-linear-gate-add activation=gelu gate=scalar residual_scale=0.25",
+            "linear-add-norm norm=layer",
+        ],
+    ),
     "three matmuls": (
         lambda: _make(
             lambda s, x: x + s.fc3(F.relu(s.n2(s.fc2(F.relu(s.n1(s.fc1(x))))))),
@@ -243,6 +262,11 @@ def _overwritten(s, x):
     return y + z
 
 
+def _sum_seen(s, x):
+    y = s.a(x.cos()) + s.fc1(x.sin()).cos()
+    return x + y, y
+
+
 def _relu_seen(s, x):
     h = s.fc1(x)
     return x + s.fc2(F.relu(h, inplace=True)), h  # h, after the ReLU
@@ -279,9 +303,11 @@ LEFT = {
         lambda: _make(lambda s, x: torch.add(x, s.fc1(x), alpha=0.5), fc1=linear()),
         "it adds 0.5 times its second operand",
     ),
-    "two sums": (
-        lambda: _make(lambda s, x: x + (s.a(x.cos()) + s.fc1(x.sin())), a=linear(), fc1=linear()),
-        "its branch ends in a sum",
+    "a sum with what is no branch": (
+        lambda: _make(lambda s, x: x + (s.a(x) + x.cos()), a=linear()), "its branch ends in a sum"
+    ),
+    "a sum that is seen": (
+        lambda: _make(_sum_seen, a=linear(), fc1=linear()), "its branch ends in a sum"
     ),
     "the caller's memory": (lambda: _make(lambda s, x: x.add_(s.fc1(x)), fc1=linear()), "in place"),
     "autocast ends within": (lambda: _make(_autocast, fc1=linear()), "switched"),
