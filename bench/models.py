@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(f"{row['model']}, {row['mode']}: x {ratios}", file=sys.stderr, flush=True)
     print(table(results))
-    if not (args.quick or args.only):
+    if results["rows"] and not (args.quick or args.only):
         path: Path = results_file.save(results, RESULTS / f"{results_file.name(results)}.json")
         PAGE.write_text(page(results), encoding="utf-8")
         print(f"Written: {path}, {PAGE}", file=sys.stderr)

@@ -115,7 +115,8 @@ class Matcher:
         sides = self.sums.sides(branch)
         if sides is None or alpha(branch) != 1 or set(branch.users) != {add}:
             return self._joined(add, skip, [(branch, add)])
-        both = self._joined(add, skip, [(sides[0], branch), (sides[1], add)])
+        later, sooner = sides
+        both = self._joined(add, skip, [(sooner, branch), (later, add)])
         return both if isinstance(both, Block) else f"its branch ends in {describe(branch)}"
 
     def _joined(self, add: Node, skip: Node, branches: list[tuple[Node, Node]]) -> Block | str:
@@ -203,6 +204,10 @@ class Matcher:
                     return reason
         tensors: list[Any] = [*block.data, block.residual]
         tensors += [t for layer in block.layers for t in layer.tensors.values() if t is not None]
+        for layer in block.layers:  # autograd would see torch's own statistics change under it
+            mean = layer.tensors.get("running_mean") if layer.settings.get("batch_stats") else None
+            if mean is not None and len(mean.users) > 1:
+                return "its batch norm is called more than once"
         devices = {value(t).device for t in tensors if isinstance(t, Node)}
         if len(devices) != 1:
             return "its operands are on several devices"

@@ -175,13 +175,13 @@ BLOCKS = {
     ),
     "a sum of branches": (
         lambda: _make(lambda s, x: x + (s.a(x) + s.fc2(F.gelu(s.fc1(s.norm(x))))), **PARALLEL),
-        ["norm-linear-act norm=layer activation=gelu", "linear-add", "linear-add"],
+        ["linear-add", "norm-linear-act norm=layer activation=gelu", "linear-add"],
     ),
     "a sum of branches of one norm": (
         lambda: _make(_one_norm, **PARALLEL, after=lambda: nn.LayerNorm(K)),
         [
-            "act-linear-gate-add activation=gelu gate=scalar residual_scale=0.25",
-            "linear-add-norm norm=layer",
+            "linear-add residual_scale=0.25",
+            "act-linear-gate-add-norm norm=layer activation=gelu gate=scalar",
         ],
     ),
     "three matmuls": (

@@ -94,6 +94,19 @@ def test_drop_path():
     assert_same([net.eval()(x)], [plain.eval()(x)])
 
 
+def test_a_batch_norm_that_is_called_twice():
+    """Its statistics are what torch's backward of the other call still reads."""
+    net = make(
+        lambda s, x: x + (s.norm(s.a(x)) + s.norm(s.fc(x))),
+        a=linear(), fc=linear(), norm=lambda: nn.BatchNorm1d(K),
+    )  # fmt: skip
+    plain, x = copy.deepcopy(net), torch.randn(20, K)
+    report = convert(net, x, when="always").residual_adds
+    assert not report.fused and "its batch norm is called more than once" in str(report)
+    assert_same(step(net, net, x), step(plain, plain, x))
+    assert_same(list(net.buffers())[:2], list(plain.buffers())[:2])
+
+
 @pytest.mark.parametrize("name", ["in place", "in place into the branch", "in place into the skip"])
 def test_what_writes_in_place_is_timed_too(name, monkeypatch):
     """In training, where a leaf that learns must not be written into."""
