@@ -172,7 +172,8 @@ class FusedResidual(Residual):
             linear: the nn.Linear.
             norm: an nn.LayerNorm, nn.RMSNorm or nn.BatchNorm1d; eps and momentum are taken from it.
             activation: a name, a torch.nn module such as nn.GELU(), or None.
-            settings: the other arguments of FusedResidual (order, gate, dropout, shortcut, ...).
+            settings: the other arguments of FusedResidual (order, gate, dropout, shortcut, ...);
+                `gate` may be the nn.Parameter of a LayerScale, (1,) or (N,), which is shared.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
@@ -185,9 +186,12 @@ class FusedResidual(Residual):
                 f"parameters are shared, got {norm!r}; FusedResidual(..., norm=...) takes names"
             )
         settings = {**norm_settings(norm, linear.weight.dtype), **settings}
-        own = (
-            settings.get("gate") or settings.get("shortcut", "linear") == "linear"
-        )  # parameters of its own
+        gate: Any = settings.get("gate")
+        shared = isinstance(gate, nn.Parameter)
+        if shared:
+            settings["gate"] = "scalar" if gate.numel() == 1 else "channel"
+        # parameters of its own
+        own = (gate is not None and not shared) or settings.get("shortcut", "linear") == "linear"
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -205,6 +209,13 @@ class FusedResidual(Residual):
                     f"FusedResidual.from_layers: norm has {came} features, order '{order}' needs "
                     f"{expected}"
                 )
+        if shared:
+            fits, shape = tuple(getattr(layer.gate, "shape", ())), tuple(gate.shape)
+            if shape != fits:
+                raise ValueError(
+                    f"FusedResidual.from_layers: gate has shape {shape}, expected (1,) or {fits}"
+                )
+            layer.register_parameter("gate", gate)
         layer.linear = linear
         layer.register_module("norm", norm)
         return layer.train(linear.training)

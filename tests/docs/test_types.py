@@ -31,6 +31,7 @@ class Net(nn.Module):
 net: nn.Sequential = FusedSequential(Net(64), nn.Linear(64, 10))
 y: Tensor = fusedres.fused_residual(torch.randn(4, 64), torch.randn(64, 64), shortcut="identity")
 layer: FusedResidual = FusedResidual.from_layers(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU())
+block: FusedResidualMLP = FusedResidualMLP.from_layers(nn.Linear(8, 9), nn.Linear(9, 8))
 part: list[FusedResidual] = FusedResidualStack(8, 4).to_layers()
 print(fusedres.explain(layer, torch.randn(2, 8)).backend, fusedres.ORDERS["note"])
 """
