@@ -312,8 +312,13 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
 template <class A, class Unit>
 void weight_gradient(const WeightGradient<A>& g, int64_t first, int64_t last, int64_t begin,
                      int64_t end) {
-  const int64_t block = g.right.data ? round_up(last - first, 2 * kAmx) : 128;
-  const int64_t K = g.x.features, wide = round_up(K, Vector<A>::kLanes), width = end - begin;
+  const int64_t K = g.x.features;
+  // Whole sums of the product, so that it is the same whether x is packed at once or block by block.
+  const int64_t sums = (std::is_same_v<Unit, Pair> ? 2 : 1) * kInner;
+  const int64_t block = g.right.data ? round_up(last - first, 2 * kAmx)
+                        : K > 256    ? sums
+                                     : 2 * kInner;
+  const int64_t wide = round_up(K, Vector<A>::kLanes), width = end - begin;
   const int64_t left_rows = round_up(width + kTileRows, kAmx);  // in tiles of either size
   Arena arena((block * ((g.right.data ? 0 : wide) + left_rows) + width * wide) * sizeof(A));
   Unit* const packed = g.right.data ? nullptr : arena.take<Unit>(block * wide);
