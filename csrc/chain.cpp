@@ -8,7 +8,7 @@
 // gradients are computed side by side. No link has batch statistics or dropout.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
-#include "links.h"
+#include "chain/results.h"
 
 namespace fusedres {
 namespace {

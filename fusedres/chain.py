@@ -27,7 +27,7 @@ _KINDS = 4  # of operands that a link may have beside weight
 class Link(NamedTuple):
     """A layer of a chain."""
 
-    line: str  # which of `_KINDS` it has, whose input it adds, its recipe: csrc/links.h
+    line: str  # which of `_KINDS` it has, whose input it adds, its recipe: csrc/chain/links.h
     operands: tuple[Tensor, ...]  # weight (N, K), then bias, norm_weight, norm_bias, gate
 
     @classmethod
@@ -42,7 +42,7 @@ def line_of(there: int, back: int, recipe: str) -> str:
     return f"{there}<{back} {recipe}" if back else f"{there} {recipe}"
 
 
-PIECE = 1024  # columns of what a call keeps, at most in a piece of memory: csrc/links.h
+PIECE = 1024  # columns of what a call keeps, at most in a piece of memory: csrc/chain/values.h
 
 
 def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tuple[Spec, int, Any]]:

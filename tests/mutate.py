@@ -103,7 +103,7 @@ TABLE = {
     ("chain", "an add in the middle of a link sends nothing back",
      "if (!last) walk.after->dresidual = memory;", ""),
 ],
-"csrc/links.h": [
+"csrc/chain/links.h": [
     ("stack", "every block has the first one's gate", "i == gate_ ? l / block : l",
      "i == gate_ ? 0 : l"),
     ("stack", "a later block adds the first one's input", "source_[l - block] + block",
@@ -112,6 +112,8 @@ TABLE = {
      "std::max(lives[source(l)].end, l)", "lives[source(l)].end"),
     ("stack", "a gradient's memory is taken while a source needs it",
      "size() - 1 - source(l - 1)}", "size() - 1 - (l - 1)}"),
+],
+"csrc/chain/results.h": [
     ("stack", "a gradient of one link for all", "chain_.entry(i, l))", "0 * l)"),
 ],
 "fusedres/chain.py": [

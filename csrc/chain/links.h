@@ -1,52 +1,18 @@
-// What the chain's ops get and keep: its links, their values in few pieces of memory, their gradients.
-// All as plain pointers: a torch tensor for each link would cost as much as a narrow link's work.
+// What the chain's ops get: links as plain pointers, checked as layers are.
 #pragma once
 
 #include <cstdio>
 #include <deque>
 #include <sstream>
 
-#include "gradients.h"
+#include "chain/values.h"
 
 namespace fusedres {
-
-// What forward keeps for backward.
-enum class Keep { nothing, all, inputs };
-
-inline Keep keep_of(int64_t keep) {
-  STD_TORCH_CHECK(keep >= 0 && keep <= 2, "fusedres: keep must be 0, 1 or 2, got ", keep);
-  return static_cast<Keep>(keep);
-}
 
 // The first element of a tensor's entry i, along its first dimension.
 inline void* entry_of(const Tensor& t, int64_t i) {
   return static_cast<char*>(t.data_ptr()) + i * t.stride(0) * t.element_size();
 }
-
-// ---- links
-
-// Which of few pieces of memory each of many values has: one that no value needs any longer.
-struct Turns {
-  struct Life {
-    int64_t begin, end;  // steps; begins go up
-  };
-  std::vector<int64_t> of;
-  int64_t count = 0;
-
-  explicit Turns(const std::vector<Life>& lives) {
-    std::vector<int64_t> free_from;
-    for (const Life& life : lives) {
-      int64_t slot = 0;
-      while (slot < count && free_from[slot] >= life.begin) ++slot;
-      if (slot == count) {
-        free_from.push_back(0);
-        ++count;
-      }
-      free_from[slot] = life.end;
-      of.push_back(slot);
-    }
-  }
-};
 
 // The links of a call. `text` has a line for each: which of bias, norm_weight, norm_bias and gate
 // there are, as a number of four bits; "<" and how many links back the one is whose input `add`
@@ -295,134 +261,6 @@ struct Chain {
   std::vector<int64_t> source_;
   std::vector<bool> added_;
   std::vector<Tensor> kept_;  // x first; what pointers point into
-};
-
-// ---- values
-
-// Matrices of M rows one after the other, in pieces of memory. fusedres/chain.py knows the rule.
-class Store {
- public:
-  Store(int64_t M, const std::vector<int64_t>& columns) : M_(M) {
-    // So that a piece is of a size that the system does not take back at once; and no function of M,
-    // which may be a symbol where torch traces.
-    constexpr int64_t kColumns = 1024;
-    for (const int64_t c : columns) {
-      if (c > 0 && (pieces_.empty() || pieces_.back() + c > kColumns)) pieces_.push_back(0);
-      at_.push_back({static_cast<int64_t>(pieces_.size()) - 1, c > 0 ? M * pieces_.back() : 0, c});
-      if (c > 0) pieces_.back() += c;
-    }
-  }
-
-  size_t pieces() const { return pieces_.size(); }
-
-  void allocate(DType dtype) {
-    for (const int64_t columns : pieces_) keep(empty({M_ * columns}, scalar_type(dtype)), dtype);
-  }
-
-  // Takes them from `given`; returns where they end.
-  size_t adopt(const std::vector<Tensor>& given, size_t first, DType dtype) {
-    for (const int64_t columns : pieces_) {
-      STD_TORCH_CHECK(first < given.size() && given[first].numel() == M_ * columns &&
-                          given[first].is_contiguous() && given[first].is_cpu() &&
-                          given[first].scalar_type() == scalar_type(dtype),
-                      "fusedres: saved tensor ", first, " does not fit, expected ", M_ * columns,
-                      " elements");
-      keep(given[first++], dtype);
-    }
-    return first;
-  }
-
-  Rows operator[](int64_t i) const { return first(i, at_[i].columns); }
-
-  // Matrix i's first columns.
-  Rows first(int64_t i, int64_t columns) const {
-    const Place& at = at_[i];
-    return {data_[at.piece] + at.offset * item_, at.columns, columns, dtype_};
-  }
-
-  void append_to(std::vector<Tensor>& list) const {
-    list.insert(list.end(), memory_.begin(), memory_.end());
-  }
-
- private:
-  struct Place {
-    int64_t piece, offset, columns;
-  };
-
-  void keep(const Tensor& piece, DType dtype) {
-    dtype_ = dtype;
-    item_ = piece.element_size();
-    memory_.push_back(piece);
-    data_.push_back(static_cast<char*>(piece.data_ptr()));
-  }
-
-  int64_t M_, item_ = 0;
-  DType dtype_ = DType::float32;
-  std::vector<int64_t> pieces_;  // columns
-  std::vector<Place> at_;
-  std::vector<Tensor> memory_;
-  std::vector<char*> data_;
-};
-
-// ---- gradients of the operands that are wanted
-
-class GradientsOf {
- public:
-  GradientsOf(const Chain& chain, const std::string& wanted) : chain_(chain) {
-    for (size_t i = 0; i < chain.operands.size(); ++i) {
-      found_.emplace_back();
-      if (wanted.at(i + 1) == '1') found_[i] = like(chain.operands[i]);
-    }
-  }
-
-  // Those of link l's Inputs, as bits.
-  int64_t needs(int64_t l) const {
-    int64_t needs = 0;
-    for (int input = kWeight; input <= kGate; ++input)
-      if (wants(l, input)) needs |= int64_t{1} << input;
-    return needs;
-  }
-
-  Rows weight(int64_t l) const {
-    const Layer& link = chain_.links[l];
-    return {place(l, kWeight), link.K, link.K, link.product};
-  }
-
-  void place(int64_t l, Vector* into) const {
-    for (int input = kBias; input <= kGate; ++input) {
-      if (!wants(l, input)) continue;
-      const Tensor& t = *found_[chain_.operand_of[l][input]];
-      into[input] = {place(l, input), 1, dtype_of(t)};
-    }
-  }
-
-  std::vector<Tensor> list(const Optional& dx) const {
-    std::vector<Tensor> out;
-    if (dx) out.push_back(*dx);
-    for (const Optional& t : found_)
-      if (t) out.push_back(*t);
-    return out;
-  }
-
- private:
-  bool wants(int64_t l, int input) const {
-    const int64_t i = chain_.operand_of[l][input];
-    return i >= 0 && found_[i].has_value();
-  }
-
-  void* place(int64_t l, int input) const {
-    const int64_t i = chain_.operand_of[l][input];
-    return chain_.stacked ? entry_of(*found_[i], chain_.entry(i, l)) : found_[i]->data_ptr();
-  }
-
-  static Tensor like(const Tensor& t) {
-    std::vector<int64_t> sizes;
-    for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
-    return torch::stable::new_empty(t, sizes);
-  }
-
-  const Chain& chain_;
-  std::vector<Optional> found_;
 };
 
 }  // namespace fusedres
