@@ -29,7 +29,7 @@ struct Call {
   // A link of a chain: weight is the first of `operands`, then come those of bias, norm_weight,
   // norm_bias and gate whose bits are set in `there`.
   Call(const Tensor& x, const std::vector<Tensor>& operands, int there, const Optional& residual,
-       const Recipe& recipe);
+       const Optional& seed, int64_t sample_rows, const Recipe& recipe);
   Call(const Call&) = delete;
 
   int64_t M() const { return x.size(0); }
@@ -157,8 +157,14 @@ inline Call::Call(StableIValue* stack, bool cuda, std::optional<int64_t> needs)
 }
 
 inline Call::Call(const Tensor& x, const std::vector<Tensor>& operands, int there,
-                  const Optional& residual, const Recipe& recipe)
-    : x(x), weight(operands.at(0)), residual(residual), sample_rows(1), recipe(recipe) {
+                  const Optional& residual, const Optional& seed, int64_t sample_rows,
+                  const Recipe& recipe)
+    : x(x),
+      weight(operands.at(0)),
+      residual(residual),
+      seed(seed),
+      sample_rows(sample_rows),
+      recipe(recipe) {
   size_t next = 1;
   Optional* const into[] = {&bias, &norm_weight, &norm_bias, &gate};
   for (int i = 0; i < 4; ++i)

@@ -5,7 +5,7 @@
 // Rows know nothing of each other, so a chunk of them walks through all links in one parallel region
 // while it lies in the cache; where the packed weights of all links do not fit one, a region a link.
 // Backward walks back in the same way; in one region it keeps each link's dz, and all weight
-// gradients are computed side by side. No link has batch statistics or dropout.
+// gradients are computed side by side. No link has batch statistics.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
 #include "chain/results.h"
@@ -121,8 +121,9 @@ void chain_forward_op(StableIValue* stack) {
   const std::vector<Tensor> operands = to<std::vector<Tensor>>(stack[1]);
   const std::string text = take_text(to<StringHandle>(stack[2]));
   const int64_t depth = to<int64_t>(stack[3]);
-  const Keep keep = keep_of(to<int64_t>(stack[4]));
-  Chain chain(x, operands, text, depth);
+  const Masks masks{to<Optional>(stack[4]), to<int64_t>(stack[5])};
+  const Keep keep = keep_of(to<int64_t>(stack[6]));
+  Chain chain(x, operands, text, depth, masks);
   stack[0] = from(x.scalar_type() == ScalarType::Double ? chain_forward<double>(chain, keep)
                                                         : chain_forward<float>(chain, keep));
 }
@@ -308,11 +309,12 @@ void chain_backward_op(StableIValue* stack) {
   const std::vector<Tensor> operands = to<std::vector<Tensor>>(stack[3]);
   const std::string text = take_text(to<StringHandle>(stack[4]));
   const int64_t depth = to<int64_t>(stack[5]);
-  const std::string wanted = take_text(to<StringHandle>(stack[6]));
+  const Masks masks{to<Optional>(stack[6]), to<int64_t>(stack[7])};
+  const std::string wanted = take_text(to<StringHandle>(stack[8]));
   STD_TORCH_CHECK(wanted.size() == operands.size() + 1,
                   "fusedres: a chain's backward needs a character for x and each operand, got ",
                   wanted.size());
-  Chain chain(x, operands, text, depth);
+  Chain chain(x, operands, text, depth, masks);
   check_matrix("dy", dy, chain.M, chain.links.back().N, x);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "fusedres: a chain has one dtype");
   stack[0] =
@@ -324,10 +326,12 @@ void chain_backward_op(StableIValue* stack) {
 }  // namespace fusedres
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres, m) {
-  m.def("chain_forward(Tensor x, Tensor[] operands, str links, int depth, int keep) -> Tensor[]");
+  m.def(
+      "chain_forward(Tensor x, Tensor[] operands, str links, int depth, Tensor? seeds, "
+      "SymInt sample_rows, int keep) -> Tensor[]");
   m.def(
       "chain_backward(Tensor dy, Tensor[] saved, Tensor x, Tensor[] operands, str links, "
-      "int depth, str wanted) -> Tensor[]");
+      "int depth, Tensor? seeds, SymInt sample_rows, str wanted) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres, CPU, m) {

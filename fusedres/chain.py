@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from .backends import native
 from .checks import check_memory
 from .operands import Operands
-from .reference import composite
+from .reference import composite, draw_seeds
 from .spec import Spec
 
 _KINDS = 4  # of operands that a link may have beside weight
@@ -29,13 +29,14 @@ class Link(NamedTuple):
 
     line: str  # which of `_KINDS` it has, whose input it adds, its recipe: csrc/chain/links.h
     operands: tuple[Tensor, ...]  # weight (N, K), then bias, norm_weight, norm_bias, gate
+    random: bool = False  # it drops, and needs a seed
 
     @classmethod
-    def of(cls, recipe: str, weight: Tensor, *more: Tensor | None, back: int = 0) -> Link:
+    def of(cls, spec: Spec, weight: Tensor, *more: Tensor | None, back: int = 0) -> Link:
         """`back`: how many links earlier the one is whose input `add` takes; 0: this one."""
         there = sum(1 << i for i, t in enumerate(more) if t is not None)
         operands = (weight, *(t for t in more if t is not None))
-        return cls(line_of(there, back, recipe), operands)
+        return cls(line_of(there, back, spec.text), operands, spec.random)
 
 
 def line_of(there: int, back: int, recipe: str) -> str:
@@ -47,7 +48,7 @@ PIECE = 1024  # columns of what a call keeps, at most in a piece of memory: csrc
 
 def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tuple[Spec, int, Any]]:
     """For each link its recipe, how many links back its `add` looks, and of the operands its own,
-    None where absent.
+    None where absent: weight and so many as `_KINDS` says.
 
     `depth` not 0: operands are stacked, (depth, ...) each but the gate, which has an entry for each
     block of as many links as `text` has lines; they are those of the last line.
@@ -74,89 +75,124 @@ def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tupl
         yield Spec.parse(own_recipe), own_back, own
 
 
-def run(x: Tensor, links: list[Link]) -> Tensor:
+def run(x: Tensor, links: list[Link], sample_rows: int = 1) -> Tensor:
     """y (M, N) of the last link from x (M, K) of the first; all of one dtype, on a CPU.
 
-    Operands are assumed checked; what the op still refuses is a RuntimeError.
+    `sample_rows`: rows a sample, for drop-path. Operands are assumed checked; what the op still
+    refuses is a RuntimeError, and torch's generator then as it was.
     """
     text = "\n".join([link.line for link in links])
-    return run_stacked(x, text, 0, False, [t for link in links for t in link.operands])
+    operands = [t for link in links for t in link.operands]
+    seeds = len([link for link in links if link.random])
+    return run_stacked(x, text, 0, False, operands, seeds, sample_rows)
 
 
 def run_stacked(
-    x: Tensor, text: str, depth: int, recompute: bool, operands: list[Tensor]
+    x: Tensor,
+    text: str,
+    depth: int,
+    recompute: bool,
+    operands: list[Tensor],
+    seeds: int = 0,
+    sample_rows: int = 1,
 ) -> Tensor:
     """The same from the links' lines and, if `depth` is not 0, stacked operands: see `_split`.
-    `recompute`: z is not kept for backward but computed again.
+    `recompute`: z is not kept for backward but computed again. `seeds`: how many links drop.
     """
-    if is_dynamo_compiling() or is_exporting():
-        return residual_chain(x, operands, text, depth, recompute)
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in operands)):
-        return _apply(text, depth, recompute, x, *operands)
-    y: Tensor = torch.ops.fusedres.chain_forward.default(x, operands, text, depth, 0)[0]
-    return y
+    in_graph = is_dynamo_compiling() or is_exporting()
+    before = torch.get_rng_state() if seeds and not in_graph else None
+    drawn = draw_seeds(seeds, x.device) if seeds else None
+    if in_graph:
+        return residual_chain(x, operands, text, depth, recompute, drawn, sample_rows)
+    try:
+        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in operands)):
+            return _apply(text, depth, recompute, drawn, sample_rows, x, *operands)
+        return _without_gradient(x, operands, text, depth, recompute, drawn, sample_rows)
+    except RuntimeError:
+        if before is not None:
+            torch.set_rng_state(before)
+        raise
 
 
 class FusedChainFunction(torch.autograd.Function):
-    """apply(text, depth, recompute, x, *operands), `text` being the links' lines. Saved for
-    backward: operands, each link's input and, where a stage after ``linear`` looks at it, its
-    product z; with `recompute` not z.
+    """apply(text, depth, recompute, seeds, sample_rows, x, *operands), `text` being the links'
+    lines. Saved for backward: operands, seeds, each link's input and, where a stage after
+    ``linear`` looks at it, its product z; with `recompute` not z.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, text: str, depth: int, recompute: bool, x: Tensor, *operands: Tensor
-    ) -> Tensor:
+        ctx: Any, text: str, depth: int, recompute: bool, seeds: Tensor | None, sample_rows: int,
+        x: Tensor, *operands: Tensor,
+    ) -> Tensor:  # fmt: skip
         """y (M, N)."""
         keep = 2 if recompute else 1
-        y, *saved = torch.ops.fusedres.chain_forward.default(x, operands, text, depth, keep)
-        ctx.text, ctx.depth, ctx.kept = text, depth, len(saved)
-        ctx.save_for_backward(*saved, x, *operands)
+        y, *saved = torch.ops.fusedres.chain_forward.default(
+            x, operands, text, depth, seeds, sample_rows, keep
+        )
+        ctx.text, ctx.depth, ctx.sample_rows, ctx.kept = text, depth, sample_rows, len(saved)
+        ctx.save_for_backward(*saved, seeds, x, *operands)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """From dy (M, N) the gradients of x and the operands, None where not needed."""
         there, kept = ctx.saved_tensors, ctx.kept
-        saved, (x, *operands) = there[:kept], there[kept:]
+        saved, seeds, (x, *operands) = there[:kept], there[kept], there[kept + 1 :]
         needs = ctx.needs_input_grad[_BEFORE:]
         nothing = (None,) * _BEFORE
-        tensors = (x, *operands)
+        call = ctx.text, ctx.depth, seeds, ctx.sample_rows, (x, *operands), needs, dy
         if torch.is_grad_enabled():  # create_graph=True: gradients to be differentiated again
-            return *nothing, *_composite_gradients(ctx.text, ctx.depth, tensors, needs, dy)
+            return *nothing, *_composite_gradients(*call)
         wanted = "".join("01"[need] for need in needs)
         try:
             found = torch.ops.fusedres.chain_backward.default(
-                dy, saved, x, operands, ctx.text, ctx.depth, wanted
+                dy, saved, x, operands, *call[:4], wanted
             )
         except RuntimeError as error:
             check_memory(error)
-            return *nothing, *_composite_gradients(ctx.text, ctx.depth, tensors, needs, dy)
+            return *nothing, *_composite_gradients(*call)
         given = iter(found)
         return *nothing, *(next(given) if need else None for need in needs)
 
 
-_BEFORE = 3  # arguments of FusedChainFunction before x
+_BEFORE = 5  # arguments of FusedChainFunction before x
 _apply = super(torch.autograd.Function, FusedChainFunction).apply  # see autograd.apply_plainly
 
 
-def composite_chain(text: str, depth: int, x: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
+def composite_chain(
+    text: str,
+    depth: int,
+    seeds: Tensor | None,
+    sample_rows: int,
+    x: Tensor,
+    operands: tuple[Tensor, ...],
+) -> Tensor:
     """y by plain torch ops."""
     values = [x]
+    each_seed = iter(() if seeds is None else seeds.split(1))
     for spec, back, own in _split(text, depth, operands):
-        o = Operands(*(values[-1], *own, values[-1 - back] if back else None))
+        residual = values[-1 - back] if back else None
+        seed = next(each_seed) if spec.random else None
+        o = Operands(values[-1], *own, residual, seed=seed, sample_rows=sample_rows)
         values.append(composite(spec, o))
     return values[-1]
 
 
 def _composite_gradients(
-    text: str, depth: int, tensors: tuple[Tensor, ...], needs: tuple[bool, ...], dy: Tensor
+    text: str,
+    depth: int,
+    seeds: Tensor | None,
+    sample_rows: int,
+    tensors: tuple[Tensor, ...],
+    needs: tuple[bool, ...],
+    dy: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The gradients by plain torch ops, which can be differentiated again."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         x, *operands = views = [t.view_as(t) for t in tensors]
-        y = composite_chain(text, depth, x, tuple(operands))
+        y = composite_chain(text, depth, seeds, sample_rows, x, tuple(operands))
         wanted = [t for t, need in zip(views, needs, strict=True) if need]
         given = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     return tuple(next(given) if need else None for need in needs)
@@ -173,24 +209,47 @@ def _pieces(columns: list[int]) -> list[int]:
     return sizes
 
 
-def _in_graph(x: Tensor, operands: list[Tensor], links: str, depth: int, recompute: bool) -> Tensor:
-    y: Tensor = torch.ops.fusedres.chain_forward.default(x, operands, links, depth, 0)[0]
-    return y
-
-
-def _in_graph_recording(
-    x: Tensor, operands: list[Tensor], links: str, depth: int, recompute: bool
+# The arguments of residual_chain: what an op of graphs gets.
+def _without_gradient(
+    x: Tensor,
+    operands: list[Tensor],
+    links: str,
+    depth: int,
+    _recompute: bool,
+    seeds: Tensor | None,
+    sample_rows: int,
 ) -> Tensor:
-    y: Tensor = FusedChainFunction.apply(links, depth, recompute, x, *operands)
+    y: Tensor = torch.ops.fusedres.chain_forward.default(
+        x, operands, links, depth, seeds, sample_rows, 0
+    )[0]
     return y
 
 
-def _fake(x: Tensor, operands: list[Tensor], links: str, depth: int, recompute: bool) -> Tensor:
-    return _forward_fake(x, operands, links, depth, 0)[0]
+def _recording(x: Tensor, operands: list[Tensor], *call: Any) -> Tensor:
+    y: Tensor = FusedChainFunction.apply(*call, x, *operands)
+    return y
+
+
+def _fake(
+    x: Tensor,
+    operands: list[Tensor],
+    links: str,
+    depth: int,
+    _recompute: bool,
+    seeds: Tensor | None,
+    sample_rows: int,
+) -> Tensor:
+    return _forward_fake(x, operands, links, depth, seeds, sample_rows, 0)[0]
 
 
 def _forward_fake(
-    x: Tensor, operands: list[Tensor], links: str, depth: int, keep: int
+    x: Tensor,
+    operands: list[Tensor],
+    links: str,
+    depth: int,
+    _seeds: Tensor | None,
+    _sample_rows: int,
+    keep: int,
 ) -> list[Tensor]:
     M, inputs, z, N = x.shape[0], [], [], 0
     for spec, _back, (weight, *_) in _split(links, depth, tuple(operands)):
@@ -206,8 +265,10 @@ def _backward_fake(
     saved: list[Tensor],
     x: Tensor,
     operands: list[Tensor],
-    links: str,
-    depth: int,
+    _links: str,
+    _depth: int,
+    _seeds: Tensor | None,
+    _sample_rows: int,
     wanted: str,
 ) -> list[Tensor]:
     found = zip((x, *operands), wanted, strict=True)
@@ -217,10 +278,11 @@ def _backward_fake(
 # The op of graphs, which has a gradient: as residual_layer in graphs.py.
 torch.library.define(
     "fusedres::residual_chain",
-    "(Tensor x, Tensor[] operands, str links, int depth, bool recompute) -> Tensor",
+    "(Tensor x, Tensor[] operands, str links, int depth, bool recompute, Tensor? seeds, "
+    "SymInt sample_rows) -> Tensor",
 )
-torch.library.impl("fusedres::residual_chain", "CompositeExplicitAutograd", _in_graph)
-torch.library.impl("fusedres::residual_chain", "Autograd", _in_graph_recording)
+torch.library.impl("fusedres::residual_chain", "CompositeExplicitAutograd", _without_gradient)
+torch.library.impl("fusedres::residual_chain", "Autograd", _recording)
 torch.library.register_fake("fusedres::residual_chain", _fake)
 residual_chain = torch.ops.fusedres.residual_chain.default
 

@@ -17,7 +17,7 @@ from .chain import Link
 from .functional import PLAIN, composite_only
 from .layers import hooked, parameter, watched, weight_and_bias
 from .modules import FusedResidual, must_be_called
-from .reference import asked_of
+from .reference import asked_of, rows_per_sample
 from .tracing import transforms_active
 
 _modes = torch._C._len_torch_dispatch_stack
@@ -130,8 +130,6 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
     if reason is not None:
         return reason
     spec = module._recipe(asked_of(norm, gate, x))
-    if spec.random:
-        return "it drops at random"
     if spec.norm == "batch":
         return "it has a batch norm"
     norms = {"layer": ("weight", "bias"), "rms": ("weight",), None: ()}[spec.norm]
@@ -163,7 +161,7 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
     if chosen != "cpu":
         return f"its backend is '{chosen}'"
     given_back = back if spec.adds else 0
-    link = Link.of(spec.text, weight, bias, norm_weight, norm_bias, gate, back=given_back)
+    link = Link.of(spec, weight, bias, norm_weight, norm_bias, gate, back=given_back)
     found = _parameters(linear, norm, module)
     if all(t is None or any(t is u for u in found) for t in given):  # none of them is computed
         eps = None if norm is None else norm.eps
@@ -205,7 +203,7 @@ def joined(x: Tensor, links: list[Link]) -> Tensor | None:
     """y (..., N) from x (..., K). None: the op refuses; the layers one by one tell why."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     try:
-        y = chain.run(rows, links)
+        y = chain.run(rows, links, rows_per_sample(x))
     except RuntimeError:
         return None
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])

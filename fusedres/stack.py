@@ -17,7 +17,7 @@ from .layers import norm_kind
 from .links import LARGEST, too_large, unchained
 from .modules import FusedResidual
 from .operands import Operands
-from .reference import SETTINGS, Residual, spec_of
+from .reference import SETTINGS, Residual, rows_per_sample, spec_of
 from .spec import Gate, Norm, Spec, parse_order, spec_from
 
 _LAST_ONLY = ("gate", "droppath", "add")  # stages of a block's last layer
@@ -198,7 +198,10 @@ class FusedResidualStack(nn.Module):
             rows = x if x.dim() == 2 else x.reshape(-1, self.features)
             operands = [t for t in given if t is not None]
             try:
-                y = chain.run_stacked(rows, self._text(given), len(self), self.recompute, operands)
+                y = chain.run_stacked(
+                    rows, self._text(given), len(self), self.recompute, operands,
+                    self._seeds(), rows_per_sample(x),
+                )  # fmt: skip
                 return y if x.dim() == 2 else y.view(x.shape)
             except RuntimeError as error:  # the layers one by one tell more
                 checks.check_memory(error)
@@ -230,9 +233,7 @@ class FusedResidualStack(nn.Module):
         reason = unchained(x, in_graphs=True)
         if reason is not None:
             return reason
-        last, inner = self._specs()
-        if last.random or inner.random:
-            return "layers drop at random"
+        last, _ = self._specs()
         if self.norm == "batch":
             return "layers have a batch norm"
         N = self.features
@@ -248,6 +249,12 @@ class FusedResidualStack(nn.Module):
                 return f"{kind.name} is {t.dtype}, x {x.dtype}"
         chosen = backends.choose(self.backend, last.text, x.dtype, x.device, N, N, False)
         return None if chosen == "cpu" else f"the backend is '{chosen}'"
+
+    def _seeds(self) -> int:
+        """How many layers drop at random."""
+        last, inner = self._specs()
+        B = self.layers_per_block
+        return len(self) // B * (last.random + (B - 1) * inner.random)
 
     def _text(self, given: list[Any]) -> str:
         """The links' lines."""

@@ -14,6 +14,12 @@ inline void* entry_of(const Tensor& t, int64_t i) {
   return static_cast<char*>(t.data_ptr()) + i * t.stride(0) * t.element_size();
 }
 
+// What masks are made of: the seeds of those links that drop at random, in their order.
+struct Masks {
+  const Optional seeds;  // (count,) int64
+  const int64_t sample_rows;
+};
+
 // The links of a call. `text` has a line for each: which of bias, norm_weight, norm_bias and gate
 // there are, as a number of four bits; "<" and how many links back the one is whose input `add`
 // takes, if it is not this one; a space, the recipe.
@@ -25,18 +31,20 @@ struct Chain {
   std::deque<Layer> links;
   std::vector<std::vector<int64_t>> operand_of;  // for each link, which operand is its Input; or -1
   const std::vector<Tensor>& operands;
+  const Masks masks;
   const int64_t M;
   const bool stacked;
   int64_t widest = 1, block = 1;
 
   Chain(const Tensor& x, const std::vector<Tensor>& operands, const std::string& text,
-        int64_t depth)
-      : operands(operands), M(x.dim() ? x.size(0) : 0), stacked(depth != 0) {
+        int64_t depth, const Masks& masks)
+      : operands(operands), masks(masks), M(x.dim() ? x.size(0) : 0), stacked(depth != 0) {
     const std::vector<Line> lines = lines_of(text);
     const int64_t count = static_cast<int64_t>(lines.size());
     STD_TORCH_CHECK(depth >= 0 && depth % count == 0, "fusedres: depth is ", depth,
                     ", expected 0 or a multiple of ", count);
     kept_.push_back(adjacent_columns(x));
+    if (masks.seeds) any_seed_ = first_of(*masks.seeds);
     if (stacked) {
       block = count;
       stack(lines, depth);
@@ -53,6 +61,9 @@ struct Chain {
       STD_TORCH_CHECK(next == operands.size(), "fusedres: a chain of ", count, " links got ",
                       operands.size(), " operands, expected ", next);
     }
+    const int64_t seeds = masks.seeds ? masks.seeds->numel() : 0;
+    STD_TORCH_CHECK(seeds == seeded_, "fusedres: ", seeds, " seeds for ", seeded_,
+                    " links that drop at random");
     links.front().x = rows_of(kept_.front());
   }
 
@@ -131,8 +142,7 @@ struct Chain {
       STD_TORCH_CHECK(space != line.npos && read >= 1 && there >= 0 && there < 16 && back >= 0,
                       "fusedres: no link '", line, "'");
       const Recipe& r = recipe(line.substr(space + 1));
-      STD_TORCH_CHECK(!r.batch_stats && !r.has(Stage::dropout) && !r.has(Stage::droppath),
-                      "fusedres: a chain has neither batch statistics nor dropout");
+      STD_TORCH_CHECK(!r.batch_stats, "fusedres: a chain has no batch statistics");
       lines.push_back({there, back, r});
     }
     STD_TORCH_CHECK(!lines.empty(), "fusedres: a chain without links");
@@ -157,16 +167,24 @@ struct Chain {
     const Tensor input = links.empty() ? x : stand_in(x, M, links.back().N);
     const Optional residual =
         line.back ? Optional(stand_in(x, M, own.at(0).size(0))) : std::nullopt;
-    Call c(input, own, line.there, residual, line.recipe);
+    const Call c(input, own, line.there, residual, any_seed_, masks.sample_rows, line.recipe);
     STD_TORCH_CHECK(
         !c.casts() && c.y_dtype() == c.product_dtype() && x.scalar_type() == c.product_dtype(),
         "fusedres: a chain has one dtype");
     STD_TORCH_CHECK(c.N() > 0 && c.K() > 0, "fusedres: a link without features");
     connect_to(line, c.in_prologue(Stage::add), c.N());
-    c.weight = adjacent_columns(c.weight);
-    kept_.push_back(c.weight);
+    kept_.push_back(adjacent_columns(c.weight));
     widest = std::max({widest, c.N(), c.K()});
-    links.emplace_back(c);
+    links.emplace_back(c).weight = rows_of(kept_.back());
+    seed(links.back());
+  }
+
+  // With the next seed, if it drops at random.
+  void seed(Layer& link) {
+    if (!link.recipe.has(Stage::dropout) && !link.recipe.has(Stage::droppath)) return;
+    if (masks.seeds && seeded_ < masks.seeds->numel())
+      link.seed = static_cast<const uint64_t*>(masks.seeds->data_ptr())[seeded_];
+    ++seeded_;
   }
 
   // A link's source, of which no other link is.
@@ -193,6 +211,17 @@ struct Chain {
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(
         aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &handle));
+    return Tensor(handle);
+  }
+  static Tensor first_of(const Tensor& seeds) {
+    STD_TORCH_CHECK(seeds.dim() == 1 && seeds.numel() > 0 && seeds.is_contiguous() &&
+                        seeds.is_cpu() && seeds.scalar_type() == ScalarType::Long,
+                    "fusedres: a chain's seeds have shape ", shape_text(seeds),
+                    ", expected (links that drop at random,) of int64 on the CPU");
+    const int64_t sizes[1] = {1}, strides[1] = {1};
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(seeds.get(), 1, sizes, strides, 0, &handle));
     return Tensor(handle);
   }
   static Tensor vector_at(const Tensor& t, int64_t offset) {
@@ -235,6 +264,7 @@ struct Chain {
       Vector* const vectors[] = {&link.bias, &link.norm_weight, &link.norm_bias, &link.gate};
       move(link.weight.data, 0);
       for (int i = 0; i < 4; ++i) move(vectors[i]->data, operand_of[l][kBias + i]);
+      seed(link);
     }
     STD_TORCH_CHECK(links.front().N == links.front().K, "fusedres: a stack's weight has shape ",
                     shape_text(operands[0]), ", expected (depth, N, N)");
@@ -257,6 +287,8 @@ struct Chain {
                     " operands, expected ", expected);
   }
 
+  Optional any_seed_;  // for the checks of layers
+  int64_t seeded_ = 0;
   int64_t gate_ = -1;  // which operand a stack's gate is
   std::vector<int64_t> source_;
   std::vector<bool> added_;

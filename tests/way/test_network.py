@@ -13,6 +13,7 @@ from torch import nn
 from cases import ALIASES
 from fusedres import FusedResidual, FusedResidualMLP, FusedSequential, Residual, chain
 from fusedres.mlp import MLP_ORDERS
+from fusedres.spec import Spec
 from oracle import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -23,7 +24,9 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 def calls(monkeypatch):
     """How many links each call joins."""
     joined, run = [], chain.run
-    monkeypatch.setattr(chain, "run", lambda x, links: joined.append(len(links)) or run(x, links))
+    monkeypatch.setattr(
+        chain, "run", lambda x, links, *more: joined.append(len(links)) or run(x, links, *more)
+    )
     return joined
 
 
@@ -162,16 +165,47 @@ def test_blocks_of_two_matmuls_are_joined(order, calls):
 def test_a_block_that_cannot_be_joined_parts_a_run(calls):
     blocks = [FusedResidualMLP(16, 24) for _ in range(4)]
     blocks[1].fc2.register_forward_hook(lambda *_: None)
-    blocks[3].dropout = blocks[3].fc1.dropout = 0.5
     net, x = (
         FusedSequential(FusedResidual(16), *blocks, FusedResidual(16, norm="batch")),
         torch.randn(9, 16),
     )
     net.train()(x)
-    assert calls == [3, 2]
+    assert calls == [3, 4]
     told = net.chains(x)
-    assert [line.split(":")[0] for line in told] == ["0 to 1", "2", "3", "4", "5"]
-    assert "hooks" in told[1] and "drops at random" in told[3] and "batch norm" in told[4]
+    assert [line.split(":")[0] for line in told] == ["0 to 1", "2", "3 to 4", "5"]
+    assert "hooks" in told[1] and "batch norm" in told[3]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_masks_are_those_of_the_layers(again, calls):
+    """Drawn in their order, with layers between that draw none; the same in backward, and when a
+    checkpoint runs forward again.
+    """
+    torch.manual_seed(0)
+    layers = [
+        FusedResidual(16, dropout=0.3),
+        FusedResidual(16, order="preact"),
+        FusedResidualMLP(16, 24, hidden_dropout=0.4, drop_path=0.5, activation="silu"),
+        FusedResidual(16, 20, order="norm-dropout-linear-act", dropout=0.2, drop_path=0.1),
+    ]
+    net, plain = FusedSequential(*layers), nn.Sequential(*copy.deepcopy(layers))
+    plain[2].parts = lambda: None
+    x, dy, found, after = torch.randn(6, 4, 16), torch.randn(6, 4, 20), [], []
+    for module in (net, plain):
+        call = module
+        if again:
+            call = nn.Module()
+            call.forward = lambda x, module=module: torch.utils.checkpoint.checkpoint(
+                module, x, use_reentrant=False
+            )
+            call.module = module
+        torch.manual_seed(5)
+        found.append(results(call, x, dy))
+        after.append(torch.rand(1))
+    assert calls == [5] * (1 + again) and after[0] == after[1]
+    assert torch.equal(found[0]["y"], found[1]["y"])
+    for name, t in found[1].items():
+        torch.testing.assert_close(found[0][name], t, msg=lambda text, name=name: f"{name}: {text}")
 
 
 CHANGES = {
@@ -341,7 +375,7 @@ def test_a_wide_link_among_narrow_ones_leaves_their_gradients():
     widths = [16] * 9 + [520, 520]
     weights = [torch.randn(n, k, requires_grad=True) for k, n in pairwise(widths)]
     x = torch.randn(40, 16)
-    y = chain.run(x, [chain.Link.of("norm-linear norm=layer", w) for w in weights])
+    y = chain.run(x, [chain.Link.of(Spec.parse("norm-linear norm=layer"), w) for w in weights])
     dy = torch.randn_like(y)
     found = torch.autograd.grad(y, weights, dy)
     h = x

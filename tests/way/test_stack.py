@@ -165,7 +165,6 @@ def test_without_gradients_values_take_turns_in_memory(block, depth, width):
 
 WAYS = {
     "batch norm": ({"norm": "batch"}, "batch norm"),
-    "dropout": ({"dropout": 0.5}, "at random"),
     "wide": ({"features": 520}, "too large"),
     "few rows": ({"features": 200, "rows": 3}, "too large to be packed"),
     "reference": ({"backend": "reference"}, "the backend is 'reference'"),
@@ -198,6 +197,59 @@ def test_one_by_one_where_layers_cannot_be_joined(way, block, calls):
     for b, c in zip(stack.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(b, c)
         assert stack.running_mean.any() and stack.num_batches_tracked.tolist() == [1] * 4
+
+
+DROPS = {
+    "dropout": {"dropout": 0.4},
+    "dropout before linear": {"order": "dropout-linear-norm-act-add", "dropout": 0.4},
+    "drop-path": {"drop_path": 0.5},
+    "both, norms later": {"order": "postnorm", "dropout": 0.2, "drop_path": 0.3},
+    "all": {"dropout": 1.0},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("drops", DROPS)
+def test_masks_are_those_of_the_layers(drops, block, recompute, calls):
+    """The same draws of torch's generator, in the same order, and samples of several rows."""
+    torch.manual_seed(0)
+    stack = FusedResidualStack(
+        24, 6, layers_per_block=block, recompute=recompute, activation="silu", **DROPS[drops]
+    )
+    alone = copy.deepcopy(stack)
+    alone._why_not = lambda *_: "to be compared with"
+    x, dy, after = torch.randn(5, 7, 24), torch.randn(5, 7, 24), []
+    found = []
+    for net in (stack, alone):
+        torch.manual_seed(5)
+        found.append(results(net, x, dy))
+        after.append(torch.rand(1))
+    assert calls == [6] and after[0] == after[1]
+    assert torch.equal(found[0]["y"], found[1]["y"])
+    for name, t in found[1].items():
+        torch.testing.assert_close(found[0][name], t, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_refused_call_draws_no_masks():
+    stack = FusedResidualStack(8, 4, dropout=0.5)
+    stack.bias = nn.Parameter(torch.zeros(4, 7))
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="bias has shape"):
+        stack(torch.ones(3, 8))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_gradients_of_gradients_have_the_masks_of_forward():
+    torch.manual_seed(0)
+    stack = FusedResidualStack(8, 4, layers_per_block=2, dropout=0.4, drop_path=0.4, dtype=F64)
+    x, found = torch.randn(6, 2, 8, dtype=F64), []
+    for again in (False, True):
+        torch.manual_seed(5)
+        found.append(
+            torch.autograd.grad(stack(x).sin().sum(), [*stack.parameters()], create_graph=again)
+        )
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("how", ["autocast", "func", "vmap", "checkpoint", "meta", "3-D", "empty"])
@@ -457,7 +509,7 @@ def test_a_call_that_does_not_fit_is_told():
 def test_the_op_refuses_what_does_not_fit():
     x, weight = torch.randn(3, 8), torch.randn(4, 8, 8)
     op, line = torch.ops.fusedres.chain_forward, "0 linear-add"
-    assert op(x, [weight], line, 4, 0)[0].shape == (3, 8)
+    assert op(x, [weight], line, 4, None, 1, 0)[0].shape == (3, 8)
     for operands, text, depth, message in (
         ([weight], line, 3, "3 entries"),
         ([weight], f"{line}\n{line}", 3, "multiple of 2"),
@@ -471,11 +523,21 @@ def test_the_op_refuses_what_does_not_fit():
         ([weight], "16 linear-add", 4, "no link"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            op(x, operands, text, depth, 0)
+            op(x, operands, text, depth, None, 1, 0)
     with pytest.raises(RuntimeError, match="keep must be"):
-        op(x, [weight], line, 4, 5)
-    _, kept = op(x, [weight], line, 4, 1)
+        op(x, [weight], line, 4, None, 1, 5)
+    drops, many = "0 linear-dropout-add dropout=0.5", torch.zeros(4, dtype=torch.long)
+    for text, seeds, message in (
+        (drops, None, "need seed"),
+        (drops, many[:3], "3 seeds for 4 links"),
+        (line, many, "4 seeds for 0 links"),
+        (drops, many.int(), "of int64"),
+        (drops, many[:, None], "of int64"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(x, [weight], text, 4, seeds, 1, 0)
+    _, kept = op(x, [weight], line, 4, None, 1, 1)
     few = "saved tensor 0"
     for saved, message in (([], few), ([kept[1:]], few), ([kept, kept], "2 saved")):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.fusedres.chain_backward(x, saved, x, [weight], line, 4, "11")
+            torch.ops.fusedres.chain_backward(x, saved, x, [weight], line, 4, None, 1, "11")
