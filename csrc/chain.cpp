@@ -59,11 +59,12 @@ struct LinkForward {
   std::vector<A> bias;
   cpu::Forward<A> pass;
 
-  // z and y: where they are stored, if they have memory. Without y: no further than z.
-  LinkForward(const Layer& c, const Rows& z, const Rows& y) {
+  // Where operand, z and y are stored, if they have memory. Without y: no further than z.
+  LinkForward(const Layer& c, const Rows& operand, const Rows& z, const Rows& y) {
     const bool early = c.bias.data && bias_in_product(c.product);
     pass.product = c.product;
     pass.x = c.x;
+    pass.operand = operand;
     pass.z = z;
     pass.y = y;
     if (early) pass.early_bias = values(c.bias, c.N, bias);
@@ -73,26 +74,29 @@ struct LinkForward {
   }
 };
 
-// y and what `keep` says of links 1, 2, ...'s inputs and of all z.
+// y and what `keep` says of links 1, 2, ...'s inputs, or of what they are cast to, and of all z.
 template <class A>
 std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
   const int64_t M = chain.M, L = chain.size();
-  const DType dtype = chain.product();
-  std::vector<Tensor> out{empty({M, chain.links[L - 1].N}, scalar_type(dtype))};
-  const Turns turns = chain.input_turns();
-  Store inputs(
-      M, keep == Keep::nothing ? std::vector<int64_t>(turns.count, chain.widest) : chain.inputs());
-  Store z(M, chain.z());
-  inputs.allocate(dtype);
-  if (keep == Keep::all) z.allocate(dtype);
-  for (int64_t l = 1; l < L; ++l)
-    chain.links[l].x =
-        keep == Keep::nothing ? inputs.first(turns.of[l], chain.links[l].K) : inputs[l];
+  const bool keeps = keep != Keep::nothing;
+  std::vector<Tensor> out{empty({M, chain.links[L - 1].N}, scalar_type(chain.value(L)))};
+  const Turns turns = chain.input_turns(keeps);
+  Store inputs(M, chain.inputs()), casts(M, chain.casts()), z(M, chain.z());
+  Store passing(M, chain.any(turns.count));  // inputs that are not kept
+  passing.allocate();
+  if (keeps) inputs.allocate();
+  if (keeps) casts.allocate();
+  if (keep == Keep::all) z.allocate();
+  for (int64_t l = 1; l < L; ++l) {
+    Rows& x = chain.links[l].x;
+    x = turns.of[l] < 0 ? inputs[l] : passing.first(turns.of[l], chain.links[l].K, x.dtype);
+  }
   chain.connect();
   std::deque<LinkForward<A>> links;
   for (int64_t l = 0; l < L; ++l) {
-    const bool keeps_z = keep == Keep::all && chain.links[l].recipe.saves_z();
-    links.emplace_back(chain.links[l], keeps_z ? z[l] : Rows(),
+    const Layer& c = chain.links[l];
+    links.emplace_back(c, keeps && c.casts && l > 0 ? casts[l] : Rows(),
+                       keep == Keep::all && c.recipe.saves_z() ? z[l] : Rows(),
                        l + 1 < L ? chain.links[l + 1].x : rows_of(out[0]));
   }
 
@@ -111,7 +115,8 @@ std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
       run(links[l].pass, M);
     }
   }
-  if (keep != Keep::nothing) inputs.append_to(out);
+  if (keeps) inputs.append_to(out);
+  if (keeps) casts.append_to(out);
   if (keep == Keep::all) z.append_to(out);
   return out;
 }
@@ -160,11 +165,10 @@ struct LinkBackward {
 
   // What this link's `add` sends back to `source`, the link whose input it takes: by `memory` where
   // stages follow the `add`.
-  void send_back_to(LinkBackward& source, Rows memory) {
+  void send_back_to(LinkBackward& source, const Rows& memory) {
     const Recipe& r = grads.c.recipe;
     if (!r.has(Stage::add) || grads.c.in_prologue(Stage::add) || !source.walk.pass.dx.data) return;
     const bool last = r.epilogue.back() == Stage::add;
-    memory.features = source.grads.c.K;
     if (!last) walk.after->dresidual = memory;
     source.walk.pass.skip = last ? walk.pass.dy : memory;
     source.walk.pass.skip.features = memory.features;
@@ -175,8 +179,9 @@ struct LinkBackward {
 // What the weight's gradient is of: dz.T @ this.
 template <class A>
 Rows right_side(const LinkBackward<A>& link, Optional& memory) {
-  if (!link.before) return link.grads.c.x;
-  return rows_of(memory.emplace(make_operand(link.grads.c, *link.before)));
+  const Layer& c = link.grads.c;
+  if (!link.before && c.x.dtype == c.product) return c.x;
+  return rows_of(memory.emplace(make_operand(c, link.before)));
 }
 
 // All links' dz.T @ x: side by side where there are enough of them and few rows, else one by one.
@@ -215,31 +220,42 @@ template <class A>
 std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::vector<Tensor>& saved,
                                    const std::string& wanted) {
   const int64_t M = chain.M, L = chain.size(), W = chain.widest;
-  const DType dtype = chain.product();
-  Store inputs(M, chain.inputs()), kept_z(M, chain.z());
-  const bool again = saved.size() == inputs.pieces() && kept_z.pieces() > 0;
-  size_t next = inputs.adopt(saved, 0, dtype);
-  if (!again) next = kept_z.adopt(saved, next, dtype);
+  Store inputs(M, chain.inputs()), casts(M, chain.casts()), kept_z(M, chain.z());
+  const bool again = saved.size() == inputs.pieces() + casts.pieces() && kept_z.pieces() > 0;
+  size_t next = casts.adopt(saved, inputs.adopt(saved, 0));
+  if (!again) next = kept_z.adopt(saved, next);
   STD_TORCH_CHECK(next == saved.size(), "fusedres: a chain's backward got ", saved.size(),
                   " saved tensors, expected ", next);
-  for (int64_t l = 1; l < L; ++l) chain.links[l].x = inputs[l];
+  std::vector<DType> values;  // dtypes
+  for (int64_t l = 0; l <= L; ++l) values.push_back(chain.value(l));
+  const std::vector<Width> any = chain.any(1);
+  for (int64_t l = 1; l < L; ++l)
+    if (inputs[l].features) chain.links[l].x = inputs[l];
   chain.connect();
+  for (int64_t l = 1; l < L; ++l) {  // what the product took, in place of what it was cast from
+    Layer& c = chain.links[l];
+    if (!c.casts) continue;
+    if (!c.residual.data) c.residual = c.x;
+    c.x = casts[l];
+  }
 
   Optional dx;
-  if (wanted.at(0) == '1') dx = empty({M, chain.links[0].K}, scalar_type(dtype));
+  if (wanted.at(0) == '1') dx = empty({M, chain.links[0].K}, scalar_type(values[0]));
   // In one region every link's dz is kept for the weight gradients; else these follow at once.
   const PackedWeights<A> weights(chain, false);
   const bool fit = weights.fit();
-  Store all_dz(M, fit ? chain.outputs() : std::vector<int64_t>{W});
+  Store all_dz(M, fit ? chain.outputs() : std::vector<Width>{{W, chain.product()}});
   const Turns gradient_turns = chain.gradient_turns(), skip_turns = chain.skip_turns();
-  Store gradients(M, std::vector<int64_t>(gradient_turns.count, W));  // of the links' inputs
-  Store skips(M, std::vector<int64_t>(skip_turns.count, W));          // what an `add` sends back
-  Store z_again(M, {again ? W : 0});
-  for (Store* store : {&all_dz, &gradients, &skips, &z_again}) store->allocate(dtype);
-  const auto dz = [&](int64_t l) { return fit ? all_dz[l] : all_dz.first(0, chain.links[l].N); };
+  Store gradients(M, std::vector<Width>(gradient_turns.count, any[0]));  // of the links' inputs
+  Store skips(M, std::vector<Width>(skip_turns.count, any[0]));          // what an `add` sends back
+  Store z_again(M, {{again ? W : 0, chain.product()}});
+  for (Store* store : {&all_dz, &gradients, &skips, &z_again}) store->allocate();
+  const auto dz = [&](int64_t l) {
+    return fit ? all_dz[l] : all_dz.first(0, chain.links[l].N, chain.product());
+  };
   const auto gradient = [&](int64_t l) {  // of what goes into link l
     if (l == L) return rows_of(dy);
-    if (l > 0) return gradients.first(gradient_turns.of[L - 1 - l], chain.links[l].K);
+    if (l > 0) return gradients.first(gradient_turns.of[L - 1 - l], chain.links[l].K, values[l]);
     return dx ? rows_of(*dx) : Rows();
   };
 
@@ -253,15 +269,17 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
     const int64_t needs = results.needs(l) | (l > 0 || dx ? 1 << kX : 0);
     Rows z = dz(l);  // whose values nobody reads
     if (c.recipe.saves_z()) {
-      z = again ? z_again.first(0, c.N) : kept_z[l];
+      z = again ? z_again.first(0, c.N, c.product) : kept_z[l];
       if (again) {
-        replays[l].emplace(c, z, Rows());
+        replays[l].emplace(c, Rows(), z, Rows());
         if (fit) replays[l]->pass.weight = (*forward_weights)[l];
       }
     }
     links.emplace_back(c, needs, z, gradient(l + 1), dz(l), gradient(l));
     results.place(l, links[l].grads.into);
-    links[l].send_back_to(links[chain.source(l)], skips[skip_turns.of[L - 1 - l]]);
+    const int64_t source = chain.source(l);
+    links[l].send_back_to(links[source], skips.first(skip_turns.of[L - 1 - l],
+                                                     chain.links[source].K, values[source]));
   }
 
   if (fit) {
@@ -316,7 +334,8 @@ void chain_backward_op(StableIValue* stack) {
                   wanted.size());
   Chain chain(x, operands, text, depth, masks);
   check_matrix("dy", dy, chain.M, chain.links.back().N, x);
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "fusedres: a chain has one dtype");
+  STD_TORCH_CHECK(dtype_of(dy) == chain.value(chain.size()),
+                  "fusedres: dy has another dtype than y");
   stack[0] =
       from(x.scalar_type() == ScalarType::Double ? chain_backward<double>(chain, dy, saved, wanted)
                                                  : chain_backward<float>(chain, dy, saved, wanted));

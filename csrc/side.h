@@ -19,7 +19,8 @@ namespace fusedres {
 struct Layer {
   const Recipe& recipe;
   int64_t M, N, K;
-  DType product;
+  DType product, y;  // dtypes
+  bool casts;        // x for the product, by itself
   Rows x, weight;
   Rows residual;  // without data: x
   Vector bias, norm_weight, norm_bias, gate, running_mean, running_var;
@@ -32,6 +33,8 @@ struct Layer {
         N(c.N()),
         K(c.K()),
         product(dtype_of(c.weight)),
+        y(c.recipe.y_dtype.value_or(product)),
+        casts(c.casts()),
         x(rows_of(c.x)),
         weight(rows_of(c.weight)),
         bias(vector_of(c.bias)),

@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from .backends import native
 from .checks import check_memory
+from .dtypes import y_dtype
 from .operands import Operands
 from .reference import composite, draw_seeds
 from .spec import Spec
@@ -30,13 +31,29 @@ class Link(NamedTuple):
     line: str  # which of `_KINDS` it has, whose input it adds, its recipe: csrc/chain/links.h
     operands: tuple[Tensor, ...]  # weight (N, K), then bias, norm_weight, norm_bias, gate
     random: bool = False  # it drops, and needs a seed
+    autocast: torch.dtype | None = None  # what weight and bias are cast to for the call
 
     @classmethod
-    def of(cls, spec: Spec, weight: Tensor, *more: Tensor | None, back: int = 0) -> Link:
+    def of(
+        cls,
+        spec: Spec,
+        weight: Tensor,
+        *more: Tensor | None,
+        back: int = 0,
+        autocast: torch.dtype | None = None,
+    ) -> Link:
         """`back`: how many links earlier the one is whose input `add` takes; 0: this one."""
         there = sum(1 << i for i, t in enumerate(more) if t is not None)
         operands = (weight, *(t for t in more if t is not None))
-        return cls(line_of(there, back, spec.text), operands, spec.random)
+        return cls(line_of(there, back, spec.text), operands, spec.random, autocast)
+
+    def given(self) -> tuple[Tensor, ...]:
+        """The operands of a call."""
+        if self.autocast is None:
+            return self.operands
+        cast = 1 + (int(self.line.split("<")[0].split(" ")[0]) & 1)  # weight, and bias
+        own = self.operands
+        return *(t.to(self.autocast) for t in own[:cast]), *own[cast:]
 
 
 def line_of(there: int, back: int, recipe: str) -> str:
@@ -76,13 +93,13 @@ def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tupl
 
 
 def run(x: Tensor, links: list[Link], sample_rows: int = 1) -> Tensor:
-    """y (M, N) of the last link from x (M, K) of the first; all of one dtype, on a CPU.
+    """y (M, N) of the last link from x (M, K) of the first, on a CPU.
 
     `sample_rows`: rows a sample, for drop-path. Operands are assumed checked; what the op still
     refuses is a RuntimeError, and torch's generator then as it was.
     """
     text = "\n".join([link.line for link in links])
-    operands = [t for link in links for t in link.operands]
+    operands = [t for link in links for t in link.given()]
     seeds = len([link for link in links if link.random])
     return run_stacked(x, text, 0, False, operands, seeds, sample_rows)
 
@@ -116,8 +133,8 @@ def run_stacked(
 
 class FusedChainFunction(torch.autograd.Function):
     """apply(text, depth, recompute, seeds, sample_rows, x, *operands), `text` being the links'
-    lines. Saved for backward: operands, seeds, each link's input and, where a stage after
-    ``linear`` looks at it, its product z; with `recompute` not z.
+    lines. Saved for backward: operands, seeds, each link's input or what it is cast to for the
+    product and, where a stage after ``linear`` looks at it, its product z; with `recompute` not z.
     """
 
     @staticmethod
@@ -174,7 +191,7 @@ def composite_chain(
     for spec, back, own in _split(text, depth, operands):
         residual = values[-1 - back] if back else None
         seed = next(each_seed) if spec.random else None
-        o = Operands(values[-1], *own, residual, seed=seed, sample_rows=sample_rows)
+        o = Operands(*(values[-1], *own, residual))._replace(seed=seed, sample_rows=sample_rows)
         values.append(composite(spec, o))
     return values[-1]
 
@@ -198,15 +215,22 @@ def _composite_gradients(
     return tuple(next(given) if need else None for need in needs)
 
 
-def _pieces(columns: list[int]) -> list[int]:
-    """How many columns each piece of memory has in which matrices of so many lie."""
-    sizes: list[int] = []
-    for width in columns:
-        if width and (not sizes or sizes[-1] + width > PIECE):
-            sizes.append(0)
-        if width:
-            sizes[-1] += width
-    return sizes
+_Width = tuple[int, torch.dtype]  # a matrix's columns, 0 if there is none, and what they are
+
+
+def _pieces(widths: list[_Width]) -> list[_Width]:
+    """The pieces of memory in which such matrices lie."""
+    pieces: list[_Width] = []
+    last: dict[torch.dtype, int] = {}
+    for columns, dtype in widths:
+        if not columns:
+            continue
+        at = last.get(dtype)
+        if at is None or pieces[at][0] + columns > PIECE:
+            at = last[dtype] = len(pieces)
+            pieces.append((0, dtype))
+        pieces[at] = pieces[at][0] + columns, dtype
+    return pieces
 
 
 # The arguments of residual_chain: what an op of graphs gets.
@@ -251,13 +275,25 @@ def _forward_fake(
     _sample_rows: int,
     keep: int,
 ) -> list[Tensor]:
-    M, inputs, z, N = x.shape[0], [], [], 0
-    for spec, _back, (weight, *_) in _split(links, depth, tuple(operands)):
-        inputs.append(N)
+    M, N, dtype = x.shape[0], 0, x.dtype
+    inputs: list[_Width] = []
+    casts: list[_Width] = []
+    z: list[_Width] = []
+    read = []  # whether backward looks at an input
+    for spec, back, (weight, *_) in _split(links, depth, tuple(operands)):
+        product = weight.dtype
+        inputs.append((N, dtype))
+        casts.append((N * spec.casts, product))
+        read.append(bool(spec.prologue) or not spec.casts)
+        if spec.saves_residual:
+            read[-1 - back] = True
         N = weight.shape[0]
-        z.append(N * spec.saves_z)
-    kept = (_pieces(inputs) if keep else []) + (_pieces(z) if keep == 1 else [])
-    return [x.new_empty((M, N)), *(x.new_empty(M * columns) for columns in kept)]
+        z.append((N * spec.saves_z, product))
+        dtype = y_dtype(spec.text, product)
+    inputs = [(columns * r, dt) for (columns, dt), r in zip(inputs, read, strict=True)]
+    kept = (_pieces(inputs) + _pieces(casts) if keep else []) + (_pieces(z) if keep == 1 else [])
+    pieces = [x.new_empty(M * columns, dtype=dt) for columns, dt in kept]
+    return [x.new_empty((M, N), dtype=dtype), *pieces]
 
 
 def _backward_fake(

@@ -111,7 +111,7 @@ def run(
     else:
         call = o._replace(running_mean=None, running_var=None) if spec.batch_stats else o
         if autocast:  # as autocast casts a product's: once a call, in torch ops with gradients
-            call = call._replace(weight=_cast(weight, autocast), bias=_cast(o.bias, autocast))
+            call = call._replace(weight=cast_for(weight, autocast), bias=cast_for(o.bias, autocast))
         if not compiling and _modes():
             graphs.register_flops()
         try:
@@ -136,7 +136,8 @@ def run(
     return y if flat else y.view(*x.shape[:-1], N)
 
 
-def _cast(t: Any, dtype: torch.dtype) -> Any:
+def cast_for(t: Any, dtype: torch.dtype) -> Any:
+    """A weight or bias as autocast gives it to the product."""
     return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
 

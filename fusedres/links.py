@@ -14,10 +14,13 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import backends, chain, graphs
 from .chain import Link
+from .checks import DTYPES
+from .dtypes import typed, y_dtype
 from .functional import PLAIN, composite_only
 from .layers import hooked, parameter, watched, weight_and_bias
 from .modules import FusedResidual, must_be_called
 from .reference import asked_of, rows_per_sample
+from .spec import Spec
 from .tracing import transforms_active
 
 _modes = torch._C._len_torch_dispatch_stack
@@ -45,9 +48,14 @@ def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
         return "a transform looks into the layers, or x is a tensor of another kind"
     if x.device.type != "cpu":
         return f"x is on {x.device}; layers are joined on a CPU"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
+    if x.dtype not in DTYPES:
+        return f"x has dtype {x.dtype}"
     return None if x.dim() and x.numel() else f"x has shape {tuple(x.shape)}"
+
+
+def autocast_dtype() -> torch.dtype | None:
+    """What autocast makes products of, if it is on."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 class _Known(NamedTuple):
@@ -55,15 +63,17 @@ class _Known(NamedTuple):
 
     link: Link
     width: int  # N
+    dtype: torch.dtype  # y's
     size: int  # of the weight
     asked: Any  # what the layer's recipe was made from; another object once a setting changed
     training: bool
     eps: float | None
     linear: Any
     norm: Any
-    kinds: tuple[Any, ...]  # classes, the backend asked for, and `back`
+    kinds: tuple[Any, ...]  # classes, the backend asked for, `back`, and dtypes
     parameters: tuple[Any, ...]
-    shape: Any
+    shape: Any  # of the weight
+    weight: torch.dtype
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
@@ -78,7 +88,17 @@ def _parameters(linear: Any, norm: Any, module: Any) -> tuple[Any, ...]:
     return p.get("weight"), p.get("bias"), q.get("weight"), q.get("bias"), gate
 
 
-def _as_known(module: nn.Module, x: Tensor, width: int, back: int) -> _Known | None:
+class Stream(NamedTuple):
+    """What a link gets: x, or what a link before gives."""
+
+    width: int
+    dtype: torch.dtype
+    residual: torch.dtype | None = None  # of what its `add` takes, if that is an earlier input
+
+
+def _as_known(
+    module: nn.Module, stream: Stream, back: int, autocast: torch.dtype | None
+) -> _Known | None:
     """What is known of a layer, if nothing has changed that Python alone can see: the op checks
     shapes, dtypes and devices. In a few dictionary look-ups, since nets have many layers.
     """
@@ -95,11 +115,11 @@ def _as_known(module: nn.Module, x: Tensor, width: int, back: int) -> _Known | N
         if hooked(owner) or "forward" in owner:
             return None
     found = _parameters(linear, norm, module)
-    kinds = type(linear), type(norm), own["backend"], back
+    kinds = type(linear), type(norm), own["backend"], back, stream[1:], autocast
     if not all(map(_is, found, known.parameters)) or kinds != known.kinds:
         return None
-    weight = found[0]
-    if weight.dtype is not x.dtype or weight.shape != known.shape or width != known.shape[1]:
+    weight, shape = found[0], known.shape
+    if weight.dtype is not known.weight or weight.shape != shape or stream[0] != shape[1]:
         return None
     if own["training"] is not known.training or (norm is not None and norm.eps != known.eps):
         return None
@@ -111,9 +131,11 @@ def _computed(owner: Any, *names: str) -> bool:
     return any(name not in owner._parameters and name not in owner.__dict__ for name in names)
 
 
-def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | str:
-    """`module` as a link that gets (M, width) of x's dtype, or why it cannot be one. `back`: how
-    many links earlier the one is whose input it adds.
+def link_of(
+    module: nn.Module, x: Tensor, stream: Stream, back: int = 0
+) -> tuple[Link, Stream] | str:
+    """`module` as a link that gets `stream`, and what it gives, or why it cannot be one. `back`:
+    how many links earlier the one is whose input it adds.
     """
     if type(module) is not FusedResidual:
         return f"it is a {type(module).__name__}"
@@ -144,8 +166,17 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
     given = [t for t in (weight, bias, norm_weight, norm_bias, gate) if t is not None]
     if any(type(t) not in PLAIN or t.device != x.device for t in given):
         return "a parameter is a tensor of another kind, or on another device than x"
-    if weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
-        return f"its weight is {weight.dtype}, x {x.dtype}"
+    width, dtype, residual = stream
+    residual = residual if spec.adds else None
+    if weight.dtype not in DTYPES or (bias is not None and bias.dtype is not weight.dtype):
+        return f"its weight is {weight.dtype}, its bias {getattr(bias, 'dtype', None)}"
+    autocast = autocast_dtype()
+    text, product = spec.text, weight.dtype
+    if autocast or dtype is not product or residual is not None:
+        try:
+            text, product = typed(text, dtype, product, residual, autocast, "cpu")
+        except TypeError:
+            return f"its weight is {weight.dtype}, its input {dtype}"
     N, K = weight.shape
     if width != K or too_large(weight.shape, x):
         return f"its weight has shape {(N, K)}, x has {width} features and shape {tuple(x.shape)}"
@@ -157,19 +188,25 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
         expected = (spec.width("norm", K, N),)
         if norm.normalized_shape != expected:
             return f"its norm is over {tuple(norm.normalized_shape)}, not {expected}"
-    chosen = backends.choose(module.backend, spec.text, x.dtype, x.device, N, K, False)
+    chosen = backends.choose(module.backend, text, product, x.device, N, K, False)
     if chosen != "cpu":
         return f"its backend is '{chosen}'"
     given_back = back if spec.adds else 0
-    link = Link.of(spec, weight, bias, norm_weight, norm_bias, gate, back=given_back)
+    typed_spec = Spec.parse(text)
+    cast = product if product is not weight.dtype else None
+    link = Link.of(
+        typed_spec, weight, bias, norm_weight, norm_bias, gate, back=given_back, autocast=cast
+    )
+    y = y_dtype(text, product)
     found = _parameters(linear, norm, module)
     if all(t is None or any(t is u for u in found) for t in given):  # none of them is computed
         eps = None if norm is None else norm.eps
         _known[module] = _Known(
-            link, N, N * K, own["_asked"], own["training"], eps, linear, norm,
-            (type(linear), type(norm), module.backend, back), found, weight.shape,
+            link, N, y, N * K, own["_asked"], own["training"], eps, linear, norm,
+            (type(linear), type(norm), module.backend, back, stream[1:], autocast), found,
+            weight.shape, weight.dtype,
         )  # fmt: skip
-    return link
+    return link, Stream(N, y)
 
 
 class Part(NamedTuple):
@@ -185,17 +222,24 @@ def links_of(parts: Iterable[Part], x: Tensor) -> list[Link]:
     """
     links: list[Link] = []
     usual = [kind.forward for kind in _CLASSES] == _FORWARDS and watched() is None
-    width = x.shape[-1]
-    few = x.numel() < 8 * width
+    few = x.numel() < 8 * x.shape[-1]
+    stream, autocast = Stream(x.shape[-1], x.dtype), autocast_dtype()
+    dtypes = [x.dtype]  # of the links' inputs
     for layer, back in parts:
-        known = _as_known(layer, x, width, back) if usual else None
-        link = link_of(layer, x, width, back) if known is None else known.link
-        if isinstance(link, str):
-            break
-        if known is not None and few and known.size > _OF_FEW_ROWS:
-            break
-        width = link.operands[0].shape[0] if known is None else known.width
+        if back:
+            stream = stream._replace(residual=dtypes[-1 - back])
+        known = _as_known(layer, stream, back, autocast) if usual else None
+        if known is None:
+            found = link_of(layer, x, stream, back)
+            if isinstance(found, str):
+                break
+            link, stream = found
+        else:
+            if few and known.size > _OF_FEW_ROWS:
+                break
+            link, stream = known.link, Stream(known.width, known.dtype)
         links.append(link)
+        dtypes.append(stream.dtype)
     return links
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .chain import Link
 from .layers import hooked
-from .links import Part, joined, link_of, links_of, unchained
+from .links import Part, Stream, joined, link_of, links_of, unchained
 from .mlp import FusedResidualMLP
 from .modules import FusedResidual
 
@@ -99,13 +99,16 @@ class FusedSequential(nn.Sequential):
 
 
 def _why_alone(module: nn.Module, x: Tensor) -> str:
-    width = x.shape[-1]
+    streams = [Stream(x.shape[-1], x.dtype)]
     parts = _parts(module) if isinstance(module, JOINED) else [Part(module)]
     if parts is None:
         return "it has hooks, a shortcut of its own, or its forward was replaced"
     for layer, back in parts:
-        link = link_of(layer, x, width, back)
-        if isinstance(link, str):
-            return link
-        width = link.operands[0].shape[0]
+        stream = streams[-1]
+        if back:
+            stream = stream._replace(residual=streams[-1 - back].dtype)
+        found = link_of(layer, x, stream, back)
+        if isinstance(found, str):
+            return found
+        streams.append(found[1])
     return "no neighbour to be joined with"

@@ -12,9 +12,10 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import backends, chain, checks
 from .checks import Backend
-from .functional import PLAIN, run
+from .dtypes import typed, y_dtype
+from .functional import PLAIN, cast_for, run
 from .layers import norm_kind
-from .links import LARGEST, too_large, unchained
+from .links import LARGEST, autocast_dtype, too_large, unchained
 from .modules import FusedResidual
 from .operands import Operands
 from .reference import SETTINGS, Residual, rows_per_sample, spec_of
@@ -195,11 +196,14 @@ class FusedResidualStack(nn.Module):
         checks.check_x(x, self.features, "features")
         given = self._given()
         if self._why_not(x, given) is None:
-            rows = x if x.dim() == 2 else x.reshape(-1, self.features)
+            rows, text = x if x.dim() == 2 else x.reshape(-1, self.features), self._text(x, given)
+            autocast = autocast_dtype()
+            if autocast:
+                given[:2] = [cast_for(t, autocast) for t in given[:2]]
             operands = [t for t in given if t is not None]
             try:
                 y = chain.run_stacked(
-                    rows, self._text(given), len(self), self.recompute, operands,
+                    rows, text, len(self), self.recompute, operands,
                     self._seeds(), rows_per_sample(x),
                 )  # fmt: skip
                 return y if x.dim() == 2 else y.view(x.shape)
@@ -233,7 +237,6 @@ class FusedResidualStack(nn.Module):
         reason = unchained(x, in_graphs=True)
         if reason is not None:
             return reason
-        last, _ = self._specs()
         if self.norm == "batch":
             return "layers have a batch norm"
         N = self.features
@@ -245,10 +248,34 @@ class FusedResidualStack(nn.Module):
                 continue
             if t.device != x.device or not (is_exporting() or type(t) in PLAIN):
                 return f"{kind.name} is a {type(t).__name__} on {t.device}"
-            if kind.name in ("weight", "bias") and t.dtype != x.dtype:
-                return f"{kind.name} is {t.dtype}, x {x.dtype}"
-        chosen = backends.choose(self.backend, last.text, x.dtype, x.device, N, N, False)
+            if t.dtype not in checks.DTYPES or (kind.name == "bias" and t.dtype != given[0].dtype):
+                return f"{kind.name} is {t.dtype}, weight {given[0].dtype}"
+        try:
+            before, text, product = self._typed(x.dtype, given[0].dtype)
+        except TypeError:
+            return f"weight is {given[0].dtype}, x {x.dtype}"
+        if before is None:
+            return f"a block makes another dtype of x's {x.dtype}"
+        chosen = backends.choose(self.backend, text, product, x.device, N, N, False)
         return None if chosen == "cpu" else f"the backend is '{chosen}'"
+
+    def _typed(self, x: torch.dtype, weight: torch.dtype) -> tuple[list[str] | None, str, Any]:
+        """The recipes' texts of a block's layers before the last and of the last one, where each
+        has its dtypes, and the product's dtype. None in place of the first: blocks differ.
+        """
+        last, inner = self._specs()
+        autocast = autocast_dtype()
+        texts, dtype, product, before = [], x, weight, self.layers_per_block - 1
+        for spec, residual in [(inner, None)] * before + [
+            (last, x if before and last.adds else None)
+        ]:
+            text = spec.text
+            if autocast or dtype != weight or x != weight:
+                text, product = typed(text, dtype, weight, residual, autocast, "cpu")
+            texts.append(text)
+            dtype = y_dtype(text, product)
+        same = dtype == x or len(self) == before + 1
+        return texts[:-1] if same else None, texts[-1], product
 
     def _seeds(self) -> int:
         """How many layers drop at random."""
@@ -256,13 +283,13 @@ class FusedResidualStack(nn.Module):
         B = self.layers_per_block
         return len(self) // B * (last.random + (B - 1) * inner.random)
 
-    def _text(self, given: list[Any]) -> str:
+    def _text(self, x: Tensor, given: list[Any]) -> str:
         """The links' lines."""
-        last, inner = self._specs()
+        inner, last, _ = self._typed(x.dtype, given[0].dtype)
         there = sum(1 << i for i, t in enumerate(given[1:]) if t is not None)
-        back = self.layers_per_block - 1
-        before = f"{chain.line_of(there & 0b111, 0, inner.text)}\n" * back
-        return before + chain.line_of(there, back if last.adds else 0, last.text)
+        before = [chain.line_of(there & 0b111, 0, text) for text in inner or ()]
+        back = len(before) if self._specs()[0].adds else 0
+        return "\n".join([*before, chain.line_of(there, back, last)])
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         """The layers as so many fused calls."""

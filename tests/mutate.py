@@ -56,7 +56,8 @@ SUITES = {
     "chain": ("network", "scaled or each_gradient"),
     "stack": (
         "stack",
-        "gates or masks or turns or one_by_one or loads or double or recompute_keeps or (numbers and rms)",
+        "gates or masks or autocast or turns or one_by_one or loads or double or recompute_keeps "
+        "or (numbers and rms)",
     ),
     "settings": ("settings", ""),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
@@ -108,6 +109,8 @@ TABLE = {
      "i == gate_ ? 0 : l"),
     ("stack", "a later block adds the first one's input", "source_[l - block] + block",
      "source_[l - block]"),
+    ("stack", "the stream is kept where only its cast is read",
+     "prologue.empty() || !link.casts", "prologue.empty() || true"),
     ("stack", "every link draws the first one's mask", "data_ptr())[seeded_]", "data_ptr())[0]"),
     ("stack", "an input's memory is taken while a later link needs it",
      "std::max(lives[source(l)].end, l)", "lives[source(l)].end"),

@@ -65,6 +65,11 @@ struct Chain {
     STD_TORCH_CHECK(seeds == seeded_, "fusedres: ", seeds, " seeds for ", seeded_,
                     " links that drop at random");
     links.front().x = rows_of(kept_.front());
+    for (int64_t l = 0; l < size(); ++l) {
+      const Layer& link = links[l];
+      read_.push_back(!link.recipe.prologue.empty() || !link.casts);
+      if (link.recipe.saves_residual()) read_[source(l)] = true;
+    }
   }
 
   int64_t size() const { return static_cast<int64_t>(links.size()); }
@@ -80,32 +85,56 @@ struct Chain {
       if (source(l) != l) links[l].residual = links[source(l)].x;
   }
 
-  // ---- how wide what is kept is, for each link
+  // ---- what is kept, for each link
 
-  std::vector<int64_t> inputs() const {  // the first one's is the call's own
-    std::vector<int64_t> columns{0};
-    for (int64_t l = 1; l < size(); ++l) columns.push_back(links[l].K);
-    return columns;
+  // Its input, if backward looks at it; the first one's is the call's own.
+  std::vector<Width> inputs() const {
+    std::vector<Width> widths;
+    for (int64_t l = 0; l < size(); ++l) widths.push_back({read_[l] ? links[l].K : 0, value(l)});
+    widths[0].columns = 0;
+    return widths;
   }
-  std::vector<int64_t> outputs() const {
-    std::vector<int64_t> columns;
-    for (const Layer& link : links) columns.push_back(link.N);
-    return columns;
+  // What the product takes for it, where it is only cast.
+  std::vector<Width> casts() const {
+    std::vector<Width> widths;
+    for (const Layer& link : links) widths.push_back({link.casts ? link.K : 0, product()});
+    widths[0].columns = 0;
+    return widths;
   }
-  std::vector<int64_t> z() const {
-    std::vector<int64_t> columns;
-    for (const Layer& link : links) columns.push_back(link.recipe.saves_z() ? link.N : 0);
-    return columns;
+  std::vector<Width> z() const {
+    std::vector<Width> widths;
+    for (const Layer& link : links)
+      widths.push_back({link.recipe.saves_z() ? link.N : 0, product()});
+    return widths;
   }
+  std::vector<Width> outputs() const {
+    std::vector<Width> widths;
+    for (const Layer& link : links) widths.push_back({link.N, product()});
+    return widths;
+  }
+
+  // The dtype of link l's input, or of the last one's result.
+  DType value(int64_t l) const { return l < size() ? links[l].x.dtype : links.back().y; }
 
   // ---- memory that is soon free again, for each link; steps go through the links in order
 
-  // Of its input: from the link before to the last one that reads it. The first one's is the call's.
-  Turns input_turns() const {
-    std::vector<Turns::Life> lives{{-2, -2}};
+  // So many matrices that any of the chain's fits in.
+  std::vector<Width> any(int64_t count) const {
+    DType widest_dtype = product();
+    for (int64_t l = 0; l <= size(); ++l)
+      if (bytes_of(value(l)) > bytes_of(widest_dtype)) widest_dtype = value(l);
+    return std::vector<Width>(count, {widest, widest_dtype});
+  }
+
+  // Of its input, unless it is `kept`: from the link before to the last one that reads it. The first
+  // one's is the call's.
+  Turns input_turns(bool kept) const {
+    std::vector<Turns::Life> lives{{0, -1}};
     for (int64_t l = 1; l < size(); ++l) lives.push_back({l - 1, l});
     for (int64_t l = 1; l < size(); ++l)
       if (source(l) > 0) lives[source(l)].end = std::max(lives[source(l)].end, l);
+    for (int64_t l = 1; l < size(); ++l)
+      if (kept && read_[l]) lives[l].end = -1;
     return Turns(lives);
   }
   // Of its input's gradient, and of what its `add` sends back: both as far as the link before's or
@@ -162,15 +191,14 @@ struct Chain {
 
   // A link with operands of its own, checked as a layer's are.
   void append(const Line& line, const std::vector<Tensor>& own) {
-    // Its input has no memory yet: one element stands for every row and column.
-    const Tensor& x = kept_.front();
-    const Tensor input = links.empty() ? x : stand_in(x, M, links.back().N);
-    const Optional residual =
-        line.back ? Optional(stand_in(x, M, own.at(0).size(0))) : std::nullopt;
+    // Its input has no memory yet.
+    const int64_t source = size() - line.back;
+    const Tensor input = links.empty() ? kept_.front() : stand_in(links.back().y, links.back().N);
+    Optional residual;
+    if (line.back && source >= 0) residual = stand_in(links[source].x.dtype, own.at(0).size(0));
     const Call c(input, own, line.there, residual, any_seed_, masks.sample_rows, line.recipe);
-    STD_TORCH_CHECK(
-        !c.casts() && c.y_dtype() == c.product_dtype() && x.scalar_type() == c.product_dtype(),
-        "fusedres: a chain has one dtype");
+    STD_TORCH_CHECK(links.empty() || dtype_of(c.weight) == product(),
+                    "fusedres: a chain's weights have one dtype");
     STD_TORCH_CHECK(c.N() > 0 && c.K() > 0, "fusedres: a link without features");
     connect_to(line, c.in_prologue(Stage::add), c.N());
     kept_.push_back(adjacent_columns(c.weight));
@@ -202,8 +230,11 @@ struct Chain {
     source_.push_back(source);
   }
 
-  static Tensor stand_in(const Tensor& x, int64_t rows, int64_t columns) {
-    return matrix_at(x, 0, rows, columns, 0, 0);
+  // One element for every row and column.
+  Tensor stand_in(DType dtype, int64_t columns) {
+    Optional& element = elements_[static_cast<size_t>(dtype)];
+    if (!element) element = empty({1}, scalar_type(dtype));
+    return matrix_at(*element, 0, M, columns, 0, 0);
   }
   static Tensor matrix_at(const Tensor& t, int64_t offset, int64_t rows, int64_t columns,
                           int64_t stride, int64_t step) {
@@ -266,6 +297,8 @@ struct Chain {
       for (int i = 0; i < 4; ++i) move(vectors[i]->data, operand_of[l][kBias + i]);
       seed(link);
     }
+    STD_TORCH_CHECK(depth == block || links[block - 1].y == links.front().x.dtype,
+                    "fusedres: a stack's blocks give another dtype than they get");
     STD_TORCH_CHECK(links.front().N == links.front().K, "fusedres: a stack's weight has shape ",
                     shape_text(operands[0]), ", expected (depth, N, N)");
     kept_.push_back(given[0]);
@@ -291,6 +324,8 @@ struct Chain {
   int64_t seeded_ = 0;
   int64_t gate_ = -1;  // which operand a stack's gate is
   std::vector<int64_t> source_;
+  std::vector<bool> read_;  // whether backward looks at its input
+  Optional elements_[4];    // of each dtype
   std::vector<bool> added_;
   std::vector<Tensor> kept_;  // x first; what pointers point into
 };

@@ -17,14 +17,18 @@ inline Keep keep_of(int64_t keep) {
 // Which of few pieces of memory each of many values has: one that no value needs any longer.
 struct Turns {
   struct Life {
-    int64_t begin, end;  // steps; begins go up
+    int64_t begin, end;  // steps; begins go up; one that ends before it begins needs none
   };
-  std::vector<int64_t> of;
+  std::vector<int64_t> of;  // -1: none
   int64_t count = 0;
 
   explicit Turns(const std::vector<Life>& lives) {
     std::vector<int64_t> free_from;
     for (const Life& life : lives) {
+      if (life.end < life.begin) {
+        of.push_back(-1);
+        continue;
+      }
       int64_t slot = 0;
       while (slot < count && free_from[slot] >= life.begin) ++slot;
       if (slot == count) {
@@ -37,45 +41,65 @@ struct Turns {
   }
 };
 
-// Matrices of M rows one after the other, in pieces of memory. fusedres/chain.py knows the rule.
+inline int64_t bytes_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// A matrix's columns, 0 if there is none, and what they are.
+struct Width {
+  int64_t columns;
+  DType dtype;
+};
+
+// Matrices of M rows one after the other, in pieces of memory, each of one dtype. fusedres/chain.py
+// knows the rule.
 class Store {
  public:
-  Store(int64_t M, const std::vector<int64_t>& columns) : M_(M) {
+  Store(int64_t M, const std::vector<Width>& widths) : M_(M) {
     // So that a piece is of a size that the system does not take back at once; and no function of M,
     // which may be a symbol where torch traces.
     constexpr int64_t kColumns = 1024;
-    for (const int64_t c : columns) {
-      if (c > 0 && (pieces_.empty() || pieces_.back() + c > kColumns)) pieces_.push_back(0);
-      at_.push_back({static_cast<int64_t>(pieces_.size()) - 1, c > 0 ? M * pieces_.back() : 0, c});
-      if (c > 0) pieces_.back() += c;
+    for (const Width& w : widths) {
+      size_t& open = open_[static_cast<size_t>(w.dtype)];
+      if (w.columns > 0 && (!open || pieces_[open - 1].columns + w.columns > kColumns)) {
+        pieces_.push_back({0, w.dtype});
+        open = pieces_.size();
+      }
+      at_.push_back({open ? open - 1 : 0, open ? M * pieces_[open - 1].columns : 0, w});
+      if (w.columns > 0) pieces_[open - 1].columns += w.columns;
     }
   }
 
   size_t pieces() const { return pieces_.size(); }
 
-  void allocate(DType dtype) {
-    for (const int64_t columns : pieces_) keep(empty({M_ * columns}, scalar_type(dtype)), dtype);
+  void allocate() {
+    for (const Width& piece : pieces_) keep(empty({M_ * piece.columns}, scalar_type(piece.dtype)));
   }
 
   // Takes them from `given`; returns where they end.
-  size_t adopt(const std::vector<Tensor>& given, size_t first, DType dtype) {
-    for (const int64_t columns : pieces_) {
-      STD_TORCH_CHECK(first < given.size() && given[first].numel() == M_ * columns &&
+  size_t adopt(const std::vector<Tensor>& given, size_t first) {
+    for (const Width& piece : pieces_) {
+      const int64_t elements = M_ * piece.columns;
+      STD_TORCH_CHECK(first < given.size() && given[first].numel() == elements &&
                           given[first].is_contiguous() && given[first].is_cpu() &&
-                          given[first].scalar_type() == scalar_type(dtype),
-                      "fusedres: saved tensor ", first, " does not fit, expected ", M_ * columns,
+                          given[first].scalar_type() == scalar_type(piece.dtype),
+                      "fusedres: saved tensor ", first, " does not fit, expected ", elements,
                       " elements");
-      keep(given[first++], dtype);
+      keep(given[first++]);
     }
     return first;
   }
 
-  Rows operator[](int64_t i) const { return first(i, at_[i].columns); }
+  Rows operator[](int64_t i) const { return first(i, at_[i].width.columns, at_[i].width.dtype); }
 
-  // Matrix i's first columns.
-  Rows first(int64_t i, int64_t columns) const {
+  // Matrix i's memory for another one, no wider: its rows begin where matrix i's do, so that rows of
+  // several that take turns never overlap.
+  Rows first(int64_t i, int64_t columns, DType dtype) const {
     const Place& at = at_[i];
-    return {data_[at.piece] + at.offset * item_, at.columns, columns, dtype_};
+    if (at.width.columns == 0) return {};
+    const int64_t item = bytes_of(at.width.dtype);
+    return {data_[at.piece] + at.offset * item, at.width.columns * item / bytes_of(dtype), columns,
+            dtype};
   }
 
   void append_to(std::vector<Tensor>& list) const {
@@ -84,19 +108,19 @@ class Store {
 
  private:
   struct Place {
-    int64_t piece, offset, columns;
+    size_t piece;
+    int64_t offset;
+    Width width;
   };
 
-  void keep(const Tensor& piece, DType dtype) {
-    dtype_ = dtype;
-    item_ = piece.element_size();
+  void keep(const Tensor& piece) {
     memory_.push_back(piece);
     data_.push_back(static_cast<char*>(piece.data_ptr()));
   }
 
-  int64_t M_, item_ = 0;
-  DType dtype_ = DType::float32;
-  std::vector<int64_t> pieces_;  // columns
+  int64_t M_;
+  std::vector<Width> pieces_;
+  size_t open_[4] = {};  // for each dtype, the piece that is being filled, from 1 on
   std::vector<Place> at_;
   std::vector<Tensor> memory_;
   std::vector<char*> data_;

@@ -208,6 +208,43 @@ def test_masks_are_those_of_the_layers(again, calls):
         torch.testing.assert_close(found[0][name], t, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_mixed_precision_is_that_of_the_layers(calls):
+    """Of layers whose streams are in fp32 and in bf16, and of the same net with autocast off."""
+    torch.manual_seed(0)
+    layers = [
+        FusedResidual(16, order="preact", activation="silu"),
+        FusedResidual(16, 24, order="norm-linear-act", activation="silu"),
+        FusedResidualMLP(24, 40),
+        FusedResidual(24, order="bert-output"),
+        FusedResidual(24, activation="silu", residual_scale=0.5),
+    ]
+    net, plain = FusedSequential(*layers), nn.Sequential(*copy.deepcopy(layers))
+    plain[2].parts = lambda: None
+    true = copy.deepcopy(plain).double()
+    x, dy = torch.randn(60, 16), torch.randn(60, 24)
+    for on, joined in ((True, [6]), (False, [6]), (True, [6])):
+        calls.clear()
+        with torch.autocast("cpu", BF16, enabled=on):
+            found = [results(m, x, dy) for m in (net, plain)]
+        assert calls == joined and found[0]["y"].dtype == (F32 if not on else found[1]["y"].dtype)
+        assert torch.equal(found[0]["y"], found[1]["y"])
+        found.append(results(true, x.double(), dy.double()))
+        assert_as_accurate(*(by_kind(result, found[-1]) for result in found))
+
+
+def test_another_dtype_parts_a_run(calls):
+    """Where torch's product would refuse, the layer says so."""
+    net = FusedSequential(FusedResidual(8), FusedResidual(8), FusedResidual(8).double())
+    with pytest.raises(TypeError, match=r"weight has dtype torch\.float64, x has torch\.float32"):
+        net(torch.randn(4, 8))
+    assert calls == [2] and "float64" in net.chains(torch.randn(4, 8))[1]
+    half = FusedSequential(FusedResidual(8), FusedResidual(8)).bfloat16()
+    with torch.autocast("cpu", F16):  # bf16 and fp16 make fp32
+        y = half(torch.randn(4, 8).bfloat16())
+        assert y.dtype == nn.Sequential(*half)(torch.randn(4, 8).bfloat16()).dtype == F32
+    assert calls == [2, 2]
+
+
 CHANGES = {
     "hook": lambda m: m.register_forward_hook(lambda *_: None),
     "linear": lambda m: setattr(m, "linear", nn.Linear(16, 16)),

@@ -83,12 +83,17 @@ def compare(stack, M, dtype=F32):
     plain = Plain(stack)
     true = copy.deepcopy(plain).double()
     found = [results(stack, x, dy), results(plain, x, dy), results(true, x.double(), dy.double())]
+    judge(*found, what=f"{stack}, {M} rows")
+
+
+def judge(*found, what):
+    """Ours, the layers' and the true results."""
     # each over its size to the next power of two, which rounds nothing
     sizes = {n: t.square().mean().sqrt().clamp_min(1e-30) for n, t in found[-1].items()}
     sizes = {name: 2.0 ** size.log2().round() for name, size in sizes.items()}
     found = [{n: (t / sizes[n]).to(t.dtype) for n, t in result.items()} for result in found]
     assert found[0].keys() == found[1].keys()
-    assert_as_accurate(*found, what=f"{stack}, {M} rows")
+    assert_as_accurate(*found, what=what)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -197,6 +202,47 @@ def test_one_by_one_where_layers_cannot_be_joined(way, block, calls):
     for b, c in zip(stack.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(b, c)
         assert stack.running_mean.any() and stack.num_batches_tracked.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("x_dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("autocast", [BF16, F16], ids=str)
+@pytest.mark.parametrize("order", ["note", "prenorm", "postnorm", "linear-norm-add-gate-act"])
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_mixed_precision_is_that_of_the_layers(recompute, block, order, autocast, x_dtype, calls):
+    """Under autocast the stream stays in fp32, products are rounded."""
+    torch.manual_seed(0)
+    settings = {"gate": "channel", "gate_init": 0.7} if "gate" in order else {}
+    stack = FusedResidualStack(
+        24,
+        6,
+        layers_per_block=block,
+        order=order,
+        recompute=recompute,
+        activation="silu",
+        **settings,
+    )
+    alone = copy.deepcopy(stack)
+    alone._why_not = lambda *_: "to be compared with"
+    x, dy, found = torch.randn(40, 24).to(x_dtype), torch.randn(40, 24), []
+    with torch.autocast("cpu", autocast):
+        for net in (stack, alone):
+            found.append(results(net, x, dy))
+    differs = torch.promote_types(x_dtype, autocast) != x_dtype
+    assert calls == ([] if differs else [6])  # a block that makes fp32 of x is not like the rest
+    assert torch.equal(found[0]["y"], found[1]["y"])
+    found.append(results(copy.deepcopy(alone).double(), x.double(), dy.double()))
+    judge(*found, what=f"{stack} under autocast, {x_dtype}")
+
+
+def test_under_autocast_what_the_products_took_is_kept():
+    """And not the stream besides, which is twice as large."""
+    stack, x, kept = FusedResidualStack(24, 6), torch.randn(50, 24), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", BF16):
+        stack(x)
+    own = sum(t.numel() * t.element_size() for t in kept if t.dim() == 1)
+    assert own == (5 + 6) * x.numel() * 2  # casts of inputs but the first one, and z
 
 
 DROPS = {
