@@ -27,7 +27,7 @@ struct Call {
   // Takes them off the stack and checks them. `cuda`: what the op is for; `needs`: backward's.
   Call(StableIValue* stack, bool cuda, std::optional<int64_t> needs = std::nullopt);
   // A link of a chain: weight is the first of `operands`, then come those of bias, norm_weight,
-  // norm_bias and gate whose bits are set in `there`.
+  // norm_bias, gate, running_mean and running_var whose bits are set in `there`.
   Call(const Tensor& x, const std::vector<Tensor>& operands, int there, const Optional& residual,
        const Optional& seed, int64_t sample_rows, const Recipe& recipe);
   Call(const Call&) = delete;
@@ -166,8 +166,8 @@ inline Call::Call(const Tensor& x, const std::vector<Tensor>& operands, int ther
       sample_rows(sample_rows),
       recipe(recipe) {
   size_t next = 1;
-  Optional* const into[] = {&bias, &norm_weight, &norm_bias, &gate};
-  for (int i = 0; i < 4; ++i)
+  Optional* const into[] = {&bias, &norm_weight, &norm_bias, &gate, &running_mean, &running_var};
+  for (int i = 0; i < 6; ++i)
     if (there >> i & 1) *into[i] = operands.at(next++);
   check(*this, false);
 }

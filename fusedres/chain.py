@@ -22,16 +22,27 @@ from .operands import Operands
 from .reference import composite, draw_seeds
 from .spec import Spec
 
-_KINDS = 4  # of operands that a link may have beside weight
+_KINDS, _GATE = 6, 4  # of operands that a link may have beside weight; the gate is number 4
+
+
+class Running(NamedTuple):
+    """What batch norm in training does to a layer's running statistics."""
+
+    mean: Tensor | None  # (C,)
+    var: Tensor | None
+    momentum: float | None
+    tracked: Tensor | None  # how many batches there were
 
 
 class Link(NamedTuple):
     """A layer of a chain."""
 
     line: str  # which of `_KINDS` it has, whose input it adds, its recipe: csrc/chain/links.h
-    operands: tuple[Tensor, ...]  # weight (N, K), then bias, norm_weight, norm_bias, gate
+    operands: tuple[Tensor, ...]  # weight (N, K), then those that it has of Operands'
     random: bool = False  # it drops, and needs a seed
     autocast: torch.dtype | None = None  # what weight and bias are cast to for the call
+    statistics: int = 0  # C, if its norm goes by this batch's statistics
+    running: Running | None = None  # which these update
 
     @classmethod
     def of(
@@ -41,11 +52,17 @@ class Link(NamedTuple):
         *more: Tensor | None,
         back: int = 0,
         autocast: torch.dtype | None = None,
+        running: Running | None = None,
     ) -> Link:
-        """`back`: how many links earlier the one is whose input `add` takes; 0: this one."""
+        """`more`: bias, norm_weight, norm_bias, gate, running_mean, running_var, the last two where
+        the norm goes by them. `back`: how many links earlier the one is whose input `add` takes; 0:
+        this one.
+        """
         there = sum(1 << i for i, t in enumerate(more) if t is not None)
         operands = (weight, *(t for t in more if t is not None))
-        return cls(line_of(there, back, spec.text), operands, spec.random, autocast)
+        (N, K), line = weight.shape, line_of(there, back, spec.text)
+        C = spec.width("norm", K, N) if spec.batch_stats else 0
+        return cls(line, operands, spec.random, autocast, C, running)
 
     def given(self) -> tuple[Tensor, ...]:
         """The operands of a call."""
@@ -86,14 +103,15 @@ def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tupl
         own: list[Any] = []
         for i, here in enumerate(has):
             if here and depth:
-                own.append(stacks[i][link // block if i == _KINDS else link])
+                own.append(stacks[i][link // block if i == _GATE else link])
             else:
                 own.append(next(rest) if here else None)
         yield Spec.parse(own_recipe), own_back, own
 
 
-def run(x: Tensor, links: list[Link], sample_rows: int = 1) -> Tensor:
-    """y (M, N) of the last link from x (M, K) of the first, on a CPU.
+def run(x: Tensor, links: list[Link], sample_rows: int = 1) -> tuple[Tensor, Tensor | None]:
+    """y (M, N) of the last link from x (M, K) of the first, on a CPU, and the batch statistics, if
+    there are any: for each such link mean (C,) and biased variance (C,), one after the other.
 
     `sample_rows`: rows a sample, for drop-path. Operands are assumed checked; what the op still
     refuses is a RuntimeError, and torch's generator then as it was.
@@ -112,7 +130,7 @@ def run_stacked(
     operands: list[Tensor],
     seeds: int = 0,
     sample_rows: int = 1,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """The same from the links' lines and, if `depth` is not 0, stacked operands: see `_split`.
     `recompute`: z is not kept for backward but computed again. `seeds`: how many links drop.
     """
@@ -120,40 +138,58 @@ def run_stacked(
     before = torch.get_rng_state() if seeds and not in_graph else None
     drawn = draw_seeds(seeds, x.device) if seeds else None
     if in_graph:
-        return residual_chain(x, operands, text, depth, recompute, drawn, sample_rows)
+        return _both(residual_chain(x, operands, text, depth, recompute, drawn, sample_rows))
     try:
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in operands)):
-            return _apply(text, depth, recompute, drawn, sample_rows, x, *operands)
-        return _without_gradient(x, operands, text, depth, recompute, drawn, sample_rows)
+            return _both(_apply(text, depth, recompute, drawn, sample_rows, x, *operands))
+        return _both(_without_gradient(x, operands, text, depth, recompute, drawn, sample_rows))
     except RuntimeError:
         if before is not None:
             torch.set_rng_state(before)
         raise
 
 
+def _both(found: Any) -> tuple[Tensor, Tensor | None]:
+    """y, and the batch statistics."""
+    if isinstance(found, Tensor):
+        return found, None
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _has_statistics(text: str) -> bool:
+    return "batch_stats=1" in text
+
+
 class FusedChainFunction(torch.autograd.Function):
     """apply(text, depth, recompute, seeds, sample_rows, x, *operands), `text` being the links'
     lines. Saved for backward: operands, seeds, each link's input or what it is cast to for the
-    product and, where a stage after ``linear`` looks at it, its product z; with `recompute` not z.
+    product and, where a stage after ``linear`` looks at it, its product z; with `recompute` not z;
+    and the batch statistics.
     """
 
     @staticmethod
     def forward(
         ctx: Any, text: str, depth: int, recompute: bool, seeds: Tensor | None, sample_rows: int,
         x: Tensor, *operands: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """y (M, N)."""
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """y (M, N), and the batch statistics, if there are any."""
         keep = 2 if recompute else 1
         y, *saved = torch.ops.fusedres.chain_forward.default(
             x, operands, text, depth, seeds, sample_rows, keep
         )
         ctx.text, ctx.depth, ctx.sample_rows, ctx.kept = text, depth, sample_rows, len(saved)
         ctx.save_for_backward(*saved, seeds, x, *operands)
-        return y
+        if not _has_statistics(text):
+            return y
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved[-1])
+        return y, saved[-1]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: Any = None) -> tuple[Tensor | None, ...]:
         """From dy (M, N) the gradients of x and the operands, None where not needed."""
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         there, kept = ctx.saved_tensors, ctx.kept
         saved, seeds, (x, *operands) = there[:kept], there[kept], there[kept + 1 :]
         needs = ctx.needs_input_grad[_BEFORE:]
@@ -191,7 +227,8 @@ def composite_chain(
     for spec, back, own in _split(text, depth, operands):
         residual = values[-1 - back] if back else None
         seed = next(each_seed) if spec.random else None
-        o = Operands(*(values[-1], *own, residual))._replace(seed=seed, sample_rows=sample_rows)
+        plain, running = own[:5], own[5:]  # a batch norm's, in evaluation
+        o = Operands(*(values[-1], *plain, residual, *running, seed, sample_rows))
         values.append(composite(spec, o))
     return values[-1]
 
@@ -242,16 +279,16 @@ def _without_gradient(
     _recompute: bool,
     seeds: Tensor | None,
     sample_rows: int,
-) -> Tensor:
-    y: Tensor = torch.ops.fusedres.chain_forward.default(
+) -> list[Tensor]:
+    found: list[Tensor] = torch.ops.fusedres.chain_forward.default(
         x, operands, links, depth, seeds, sample_rows, 0
-    )[0]
-    return y
+    )
+    return found
 
 
-def _recording(x: Tensor, operands: list[Tensor], *call: Any) -> Tensor:
-    y: Tensor = FusedChainFunction.apply(*call, x, *operands)
-    return y
+def _recording(x: Tensor, operands: list[Tensor], *call: Any) -> list[Tensor]:
+    found = FusedChainFunction.apply(*call, x, *operands)
+    return [found] if isinstance(found, Tensor) else list(found)
 
 
 def _fake(
@@ -262,8 +299,8 @@ def _fake(
     _recompute: bool,
     seeds: Tensor | None,
     sample_rows: int,
-) -> Tensor:
-    return _forward_fake(x, operands, links, depth, seeds, sample_rows, 0)[0]
+) -> list[Tensor]:
+    return _forward_fake(x, operands, links, depth, seeds, sample_rows, 0)
 
 
 def _forward_fake(
@@ -280,8 +317,11 @@ def _forward_fake(
     casts: list[_Width] = []
     z: list[_Width] = []
     read = []  # whether backward looks at an input
+    statistics = 0
     for spec, back, (weight, *_) in _split(links, depth, tuple(operands)):
         product = weight.dtype
+        if spec.batch_stats:
+            statistics += 2 * spec.width("norm", weight.shape[1], weight.shape[0])
         inputs.append((N, dtype))
         casts.append((N * spec.casts, product))
         read.append(bool(spec.prologue) or not spec.casts)
@@ -293,6 +333,9 @@ def _forward_fake(
     inputs = [(columns * r, dt) for (columns, dt), r in zip(inputs, read, strict=True)]
     kept = (_pieces(inputs) + _pieces(casts) if keep else []) + (_pieces(z) if keep == 1 else [])
     pieces = [x.new_empty(M * columns, dtype=dt) for columns, dt in kept]
+    if statistics:
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        pieces.append(x.new_empty(statistics, dtype=exact))
     return [x.new_empty((M, N), dtype=dtype), *pieces]
 
 
@@ -315,7 +358,7 @@ def _backward_fake(
 torch.library.define(
     "fusedres::residual_chain",
     "(Tensor x, Tensor[] operands, str links, int depth, bool recompute, Tensor? seeds, "
-    "SymInt sample_rows) -> Tensor",
+    "SymInt sample_rows) -> Tensor[]",
 )
 torch.library.impl("fusedres::residual_chain", "CompositeExplicitAutograd", _without_gradient)
 torch.library.impl("fusedres::residual_chain", "Autograd", _recording)

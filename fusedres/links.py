@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import backends, chain, graphs
-from .chain import Link
+from .chain import Link, Running
 from .checks import DTYPES
 from .dtypes import typed, y_dtype
-from .functional import PLAIN, composite_only
+from .functional import PLAIN, composite_only, update_running_statistics
 from .layers import hooked, parameter, watched, weight_and_bias
-from .modules import FusedResidual, must_be_called
+from .modules import FusedResidual, batch_norm_step, must_be_called
 from .reference import asked_of, rows_per_sample
 from .spec import Spec
 from .tracing import transforms_active
@@ -72,12 +72,13 @@ class _Known(NamedTuple):
     norm: Any
     kinds: tuple[Any, ...]  # classes, the backend asked for, `back`, and dtypes
     parameters: tuple[Any, ...]
+    batch: tuple[Any, ...]  # of a batch norm
     shape: Any  # of the weight
     weight: torch.dtype
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-_CLASSES = (FusedResidual, nn.Linear, nn.LayerNorm, nn.RMSNorm)
+_CLASSES = (FusedResidual, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d)
 _FORWARDS = [kind.forward for kind in _CLASSES]
 
 
@@ -86,6 +87,18 @@ def _parameters(linear: Any, norm: Any, module: Any) -> tuple[Any, ...]:
     p, q = linear._parameters, {} if norm is None else norm._parameters
     gate = module._parameters.get("gate")
     return p.get("weight"), p.get("bias"), q.get("weight"), q.get("bias"), gate
+
+
+def _batch(norm: Any) -> tuple[Any, ...]:
+    """What a batch norm's call depends on beside its parameters and eps."""
+    if type(norm) is not nn.BatchNorm1d:
+        return ()
+    own = norm.__dict__
+    mean, var, count = map(own["_buffers"].get, _BUFFERS)
+    return mean, var, count, own["training"], own["momentum"], own["track_running_stats"]
+
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Stream(NamedTuple):
@@ -117,6 +130,8 @@ def _as_known(
     found = _parameters(linear, norm, module)
     kinds = type(linear), type(norm), own["backend"], back, stream[1:], autocast
     if not all(map(_is, found, known.parameters)) or kinds != known.kinds:
+        return None
+    if known.batch and not all(map(_is, _batch(norm), known.batch)):
         return None
     weight, shape = found[0], known.shape
     if weight.dtype is not known.weight or weight.shape != shape or stream[0] != shape[1]:
@@ -152,9 +167,11 @@ def link_of(
     if reason is not None:
         return reason
     spec = module._recipe(asked_of(norm, gate, x))
-    if spec.norm == "batch":
-        return "it has a batch norm"
-    norms = {"layer": ("weight", "bias"), "rms": ("weight",), None: ()}[spec.norm]
+    norms = {"rms": ("weight",), None: ()}.get(spec.norm, ("weight", "bias"))
+    if spec.norm == "batch" and any(
+        name not in norm._buffers and name not in norm.__dict__ for name in _BUFFERS
+    ):
+        return computed
     if _computed(linear, "weight", "bias") or _computed(norm, *norms):
         return computed
     weight, bias = weight_and_bias(linear)
@@ -163,7 +180,17 @@ def link_of(
         norm_weight = parameter(norm, "weight")
     elif spec.norm is not None:
         norm_weight, norm_bias = weight_and_bias(norm)
-    given = [t for t in (weight, bias, norm_weight, norm_bias, gate) if t is not None]
+    mean = var = running = None
+    if spec.norm == "batch":
+        spec, mean, var, momentum, tracked = batch_norm_step(spec, norm)
+        if (mean is None) is not (var is None):
+            return "its batch norm has one of running_mean and running_var"
+        if spec.batch_stats and x.numel() == x.shape[-1]:
+            return "its batch norm gets one row"
+        running = Running(mean, var, momentum, tracked)
+        if any(t is not None and t.requires_grad for t in running[:2]):
+            return "its running statistics ask for a gradient"
+    given = [t for t in (weight, bias, norm_weight, norm_bias, gate, mean, var) if t is not None]
     if any(type(t) not in PLAIN or t.device != x.device for t in given):
         return "a parameter is a tensor of another kind, or on another device than x"
     width, dtype, residual = stream
@@ -186,25 +213,32 @@ def link_of(
         return "it adds before linear"
     if spec.norm is not None:
         expected = (spec.width("norm", K, N),)
-        if norm.normalized_shape != expected:
-            return f"its norm is over {tuple(norm.normalized_shape)}, not {expected}"
+        own_shape = expected if spec.norm == "batch" else norm.normalized_shape
+        shapes = [own_shape, *(t.shape for t in (mean, var) if t is not None)]
+        if any(shape != expected for shape in shapes):
+            return f"its norm is over {tuple(shapes[-1])}, not {expected}"
     chosen = backends.choose(module.backend, text, product, x.device, N, K, False)
     if chosen != "cpu":
         return f"its backend is '{chosen}'"
     given_back = back if spec.adds else 0
     typed_spec = Spec.parse(text)
     cast = product if product is not weight.dtype else None
+    if spec.batch_stats:
+        mean = var = None  # it looks at this batch's
     link = Link.of(
-        typed_spec, weight, bias, norm_weight, norm_bias, gate, back=given_back, autocast=cast
-    )
+        typed_spec, weight, bias, norm_weight, norm_bias, gate, mean, var, back=given_back,
+        autocast=cast, running=running if spec.batch_stats else None,
+    )  # fmt: skip
     y = y_dtype(text, product)
     found = _parameters(linear, norm, module)
-    if all(t is None or any(t is u for u in found) for t in given):  # none of them is computed
+    batch = _batch(norm) if spec.norm == "batch" else ()
+    known_tensors = (*found, *batch[:2])
+    if all(any(t is u for u in known_tensors) for t in given):  # none of them is computed
         eps = None if norm is None else norm.eps
         _known[module] = _Known(
             link, N, y, N * K, own["_asked"], own["training"], eps, linear, norm,
             (type(linear), type(norm), module.backend, back, stream[1:], autocast), found,
-            weight.shape, weight.dtype,
+            batch, weight.shape, weight.dtype,
         )  # fmt: skip
     return link, Stream(N, y)
 
@@ -247,7 +281,21 @@ def joined(x: Tensor, links: list[Link]) -> Tensor | None:
     """y (..., N) from x (..., K). None: the op refuses; the layers one by one tell why."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     try:
-        y = chain.run(rows, links, rows_per_sample(x))
+        y, statistics = chain.run(rows, links, rows_per_sample(x))
     except RuntimeError:
         return None
+    if statistics is not None:
+        _update(links, statistics, rows)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _update(links: list[Link], statistics: Tensor, rows: Tensor) -> None:
+    """Of all batch norms in training their running statistics, as layer by layer."""
+    M, at = rows.shape[0], 0
+    for link in links:
+        C = link.statistics
+        if link.running is not None:
+            mean, var, momentum, tracked = link.running
+            found = statistics[at : at + C], statistics[at + C : at + 2 * C]
+            update_running_statistics(mean, var, found, M / (M - 1), M, momentum, tracked)
+        at += 2 * C

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from . import backends, chain, checks
 from .checks import Backend
 from .dtypes import typed, y_dtype
-from .functional import PLAIN, cast_for, run
+from .functional import PLAIN, cast_for, run, update_running_statistics
 from .layers import norm_kind
 from .links import LARGEST, autocast_dtype, too_large, unchained
 from .modules import FusedResidual
@@ -48,6 +48,7 @@ _PARAMETERS = (
     _Kind("norm_bias", "norm", "bias"),
     _Kind("gate", "", "gate"),
 )
+_GATE = 0b1000  # the fifth kind, as a bit: csrc/chain/links.h
 _BUFFERS = (
     _Kind("running_mean", "norm", "running_mean"),
     _Kind("running_var", "norm", "running_var"),
@@ -202,10 +203,12 @@ class FusedResidualStack(nn.Module):
                 given[:2] = [cast_for(t, autocast) for t in given[:2]]
             operands = [t for t in given if t is not None]
             try:
-                y = chain.run_stacked(
+                y, statistics = chain.run_stacked(
                     rows, text, len(self), self.recompute, operands,
                     self._seeds(), rows_per_sample(x),
                 )  # fmt: skip
+                if statistics is not None:
+                    self._update(statistics, rows.shape[0])
                 return y if x.dim() == 2 else y.view(x.shape)
             except RuntimeError as error:  # the layers one by one tell more
                 checks.check_memory(error)
@@ -230,24 +233,40 @@ class FusedResidualStack(nn.Module):
         return self._why_not(x, self._given())
 
     def _given(self) -> list[Any]:
-        """The parameters as torch looks them up: one of them may be computed."""
-        return [getattr(self, kind.name) for kind in _PARAMETERS]
+        """The operands as torch looks them up, since one of them may be computed: parameters, and
+        running statistics where the norm goes by them.
+        """
+        by_running = self.norm == "batch" and not self.training
+        return [getattr(self, k.name) for k in _PARAMETERS] + [
+            getattr(self, k.name) if by_running else None for k in _BUFFERS[:2]
+        ]
+
+    def _update(self, statistics: Tensor, M: int) -> None:
+        """The running statistics, by the batch's (L, 2, N)."""
+        mean, var = statistics.view(len(self), 2, self.features).unbind(1)
+        own: Any = (getattr(self, kind.name) for kind in _BUFFERS)
+        running_mean, running_var, tracked = own
+        update_running_statistics(
+            running_mean, running_var, (mean, var), M / (M - 1), M, self.momentum, tracked
+        )
 
     def _why_not(self, x: Tensor, given: list[Any]) -> str | None:
         reason = unchained(x, in_graphs=True)
         if reason is not None:
             return reason
-        if self.norm == "batch":
-            return "layers have a batch norm"
+        if self.norm == "batch" and self.training and x.numel() == x.shape[-1]:
+            return "a batch norm gets one row"
         N = self.features
         in_graph = is_dynamo_compiling() or is_exporting()  # where rows may be a symbol
         if N * N > LARGEST or (not in_graph and too_large((N, N), x)):
             return f"weights of {N} x {N} are too large to be packed for x {tuple(x.shape)}"
-        for kind, t in zip(_PARAMETERS, given, strict=True):
+        for kind, t in zip((*_PARAMETERS, *_BUFFERS[:2]), given, strict=True):
             if t is None:
                 continue
             if t.device != x.device or not (is_exporting() or type(t) in PLAIN):
                 return f"{kind.name} is a {type(t).__name__} on {t.device}"
+            if t.requires_grad and kind in _BUFFERS:
+                return f"{kind.name} asks for a gradient"
             if t.dtype not in checks.DTYPES or (kind.name == "bias" and t.dtype != given[0].dtype):
                 return f"{kind.name} is {t.dtype}, weight {given[0].dtype}"
         try:
@@ -287,7 +306,7 @@ class FusedResidualStack(nn.Module):
         """The links' lines."""
         inner, last, _ = self._typed(x.dtype, given[0].dtype)
         there = sum(1 << i for i, t in enumerate(given[1:]) if t is not None)
-        before = [chain.line_of(there & 0b111, 0, text) for text in inner or ()]
+        before = [chain.line_of(there & ~_GATE, 0, text) for text in inner or ()]
         back = len(before) if self._specs()[0].adds else 0
         return "\n".join([*before, chain.line_of(there, back, last)])
 

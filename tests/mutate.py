@@ -53,7 +53,7 @@ SUITES = {
     "tools": ("graph_tools", "flops or exported"),
     "locale": ("errors", "decimal_comma"),
     "products": ("cpu_kernels", "(products and not instruction) or batch_norm or any_number"),
-    "chain": ("network", "scaled or each_gradient"),
+    "chain": ("network", "scaled or each_gradient or (batch_norm_is and False-training)"),
     "stack": (
         "stack",
         "gates or masks or autocast or turns or one_by_one or loads or double or recompute_keeps "
@@ -99,10 +99,19 @@ TABLE = {
 "csrc/params.h": [
     ("ways", "kept elements are not scaled up", "p < 1 ? 1 / (1 - p) : 0", "1"),
 ],
-"csrc/chain.cpp": [
+"csrc/chain/forward.h": [
+    ("chain", "a norm before linear surveys nothing in a chain",
+     "if (before && before->batch_norm && statistics)", "if (false)"),
+],
+"csrc/chain/backward.h": [
     ("chain", "no residual_scale in a chain's backward", "last ? r.residual_scale : 1.0", "1.0"),
     ("chain", "an add in the middle of a link sends nothing back",
      "if (!last) walk.after->dresidual = memory;", ""),
+    ("chain", "an add after a batch norm sends back what came to the norm",
+     "to.skip = last ? dy : memory;", "to.skip = last ? walk.pass.dy : memory;"),
+],
+"fusedres/links.py": [
+    ("chain", "a batch norm's statistics are those of the first one", "        at += 2 * C\n", ""),
 ],
 "csrc/chain/links.h": [
     ("stack", "every block has the first one's gate", "i == gate_ ? l / block : l",

@@ -20,8 +20,12 @@ struct Masks {
   const int64_t sample_rows;
 };
 
-// The links of a call. `text` has a line for each: which of bias, norm_weight, norm_bias and gate
-// there are, as a number of four bits; "<" and how many links back the one is whose input `add`
+// What a link may have beside its weight; of those after kGate nobody asks for a gradient.
+constexpr int kRunningMean = kInputs, kRunningVar = kInputs + 1, kSlots = kInputs + 2;
+constexpr int kKinds[] = {kBias, kNormWeight, kNormBias, kGate, kRunningMean, kRunningVar};
+constexpr int kCount = std::size(kKinds);
+
+// The links of a call. `text` has a line for each: which of kKinds there are, as a number of bits; "<" and how many links back the one is whose input `add`
 // takes, if it is not this one; a space, the recipe.
 //
 // `depth` not 0: operands are stacked. There are `depth` links, in blocks of as many as there are
@@ -64,9 +68,12 @@ struct Chain {
     const int64_t seeds = masks.seeds ? masks.seeds->numel() : 0;
     STD_TORCH_CHECK(seeds == seeded_, "fusedres: ", seeds, " seeds for ", seeded_,
                     " links that drop at random");
+    statistics_at_.push_back(0);
     links.front().x = rows_of(kept_.front());
     for (int64_t l = 0; l < size(); ++l) {
       const Layer& link = links[l];
+      const int64_t C = batch(l, true) ? link.K : batch(l, false) ? link.N : 0;
+      statistics_at_.push_back(statistics() + 2 * C);
       read_.push_back(!link.recipe.prologue.empty() || !link.casts);
       if (link.recipe.saves_residual()) read_[source(l)] = true;
     }
@@ -84,6 +91,17 @@ struct Chain {
     for (int64_t l = 0; l < size(); ++l)
       if (source(l) != l) links[l].residual = links[source(l)].x;
   }
+
+  // ---- batch statistics: mean and biased variance of each link that goes by them
+
+  // Whether link l does, before or after its `linear`.
+  bool batch(int64_t l, bool prologue) const {
+    const Recipe& r = links[l].recipe;
+    return r.batch_stats && r.has(Stage::norm) && links[l].in_prologue(Stage::norm) == prologue;
+  }
+  // How many elements all have; where link l's begin.
+  int64_t statistics() const { return statistics_at_.back(); }
+  int64_t statistics(int64_t l) const { return statistics_at_[l]; }
 
   // ---- what is kept, for each link
 
@@ -168,10 +186,10 @@ struct Chain {
       int there = -1, back = 0;
       const std::string head = line.substr(0, std::min(space, line.size()));
       const int read = std::sscanf(head.c_str(), "%2d<%6d", &there, &back);
-      STD_TORCH_CHECK(space != line.npos && read >= 1 && there >= 0 && there < 16 && back >= 0,
-                      "fusedres: no link '", line, "'");
+      STD_TORCH_CHECK(
+          space != line.npos && read >= 1 && there >= 0 && there < 1 << kCount && back >= 0,
+          "fusedres: no link '", line, "'");
       const Recipe& r = recipe(line.substr(space + 1));
-      STD_TORCH_CHECK(!r.batch_stats, "fusedres: a chain has no batch statistics");
       lines.push_back({there, back, r});
     }
     STD_TORCH_CHECK(!lines.empty(), "fusedres: a chain without links");
@@ -180,10 +198,10 @@ struct Chain {
 
   // For each Input the operand that it is, of those from `first` on.
   static std::vector<int64_t> which(int all, int there, size_t first) {
-    std::vector<int64_t> of(kInputs, -1);
+    std::vector<int64_t> of(kSlots, -1);
     of[kWeight] = static_cast<int64_t>(first++);
-    for (int i = 0; i < 4; ++i) {
-      if (there >> i & 1) of[kBias + i] = static_cast<int64_t>(first);
+    for (int i = 0; i < kCount; ++i) {
+      if (there >> i & 1) of[kKinds[i]] = static_cast<int64_t>(first);
       first += all >> i & 1;
     }
     return of;
@@ -196,6 +214,8 @@ struct Chain {
     const Tensor input = links.empty() ? kept_.front() : stand_in(links.back().y, links.back().N);
     Optional residual;
     if (line.back && source >= 0) residual = stand_in(links[source].x.dtype, own.at(0).size(0));
+    STD_TORCH_CHECK(!line.recipe.batch_stats || M > 1,
+                    "fusedres: batch statistics of one row have no variance");
     const Call c(input, own, line.there, residual, any_seed_, masks.sample_rows, line.recipe);
     STD_TORCH_CHECK(links.empty() || dtype_of(c.weight) == product(),
                     "fusedres: a chain's weights have one dtype");
@@ -292,9 +312,10 @@ struct Chain {
       const auto move = [&](void*& data, int64_t i) {
         if (i >= 0) data = entry_of(given[i], entry(i, l));
       };
-      Vector* const vectors[] = {&link.bias, &link.norm_weight, &link.norm_bias, &link.gate};
+      Vector* const vectors[] = {&link.bias, &link.norm_weight,  &link.norm_bias,
+                                 &link.gate, &link.running_mean, &link.running_var};
       move(link.weight.data, 0);
-      for (int i = 0; i < 4; ++i) move(vectors[i]->data, operand_of[l][kBias + i]);
+      for (int i = 0; i < kCount; ++i) move(vectors[i]->data, operand_of[l][kKinds[i]]);
       seed(link);
     }
     STD_TORCH_CHECK(depth == block || links[block - 1].y == links.front().x.dtype,
@@ -306,7 +327,7 @@ struct Chain {
 
   void check_stacked(const std::vector<int64_t>& of, int64_t depth) const {
     size_t expected = 0;
-    for (int input = kWeight; input <= kGate; ++input) {
+    for (int input = kWeight; input < kSlots; ++input) {
       if (of[input] < 0) continue;
       STD_TORCH_CHECK(++expected <= operands.size(), "fusedres: a stack got ", operands.size(),
                       " operands, too few");
@@ -324,6 +345,7 @@ struct Chain {
   int64_t seeded_ = 0;
   int64_t gate_ = -1;  // which operand a stack's gate is
   std::vector<int64_t> source_;
+  std::vector<int64_t> statistics_at_;
   std::vector<bool> read_;  // whether backward looks at its input
   Optional elements_[4];    // of each dtype
   std::vector<bool> added_;

@@ -13,6 +13,10 @@ class GradientsOf {
       found_.emplace_back();
       if (wanted.at(i + 1) == '1') found_[i] = like(chain.operands[i]);
     }
+    for (const std::vector<int64_t>& of : chain.operand_of)
+      for (const int running : {kRunningMean, kRunningVar})
+        STD_TORCH_CHECK(of[running] < 0 || !found_[of[running]],
+                        "fusedres: running statistics have no gradient");
   }
 
   // Those of link l's Inputs, as bits.

@@ -41,6 +41,11 @@ struct Turns {
   }
 };
 
+template <class A>
+constexpr DType exact() {
+  return std::is_same_v<A, double> ? DType::float64 : DType::float32;
+}
+
 inline int64_t bytes_of(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
