@@ -207,7 +207,10 @@ def link_of(
     N, K = weight.shape
     if width != K or too_large(weight.shape, x):
         return f"its weight has shape {(N, K)}, x has {width} features and shape {tuple(x.shape)}"
-    if spec.adds and (module.shortcut is not None or (N != K and not back)):
+    if spec.adds and module.shortcut is not None:
+        return f"its shortcut is a {type(module.shortcut).__name__}"
+    padded = module.shortcut_kind == "pad" and K < N
+    if spec.adds and not back and spec.width("add", K, N) != K and not padded:
         return "its shortcut is not the identity"
     if back and "add" in spec.prologue:
         return "it adds before linear"

@@ -112,6 +112,20 @@ def test_deep_nets(depth, width, M, calls):
     assert sum(calls) == depth
 
 
+@pytest.mark.parametrize("order", ["note", "resnet-v1", "preact"])
+def test_a_padded_shortcut(order, calls):
+    torch.manual_seed(0)
+    widths = (24, 40, 40, 57)
+    settings = {"order": order, "shortcut": "pad", "activation": "silu", "residual_scale": 0.5}
+    layers = [FusedResidual(k, n, **settings) for k, n in pairwise(widths)]
+    net, plain = FusedSequential(*layers), nn.Sequential(*copy.deepcopy(layers))
+    x, dy = torch.randn(30, 24), torch.randn(30, 57)
+    ours, alone = results(net, x, dy), results(plain, x, dy)
+    assert calls == [3]
+    for name, t in alone.items():
+        torch.testing.assert_close(ours[name], t, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("order", ["note", "resnet-v1", "add-norm-linear"])
 def test_a_scaled_residual(order, calls):
     torch.manual_seed(0)
