@@ -39,7 +39,7 @@ void chain_backward_op(StableIValue* stack) {
                   wanted.size());
   Chain chain(x, operands, text, depth, masks);
   check_matrix("dy", dy, chain.M, chain.links.back().N, x);
-  STD_TORCH_CHECK(dtype_of(dy) == chain.value(chain.size()),
+  STD_TORCH_CHECK(dtype_of(dy) == chain.dtype(chain.size()),
                   "fusedres: dy has another dtype than y");
   stack[0] =
       from(x.scalar_type() == ScalarType::Double ? chain_backward<double>(chain, dy, saved, wanted)

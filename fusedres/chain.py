@@ -51,16 +51,17 @@ class Link(NamedTuple):
         weight: Tensor,
         *more: Tensor | None,
         back: int = 0,
+        input_back: int = 0,
         autocast: torch.dtype | None = None,
         running: Running | None = None,
     ) -> Link:
         """`more`: bias, norm_weight, norm_bias, gate, running_mean, running_var, the last two where
-        the norm goes by them. `back`: how many links earlier the one is whose input `add` takes; 0:
-        this one.
+        the norm goes by them. `input_back`, `back`: how many links' results before the latest one
+        its input is, and what its `add` takes.
         """
         there = sum(1 << i for i, t in enumerate(more) if t is not None)
         operands = (weight, *(t for t in more if t is not None))
-        (N, K), line = weight.shape, line_of(there, back, spec.text)
+        (N, K), line = weight.shape, line_of(there, back, spec.text, input_back)
         C = spec.width("norm", K, N) if spec.batch_stats else 0
         return cls(line, operands, spec.random, autocast, C, running)
 
@@ -68,37 +69,46 @@ class Link(NamedTuple):
         """The operands of a call."""
         if self.autocast is None:
             return self.operands
-        cast = 1 + (int(self.line.split("<")[0].split(" ")[0]) & 1)  # weight, and bias
+        cast = 1 + (_head(self.line)[0] & 1)  # weight, and bias
         own = self.operands
         return *(t.to(self.autocast) for t in own[:cast]), *own[cast:]
 
 
-def line_of(there: int, back: int, recipe: str) -> str:
-    return f"{there}<{back} {recipe}" if back else f"{there} {recipe}"
+def line_of(there: int, back: int, recipe: str, input_back: int = 0) -> str:
+    """As csrc/chain/wiring.h reads it."""
+    reads = f"^{input_back}" if input_back else ""
+    adds = f"<{back}" if back != input_back else ""
+    return f"{there}{reads}{adds} {recipe}"
+
+
+def _head(line: str) -> tuple[int, int, int, str]:
+    """`there`, `input_back`, `back` and the recipe of a line."""
+    head, recipe = line.split(" ", 1)
+    head, _, back = head.partition("<")
+    there, _, input_back = head.partition("^")
+    return int(there), int(input_back or 0), int(back or input_back or 0), recipe
 
 
 PIECE = 1024  # columns of what a call keeps, at most in a piece of memory: csrc/chain/values.h
 
 
-def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tuple[Spec, int, Any]]:
-    """For each link its recipe, how many links back its `add` looks, and of the operands its own,
-    None where absent: weight and so many as `_KINDS` says.
+def _split(
+    text: str, depth: int, operands: tuple[Tensor, ...]
+) -> Iterator[tuple[Spec, int, int, Any]]:
+    """For each link its recipe, how many results back its input and what it adds lie, and of the
+    operands its own, None where absent: weight and so many as `_KINDS` says.
 
     `depth` not 0: operands are stacked, (depth, ...) each but the gate, which has an entry for each
     block of as many links as `text` has lines; they are those of the last line.
     """
-    lines = []
-    for line in text.split("\n"):
-        head, recipe = line.split(" ", 1)
-        there, _, back = head.partition("<")
-        lines.append((int(there), int(back or 0), recipe))
+    lines = [_head(line) for line in text.split("\n")]
     rest, block, all_there = iter(operands), len(lines), lines[-1][0]
     stacks: list[Any] = []
     if depth:
         stacks = [next(rest).unbind()]
         stacks += [next(rest).unbind() if all_there >> i & 1 else None for i in range(_KINDS)]
     for link in range(depth or block):
-        own_there, own_back, own_recipe = lines[link % block]
+        own_there, own_input, own_back, own_recipe = lines[link % block]
         has = [True, *(bool(own_there >> i & 1) for i in range(_KINDS))]
         own: list[Any] = []
         for i, here in enumerate(has):
@@ -106,7 +116,7 @@ def _split(text: str, depth: int, operands: tuple[Tensor, ...]) -> Iterator[tupl
                 own.append(stacks[i][link // block if i == _GATE else link])
             else:
                 own.append(next(rest) if here else None)
-        yield Spec.parse(own_recipe), own_back, own
+        yield Spec.parse(own_recipe), own_input, own_back, own
 
 
 def run(x: Tensor, links: list[Link], sample_rows: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -224,11 +234,12 @@ def composite_chain(
     """y by plain torch ops."""
     values = [x]
     each_seed = iter(() if seeds is None else seeds.split(1))
-    for spec, back, own in _split(text, depth, operands):
-        residual = values[-1 - back] if back else None
+    for spec, input_back, back, own in _split(text, depth, operands):
+        x = values[-1 - input_back]
+        residual = values[-1 - back] if back != input_back else None
         seed = next(each_seed) if spec.random else None
         plain, running = own[:5], own[5:]  # a batch norm's, in evaluation
-        o = Operands(*(values[-1], *plain, residual, *running, seed, sample_rows))
+        o = Operands(*(x, *plain, residual, *running, seed, sample_rows))
         values.append(composite(spec, o))
     return values[-1]
 
@@ -312,26 +323,27 @@ def _forward_fake(
     _sample_rows: int,
     keep: int,
 ) -> list[Tensor]:
-    M, N, dtype = x.shape[0], 0, x.dtype
-    inputs: list[_Width] = []
+    M = x.shape[0]
+    values: list[_Width] = [(x.shape[1], x.dtype)]
     casts: list[_Width] = []
     z: list[_Width] = []
-    read = []  # whether backward looks at an input
+    read = [False]  # whether backward looks at a value
     statistics = 0
-    for spec, back, (weight, *_) in _split(links, depth, tuple(operands)):
-        product = weight.dtype
+    for spec, input_back, back, (weight, *_) in _split(links, depth, tuple(operands)):
+        product, (N, K) = weight.dtype, weight.shape
         if spec.batch_stats:
-            statistics += 2 * spec.width("norm", weight.shape[1], weight.shape[0])
-        inputs.append((N, dtype))
-        casts.append((N * spec.casts, product))
-        read.append(bool(spec.prologue) or not spec.casts)
+            statistics += 2 * spec.width("norm", K, N)
+        casts.append((K * spec.casts, product))
+        if spec.prologue or not spec.casts:
+            read[-1 - input_back] = True
         if spec.saves_residual:
             read[-1 - back] = True
-        N = weight.shape[0]
         z.append((N * spec.saves_z, product))
-        dtype = y_dtype(spec.text, product)
-    inputs = [(columns * r, dt) for (columns, dt), r in zip(inputs, read, strict=True)]
-    kept = (_pieces(inputs) + _pieces(casts) if keep else []) + (_pieces(z) if keep == 1 else [])
+        values.append((N, y_dtype(spec.text, product)))
+        read.append(False)
+    inner = [(N * r, dt) for (N, dt), r in zip(values, read, strict=True)][1:-1]
+    kept = (_pieces(inner) + _pieces(casts[1:]) if keep else []) + (_pieces(z) if keep == 1 else [])
+    N, dtype = values[-1]
     pieces = [x.new_empty(M * columns, dtype=dt) for columns, dt in kept]
     if statistics:
         exact = torch.float64 if dtype == torch.float64 else torch.float32

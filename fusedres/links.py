@@ -17,7 +17,7 @@ from .chain import Link, Running
 from .checks import DTYPES
 from .dtypes import typed, y_dtype
 from .functional import PLAIN, composite_only, update_running_statistics
-from .layers import hooked, parameter, watched, weight_and_bias
+from .layers import customised, hooked, parameter, watched, weight_and_bias
 from .modules import FusedResidual, batch_norm_step, must_be_called
 from .reference import asked_of, rows_per_sample
 from .spec import Spec
@@ -148,9 +148,9 @@ def _computed(owner: Any, *names: str) -> bool:
 
 def link_of(
     module: nn.Module, x: Tensor, stream: Stream, back: int = 0
-) -> tuple[Link, Stream] | str:
-    """`module` as a link that gets `stream`, and what it gives, or why it cannot be one. `back`:
-    how many links earlier the one is whose input it adds.
+) -> tuple[tuple[Link, ...], Stream] | str:
+    """`module` as a link that gets `stream`, after its linear shortcut if it has one, and what it
+    gives; or why it cannot be one. `back`: how many links earlier the one is whose input it adds.
     """
     if type(module) is not FusedResidual:
         return f"it is a {type(module).__name__}"
@@ -195,6 +195,14 @@ def link_of(
         return "a parameter is a tensor of another kind, or on another device than x"
     width, dtype, residual = stream
     residual = residual if spec.adds else None
+    shortcut: tuple[Link, ...] = ()
+    input_back = 0
+    if spec.adds and module.shortcut is not None:
+        projected = _shortcut_link(module.shortcut, spec, x, stream, back, module.backend)
+        if isinstance(projected, str):
+            return projected
+        shortcut, residual = projected[:1], projected[1]
+        back, input_back = 0, 1  # it adds the latest value
     if weight.dtype not in DTYPES or (bias is not None and bias.dtype is not weight.dtype):
         return f"its weight is {weight.dtype}, its bias {getattr(bias, 'dtype', None)}"
     autocast = autocast_dtype()
@@ -207,10 +215,9 @@ def link_of(
     N, K = weight.shape
     if width != K or too_large(weight.shape, x):
         return f"its weight has shape {(N, K)}, x has {width} features and shape {tuple(x.shape)}"
-    if spec.adds and module.shortcut is not None:
-        return f"its shortcut is a {type(module.shortcut).__name__}"
     padded = module.shortcut_kind == "pad" and K < N
-    if spec.adds and not back and spec.width("add", K, N) != K and not padded:
+    same = back or padded or spec.width("add", K, N) == K
+    if spec.adds and not shortcut and not same:
         return "its shortcut is not the identity"
     if back and "add" in spec.prologue:
         return "it adds before linear"
@@ -230,20 +237,53 @@ def link_of(
         mean = var = None  # it looks at this batch's
     link = Link.of(
         typed_spec, weight, bias, norm_weight, norm_bias, gate, mean, var, back=given_back,
-        autocast=cast, running=running if spec.batch_stats else None,
+        input_back=input_back, autocast=cast, running=running if spec.batch_stats else None,
     )  # fmt: skip
     y = y_dtype(text, product)
     found = _parameters(linear, norm, module)
     batch = _batch(norm) if spec.norm == "batch" else ()
     known_tensors = (*found, *batch[:2])
-    if all(any(t is u for u in known_tensors) for t in given):  # none of them is computed
+    computes = not all(any(t is u for u in known_tensors) for t in given)
+    if not computes and module.shortcut is None:
         eps = None if norm is None else norm.eps
         _known[module] = _Known(
             link, N, y, N * K, own["_asked"], own["training"], eps, linear, norm,
             (type(linear), type(norm), module.backend, back, stream[1:], autocast), found,
             batch, weight.shape, weight.dtype,
         )  # fmt: skip
-    return link, Stream(N, y)
+    return (*shortcut, link), Stream(N, y)
+
+
+def _shortcut_link(
+    linear: Any, spec: Spec, x: Tensor, stream: Stream, back: int, backend: str
+) -> tuple[Link, torch.dtype] | str:
+    """The linear shortcut of a layer as a link, and its result's dtype."""
+    reason = customised(linear, "linear")
+    if reason is None and (back or "add" in spec.prologue):
+        reason = "it is added before linear, or to an earlier layer's input"
+    if reason is None and _computed(linear, "weight", "bias"):
+        reason = "a parameter is computed"
+    if reason is not None:
+        return f"its shortcut: {reason}"
+    weight, bias = weight_and_bias(linear)
+    given = [t for t in (weight, bias) if t is not None]
+    if any(type(t) not in PLAIN or t.device != x.device for t in given):
+        return "a parameter of its shortcut is a tensor of another kind or device"
+    text, product, dtypes = "linear", weight.dtype, {t.dtype for t in given}
+    if len(dtypes) > 1 or product not in DTYPES:
+        return "its shortcut's weight and bias have different dtypes"
+    autocast = autocast_dtype()
+    if autocast or stream.dtype is not product:
+        try:
+            text, product = typed(text, stream.dtype, product, None, autocast, "cpu")
+        except TypeError:
+            return f"its shortcut's weight is {weight.dtype}, its input {stream.dtype}"
+    if weight.dim() != 2 or weight.shape[1] != stream.width or too_large(weight.shape, x):
+        return f"its shortcut's weight has shape {tuple(weight.shape)}"
+    if backends.choose(backend, text, product, x.device, *weight.shape, False) != "cpu":
+        return "its shortcut's backend is another"
+    cast = product if product is not weight.dtype else None
+    return Link.of(Spec.parse(text), weight, bias, autocast=cast), y_dtype(text, product)
 
 
 class Part(NamedTuple):
@@ -253,15 +293,15 @@ class Part(NamedTuple):
     back: int = 0
 
 
-def links_of(parts: Iterable[Part], x: Tensor) -> list[Link]:
-    """The links of as many of the first layers as one call can run; x is one that `unchained`
-    allows.
+def links_of(parts: Iterable[Part], x: Tensor) -> list[tuple[Link, ...]]:
+    """For each of as many of the first layers as one call can run its links; x is one that
+    `unchained` allows.
     """
-    links: list[Link] = []
+    links: list[tuple[Link, ...]] = []
     usual = [kind.forward for kind in _CLASSES] == _FORWARDS and watched() is None
     few = x.numel() < 8 * x.shape[-1]
     stream, autocast = Stream(x.shape[-1], x.dtype), autocast_dtype()
-    dtypes = [x.dtype]  # of the links' inputs
+    dtypes = [x.dtype]  # of values
     for layer, back in parts:
         if back:
             stream = stream._replace(residual=dtypes[-1 - back])
@@ -270,18 +310,22 @@ def links_of(parts: Iterable[Part], x: Tensor) -> list[Link]:
             found = link_of(layer, x, stream, back)
             if isinstance(found, str):
                 break
-            link, stream = found
+            own, stream = found
+            dtypes += [stream.dtype] * len(own)  # nobody adds a shortcut's but its own layer
         else:
             if few and known.size > _OF_FEW_ROWS:
                 break
-            link, stream = known.link, Stream(known.width, known.dtype)
-        links.append(link)
-        dtypes.append(stream.dtype)
+            own, stream = (known.link,), Stream(known.width, known.dtype)
+            dtypes.append(stream.dtype)
+        links.append(own)
     return links
 
 
-def joined(x: Tensor, links: list[Link]) -> Tensor | None:
-    """y (..., N) from x (..., K). None: the op refuses; the layers one by one tell why."""
+def joined(x: Tensor, layers: list[tuple[Link, ...]]) -> Tensor | None:
+    """y (..., N) from x (..., K) by the links of layers. None: the op refuses; the layers one by
+    one tell why.
+    """
+    links = [link for own in layers for link in own]
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     try:
         y, statistics = chain.run(rows, links, rows_per_sample(x))

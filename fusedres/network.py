@@ -55,8 +55,10 @@ class FusedSequential(nn.Sequential):
         return x
 
     @staticmethod
-    def _run_from(modules: list[Any], at: int, x: Any) -> tuple[int, list[Link]]:
-        """How many modules from modules[at] on one call can run, at least one, and their links."""
+    def _run_from(modules: list[Any], at: int, x: Any) -> tuple[int, list[tuple[Link, ...]]]:
+        """How many modules from modules[at] on one call can run, at least one, and their layers'
+        links.
+        """
         if at + 1 == len(modules) or type(modules[at]) not in JOINED:
             return 1, []
         if not isinstance(x, Tensor) or unchained(x) is not None:
@@ -87,7 +89,7 @@ class FusedSequential(nn.Sequential):
             count, links = self._run_from([m for _, m in modules], at, x)
             if count > 1:
                 at += count
-                width = links[-1].operands[0].shape[0]
+                width = links[-1][-1].operands[0].shape[0]
                 lines.append(f"{name} to {modules[at - 1][0]}: one call")
             else:
                 at += 1

@@ -56,22 +56,31 @@ struct LinkBackward {
   bool multiplies() const { return walk.pass.dx.data || walk.before; }
   cpu::Backward<A>& last() { return rest ? rest->pass : walk.pass; }  // whose dx is the link's
 
-  // What this link's `add` sends back to `source`, the link whose input it takes: by `memory` where
-  // stages follow the `add`.
-  void send_back_to(LinkBackward& source, const Rows& memory) {
+  // What other links send to its input, times `scale`.
+  void receive(const Rows& skip, double scale) {
+    if (!last().dx.data) return;
+    last().skip = skip;
+    last().skip_scale = scale;
+  }
+  // What its `add` sends back goes to `memory`,
+  void send_to(const Rows& memory) {
+    walk.after->dresidual = memory;
+    if (tail_after) tail_after->after->dresidual = memory;
+  }
+  // or to the first reader of what it adds: by `memory` where stages follow the `add`.
+  void send_to(LinkBackward& reader, const Rows& memory) {
     const Recipe& r = grads.c.recipe;
-    cpu::Backward<A>& to = source.last();
-    if (!r.has(Stage::add) || grads.c.in_prologue(Stage::add) || !to.dx.data) return;
-    const bool last = r.epilogue.back() == Stage::add;
-    if (!last) walk.after->dresidual = memory;
-    if (!last && tail_after) tail_after->after->dresidual = memory;
-    to.skip = last ? dy : memory;
-    to.skip.features = memory.features;
-    to.skip_scale = last ? r.residual_scale : 1.0;
+    if (!reader.last().dx.data) return;
+    if (r.epilogue.back() == Stage::add) {
+      Rows skip = dy;
+      skip.features = memory.features;
+      return reader.receive(skip, r.residual_scale);
+    }
+    send_to(memory);
+    reader.receive(memory, 1);
   }
 
-  // `again`: what computes z, if it was not kept. `after_all`: once dz is there, where the weights fit
-  // no cache together.
+  // `after_all`: once dz is there, where the weights fit no cache together.
   void append_to(std::vector<Step>& steps, const PackedWeights<A>& weights, int64_t l,
                  const Chunks& chunks, const std::function<void()>& after_all) {
     const auto through = [&](BackwardPass<A>& pass) {
@@ -169,15 +178,15 @@ void weight_gradients(const Chain& chain, const std::deque<LinkBackward<A>>& lin
 
 // What forward kept, in the links' Rows.
 struct Kept {
-  Store inputs, casts, z;
+  Store values, casts, z;
   bool again;  // z was not kept
   const Tensor* statistics = nullptr;
 
   Kept(Chain& chain, const std::vector<Tensor>& saved, DType exact)
-      : inputs(chain.M, chain.inputs()), casts(chain.M, chain.casts()), z(chain.M, chain.z()) {
+      : values(chain.M, chain.values()), casts(chain.M, chain.casts()), z(chain.M, chain.z()) {
     const size_t has_statistics = chain.statistics() ? 1 : 0;
-    again = saved.size() == inputs.pieces() + casts.pieces() + has_statistics && z.pieces() > 0;
-    size_t next = casts.adopt(saved, inputs.adopt(saved, 0));
+    again = saved.size() == values.pieces() + casts.pieces() + has_statistics && z.pieces() > 0;
+    size_t next = casts.adopt(saved, values.adopt(saved, 0));
     if (!again) next = z.adopt(saved, next);
     if (has_statistics && next < saved.size()) statistics = &saved[next++];
     STD_TORCH_CHECK(next == saved.size(), "fusedres: a chain's backward got ", saved.size(),
@@ -188,13 +197,13 @@ struct Kept {
                             statistics->scalar_type() == scalar_type(exact)),
         "fusedres: the saved batch statistics do not fit, expected ", chain.statistics(),
         " elements");
-    for (int64_t l = 1; l < chain.size(); ++l)
-      if (inputs[l].features) chain.links[l].x = inputs[l];
-    chain.connect();
+    std::vector<Rows> rows;
+    for (int64_t v = 0; v < chain.size(); ++v) rows.push_back(values[v]);
+    chain.connect(rows);
     for (int64_t l = 1; l < chain.size(); ++l) {  // what the product took, for what was cast
       Layer& c = chain.links[l];
       if (!c.casts) continue;
-      if (!c.residual.data) c.residual = c.x;
+      if (!chain.wiring.adds_another(l)) c.residual = c.x;
       c.x = casts[l];
     }
   }
@@ -206,33 +215,34 @@ template <class A>
 std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::vector<Tensor>& saved,
                                    const std::string& wanted) {
   const int64_t M = chain.M, L = chain.size(), W = chain.widest;
-  std::vector<DType> values;
-  for (int64_t l = 0; l <= L; ++l) values.push_back(chain.value(l));
-  const std::vector<Width> any = chain.any(1);
+  const Wiring& wiring = chain.wiring;
   const Kept kept(chain, saved, exact<A>());
   const A* const statistics =
       kept.statistics ? static_cast<const A*>(kept.statistics->data_ptr()) : nullptr;
 
   Optional dx;
-  if (wanted.at(0) == '1') dx = empty({M, chain.links[0].K}, scalar_type(values[0]));
+  if (wanted.at(0) == '1') dx = empty({M, chain.links[0].K}, scalar_type(chain.dtype(0)));
   // In one region every link's dz is kept for the weight gradients; else these follow at once.
   const PackedWeights<A> weights(chain, false);
   const bool fit = weights.fit();
-  const Turns gradient_turns = chain.gradient_turns(), skip_turns = chain.skip_turns();
+  const Turns gradient_turns = wiring.gradient_turns(), skip_turns = wiring.skip_turns();
   const int64_t batch = statistics ? W : 0;
   Store all_dz(M, fit ? chain.outputs() : std::vector<Width>{{W, chain.product()}});
-  Store gradients(M, std::vector<Width>(gradient_turns.count, any[0]));  // of the links' inputs
-  Store skips(M, std::vector<Width>(skip_turns.count, any[0]));          // what an `add` sends back
+  Store gradients(M, chain.any(gradient_turns.count));  // of values
+  Store skips(M, chain.any(skip_turns.count));          // what links send to first readers besides
   Store z_again(M, {{kept.again ? W : 0, chain.product()}});
   Store dh(M, {{batch, exact<A>()}}), doperand(M, {{batch, chain.product()}});
   for (Store* store : {&all_dz, &gradients, &skips, &z_again, &dh, &doperand}) store->allocate();
   const auto dz = [&](int64_t l) {
     return fit ? all_dz[l] : all_dz.first(0, chain.links[l].N, chain.product());
   };
-  const auto gradient = [&](int64_t l) {  // of what goes into link l
-    if (l == L) return rows_of(dy);
-    if (l > 0) return gradients.first(gradient_turns.of[L - 1 - l], chain.links[l].K, values[l]);
+  const auto gradient = [&](int64_t v) {
+    if (v == L) return rows_of(dy);
+    if (v > 0) return gradients.first(gradient_turns.of[v], chain.width(v), chain.dtype(v));
     return dx ? rows_of(*dx) : Rows();
+  };
+  const auto skip = [&](int64_t l, int64_t v) {
+    return skips.first(skip_turns.of[l], chain.width(v), chain.dtype(v));
   };
 
   const GradientsOf results(chain, wanted);
@@ -240,11 +250,14 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
   std::deque<std::optional<LinkForward<A>>> replays(L);
   for (int64_t l = 0; l < L; ++l) {
     const Layer& c = chain.links[l];
-    const int64_t needs = results.needs(l) | (l > 0 || dx ? 1 << kX : 0);
+    const int64_t from = wiring.from[l], adds = wiring.adds[l];
+    const int64_t needs = results.needs(l) | (from > 0 || dx ? 1 << kX : 0);
+    const bool first = wiring.reader[from] == l;
+    const Rows to = first || !(needs & 1 << kX) ? gradient(from) : skip(l, from);
     Rows z = dz(l);  // whose values nobody reads
     if (c.recipe.saves_z()) z = kept.again ? z_again.first(0, c.N, c.product) : kept.z[l];
-    links.emplace_back(c, needs, z, gradient(l + 1), dz(l), gradient(l),
-                       dh.first(0, c.N, exact<A>()), doperand.first(0, c.K, c.product),
+    links.emplace_back(c, needs, z, gradient(l + 1), dz(l), to, dh.first(0, c.N, exact<A>()),
+                       doperand.first(0, c.K, c.product),
                        statistics + (statistics ? chain.statistics(l) : 0));
     if (kept.again && c.recipe.saves_z()) {
       replays[l].emplace(c, Rows(), z, Rows());
@@ -252,9 +265,12 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
         replays[l]->pass.before = &links[l].before->program;
     }
     results.place(l, links[l].grads.into);
-    const int64_t source = chain.source(l);
-    links[l].send_back_to(links[source], skips.first(skip_turns.of[L - 1 - l],
-                                                     chain.links[source].K, values[source]));
+    if (!first) links[wiring.reader[from]].receive(to, 1);
+    if (adds < 0 || c.in_prologue(Stage::add)) continue;
+    if (wiring.reader[adds] < 0)
+      links[l].send_to(gradient(adds));
+    else
+      links[l].send_to(links[wiring.reader[adds]], skip(l, adds));
   }
 
   std::optional<PackedWeights<A>> forward_weights;

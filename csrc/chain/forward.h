@@ -68,29 +68,32 @@ struct LinkForward {
   }
 };
 
-// y and what `keep` says of links 1, 2, ...'s inputs, or of what they are cast to, and of all z; then
+// y and what `keep` says of values 1, 2, ..., or of what they are cast to, and of all z; then
 // the batch statistics, if there are any.
 template <class A>
 std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
   const int64_t M = chain.M, L = chain.size();
   const bool keeps = keep != Keep::nothing;
-  std::vector<Tensor> out{empty({M, chain.links[L - 1].N}, scalar_type(chain.value(L)))};
-  const Turns turns = chain.input_turns(keeps);
-  Store inputs(M, chain.inputs()), casts(M, chain.casts()), z(M, chain.z());
-  Store passing(M, chain.any(turns.count));  // inputs that are not kept
+  std::vector<Tensor> out{empty({M, chain.links[L - 1].N}, scalar_type(chain.dtype(L)))};
+  const Turns turns =
+      chain.wiring.value_turns(keeps ? chain.kept : std::vector<bool>(chain.kept.size()));
+  Store values(M, chain.values()), casts(M, chain.casts()), z(M, chain.z());
+  Store passing(M, chain.any(turns.count));  // values that are not kept
   Store passing_z(M, {{chain.statistics() ? chain.widest : 0, chain.product()}});
   passing.allocate();
-  if (keeps) inputs.allocate();
+  if (keeps) values.allocate();
   if (keeps) casts.allocate();
   if (keep == Keep::all)
     z.allocate();
   else
     passing_z.allocate();
-  for (int64_t l = 1; l < L; ++l) {
-    Rows& x = chain.links[l].x;
-    x = turns.of[l] < 0 ? inputs[l] : passing.first(turns.of[l], chain.links[l].K, x.dtype);
+  std::vector<Rows> rows{Rows()};  // of values
+  for (int64_t v = 1; v < L; ++v) {
+    const int64_t turn = turns.of[v];
+    rows.push_back(turn < 0 ? values[v] : passing.first(turn, chain.width(v), chain.dtype(v)));
   }
-  chain.connect();
+  rows.push_back(rows_of(out[0]));
+  chain.connect(rows);
 
   const PackedWeights<A> weights(chain, true);
   const Chunks chunks = chunks_of<A>(chain);
@@ -103,13 +106,12 @@ std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
     Rows at;
     if (keep == Keep::all && c.recipe.saves_z()) at = z[l];
     if (keep != Keep::all && chain.batch(l, false)) at = passing_z.first(0, c.N, c.product);
-    links.emplace_back(c, keeps && c.casts && l > 0 ? casts[l] : Rows(), at,
-                       l + 1 < L ? chain.links[l + 1].x : rows_of(out[0]));
+    links.emplace_back(c, keeps && c.casts && l > 0 ? casts[l] : Rows(), at, rows[l + 1]);
     A* const found = statistics ? static_cast<A*>(statistics->data_ptr()) : nullptr;
     links.back().append_to(steps, weights, l, chunks, found + (found ? chain.statistics(l) : 0));
   }
   run(steps, chunks);
-  if (keeps) inputs.append_to(out);
+  if (keeps) values.append_to(out);
   if (keeps) casts.append_to(out);
   if (keep == Keep::all) z.append_to(out);
   if (statistics) out.push_back(*statistics);

@@ -1,11 +1,9 @@
 // What the chain's ops get: links as plain pointers, checked as layers are.
 #pragma once
 
-#include <cstdio>
 #include <deque>
-#include <sstream>
 
-#include "chain/values.h"
+#include "chain/wiring.h"
 
 namespace fusedres {
 
@@ -20,13 +18,7 @@ struct Masks {
   const int64_t sample_rows;
 };
 
-// What a link may have beside its weight; of those after kGate nobody asks for a gradient.
-constexpr int kRunningMean = kInputs, kRunningVar = kInputs + 1, kSlots = kInputs + 2;
-constexpr int kKinds[] = {kBias, kNormWeight, kNormBias, kGate, kRunningMean, kRunningVar};
-constexpr int kCount = std::size(kKinds);
-
-// The links of a call. `text` has a line for each: which of kKinds there are, as a number of bits; "<" and how many links back the one is whose input `add`
-// takes, if it is not this one; a space, the recipe.
+// The links of a call: a line of `text` each.
 //
 // `depth` not 0: operands are stacked. There are `depth` links, in blocks of as many as there are
 // lines; operands are those of the last line, (depth, ...) each but the gate, which has one entry a
@@ -39,11 +31,12 @@ struct Chain {
   const int64_t M;
   const bool stacked;
   int64_t widest = 1, block = 1;
+  Wiring wiring;
 
   Chain(const Tensor& x, const std::vector<Tensor>& operands, const std::string& text,
         int64_t depth, const Masks& masks)
       : operands(operands), masks(masks), M(x.dim() ? x.size(0) : 0), stacked(depth != 0) {
-    const std::vector<Line> lines = lines_of(text);
+    const std::vector<Line> lines = Line::of(text);
     const int64_t count = static_cast<int64_t>(lines.size());
     STD_TORCH_CHECK(depth >= 0 && depth % count == 0, "fusedres: depth is ", depth,
                     ", expected 0 or a multiple of ", count);
@@ -69,27 +62,36 @@ struct Chain {
     STD_TORCH_CHECK(seeds == seeded_, "fusedres: ", seeds, " seeds for ", seeded_,
                     " links that drop at random");
     statistics_at_.push_back(0);
-    links.front().x = rows_of(kept_.front());
     for (int64_t l = 0; l < size(); ++l) {
       const Layer& link = links[l];
       const int64_t C = batch(l, true) ? link.K : batch(l, false) ? link.N : 0;
       statistics_at_.push_back(statistics() + 2 * C);
-      read_.push_back(!link.recipe.prologue.empty() || !link.casts);
-      if (link.recipe.saves_residual()) read_[source(l)] = true;
+    }
+    wiring.close();
+    kept.assign(size(), false);
+    for (int64_t l = 0; l < size(); ++l) {
+      if (!links[l].recipe.prologue.empty() || !links[l].casts) kept[wiring.from[l]] = true;
+      if (links[l].recipe.saves_residual()) kept[wiring.adds[l]] = true;
     }
   }
 
   int64_t size() const { return static_cast<int64_t>(links.size()); }
   DType product() const { return links.front().product; }
-  int64_t source(int64_t l) const { return source_[l]; }  // whose input its `add` takes
 
   // Which of operand i's entries is link l's, in a stack: a gate is the block's.
   int64_t entry(int64_t i, int64_t l) const { return i == gate_ ? l / block : l; }
 
-  // Once every link's input has memory.
-  void connect() {
-    for (int64_t l = 0; l < size(); ++l)
-      if (source(l) != l) links[l].residual = links[source(l)].x;
+  // Of value v.
+  DType dtype(int64_t v) const { return v ? links[v - 1].y : dtype_of(kept_.front()); }
+  int64_t width(int64_t v) const { return v ? links[v - 1].N : links[0].K; }
+
+  // Where each value lies, for the links that take it; x is the call's own.
+  void connect(std::vector<Rows> rows) {
+    rows[0] = rows_of(kept_.front());
+    for (int64_t l = 0; l < size(); ++l) {
+      links[l].x = rows[wiring.from[l]];
+      if (wiring.adds_another(l)) links[l].residual = rows[wiring.adds[l]];
+    }
   }
 
   // ---- batch statistics: mean and biased variance of each link that goes by them
@@ -103,16 +105,15 @@ struct Chain {
   int64_t statistics() const { return statistics_at_.back(); }
   int64_t statistics(int64_t l) const { return statistics_at_[l]; }
 
-  // ---- what is kept, for each link
+  // ---- what is kept, for each value or link
 
-  // Its input, if backward looks at it; the first one's is the call's own.
-  std::vector<Width> inputs() const {
-    std::vector<Width> widths;
-    for (int64_t l = 0; l < size(); ++l) widths.push_back({read_[l] ? links[l].K : 0, value(l)});
-    widths[0].columns = 0;
+  std::vector<bool> kept;              // which values backward looks at
+  std::vector<Width> values() const {  // x is the call's own
+    std::vector<Width> widths{{0, dtype(0)}};
+    for (int64_t v = 1; v < size(); ++v) widths.push_back({kept[v] ? width(v) : 0, dtype(v)});
     return widths;
   }
-  // What the product takes for it, where it is only cast.
+  // What the product takes for a link's input, where it is only cast; the first one's is made again.
   std::vector<Width> casts() const {
     std::vector<Width> widths;
     for (const Layer& link : links) widths.push_back({link.casts ? link.K : 0, product()});
@@ -131,71 +132,15 @@ struct Chain {
     return widths;
   }
 
-  // The dtype of link l's input, or of the last one's result.
-  DType value(int64_t l) const { return l < size() ? links[l].x.dtype : links.back().y; }
-
-  // ---- memory that is soon free again, for each link; steps go through the links in order
-
   // So many matrices that any of the chain's fits in.
   std::vector<Width> any(int64_t count) const {
     DType widest_dtype = product();
-    for (int64_t l = 0; l <= size(); ++l)
-      if (bytes_of(value(l)) > bytes_of(widest_dtype)) widest_dtype = value(l);
+    for (int64_t v = 0; v <= size(); ++v)
+      if (bytes_of(dtype(v)) > bytes_of(widest_dtype)) widest_dtype = dtype(v);
     return std::vector<Width>(count, {widest, widest_dtype});
   }
 
-  // Of its input, unless it is `kept`: from the link before to the last one that reads it. The first
-  // one's is the call's.
-  Turns input_turns(bool kept) const {
-    std::vector<Turns::Life> lives{{0, -1}};
-    for (int64_t l = 1; l < size(); ++l) lives.push_back({l - 1, l});
-    for (int64_t l = 1; l < size(); ++l)
-      if (source(l) > 0) lives[source(l)].end = std::max(lives[source(l)].end, l);
-    for (int64_t l = 1; l < size(); ++l)
-      if (kept && read_[l]) lives[l].end = -1;
-    return Turns(lives);
-  }
-  // Of its input's gradient, and of what its `add` sends back: both as far as the link before's or
-  // this one's source, from the last link on.
-  Turns gradient_turns() const {
-    std::vector<Turns::Life> lives;
-    for (int64_t l = size() - 1; l > 0; --l)
-      lives.push_back({size() - 1 - l, size() - 1 - source(l - 1)});
-    return Turns(lives);
-  }
-  Turns skip_turns() const {
-    std::vector<Turns::Life> lives;
-    for (int64_t l = size() - 1; l >= 0; --l)
-      lives.push_back({size() - 1 - l, size() - 1 - source(l)});
-    return Turns(lives);
-  }
-
  private:
-  struct Line {
-    int there;
-    int64_t back;
-    const Recipe& recipe;
-  };
-
-  static std::vector<Line> lines_of(const std::string& text) {
-    std::vector<Line> lines;
-    std::istringstream stream(text);
-    std::string line;
-    while (std::getline(stream, line)) {
-      const size_t space = line.find(' ');
-      int there = -1, back = 0;
-      const std::string head = line.substr(0, std::min(space, line.size()));
-      const int read = std::sscanf(head.c_str(), "%2d<%6d", &there, &back);
-      STD_TORCH_CHECK(
-          space != line.npos && read >= 1 && there >= 0 && there < 1 << kCount && back >= 0,
-          "fusedres: no link '", line, "'");
-      const Recipe& r = recipe(line.substr(space + 1));
-      lines.push_back({there, back, r});
-    }
-    STD_TORCH_CHECK(!lines.empty(), "fusedres: a chain without links");
-    return lines;
-  }
-
   // For each Input the operand that it is, of those from `first` on.
   static std::vector<int64_t> which(int all, int there, size_t first) {
     std::vector<int64_t> of(kSlots, -1);
@@ -209,18 +154,23 @@ struct Chain {
 
   // A link with operands of its own, checked as a layer's are.
   void append(const Line& line, const std::vector<Tensor>& own) {
-    // Its input has no memory yet.
-    const int64_t source = size() - line.back;
-    const Tensor input = links.empty() ? kept_.front() : stand_in(links.back().y, links.back().N);
+    const int64_t l = size();
+    wiring.append(line);
+    const int64_t from = wiring.from[l];
+    const Tensor input = from ? stand_in(from) : kept_.front();
     Optional residual;
-    if (line.back && source >= 0) residual = stand_in(links[source].x.dtype, own.at(0).size(0));
+    if (wiring.adds_another(l)) {
+      residual = stand_in(wiring.adds[l]);
+      STD_TORCH_CHECK(residual->size(1) == own.at(0).size(0), "fusedres: link ", l,
+                      " adds a value of ", residual->size(1), " features, expected ",
+                      own.at(0).size(0));
+    }
     STD_TORCH_CHECK(!line.recipe.batch_stats || M > 1,
                     "fusedres: batch statistics of one row have no variance");
     const Call c(input, own, line.there, residual, any_seed_, masks.sample_rows, line.recipe);
     STD_TORCH_CHECK(links.empty() || dtype_of(c.weight) == product(),
                     "fusedres: a chain's weights have one dtype");
     STD_TORCH_CHECK(c.N() > 0 && c.K() > 0, "fusedres: a link without features");
-    connect_to(line, c.in_prologue(Stage::add), c.N());
     kept_.push_back(adjacent_columns(c.weight));
     widest = std::max({widest, c.N(), c.K()});
     links.emplace_back(c).weight = rows_of(kept_.back());
@@ -235,26 +185,11 @@ struct Chain {
     ++seeded_;
   }
 
-  // A link's source, of which no other link is.
-  void connect_to(const Line& line, bool early, int64_t N) {
-    const int64_t l = size(), source = l - line.back;
-    const bool adds = line.recipe.has(Stage::add);
-    STD_TORCH_CHECK(!line.back || (adds && !early),
-                    "fusedres: only an add after linear takes an "
-                    "earlier link's input");
-    STD_TORCH_CHECK(source >= 0 && (!line.back || links[source].K == N), "fusedres: link ", l,
-                    " adds the input of link ", source, ", which is not there or not ", N, " wide");
-    added_.push_back(false);
-    STD_TORCH_CHECK(!adds || !added_[source], "fusedres: two links add the input of link ", source);
-    if (adds) added_[source] = true;
-    source_.push_back(source);
-  }
-
-  // One element for every row and column.
-  Tensor stand_in(DType dtype, int64_t columns) {
-    Optional& element = elements_[static_cast<size_t>(dtype)];
-    if (!element) element = empty({1}, scalar_type(dtype));
-    return matrix_at(*element, 0, M, columns, 0, 0);
+  // For a value without memory: one element for every row and column.
+  Tensor stand_in(int64_t v) {
+    Optional& element = elements_[static_cast<size_t>(dtype(v))];
+    if (!element) element = empty({1}, scalar_type(dtype(v)));
+    return matrix_at(*element, 0, M, width(v), 0, 0);
   }
   static Tensor matrix_at(const Tensor& t, int64_t offset, int64_t rows, int64_t columns,
                           int64_t stride, int64_t step) {
@@ -307,7 +242,7 @@ struct Chain {
         continue;
       }
       links.push_back(links[l - block]);
-      source_.push_back(source_[l - block] + block);
+      wiring.repeat(block);
       Layer& link = links.back();
       const auto move = [&](void*& data, int64_t i) {
         if (i >= 0) data = entry_of(given[i], entry(i, l));
@@ -318,7 +253,7 @@ struct Chain {
       for (int i = 0; i < kCount; ++i) move(vectors[i]->data, operand_of[l][kKinds[i]]);
       seed(link);
     }
-    STD_TORCH_CHECK(depth == block || links[block - 1].y == links.front().x.dtype,
+    STD_TORCH_CHECK(depth == block || dtype(block) == dtype(0),
                     "fusedres: a stack's blocks give another dtype than they get");
     STD_TORCH_CHECK(links.front().N == links.front().K, "fusedres: a stack's weight has shape ",
                     shape_text(operands[0]), ", expected (depth, N, N)");
@@ -344,11 +279,8 @@ struct Chain {
   Optional any_seed_;  // for the checks of layers
   int64_t seeded_ = 0;
   int64_t gate_ = -1;  // which operand a stack's gate is
-  std::vector<int64_t> source_;
   std::vector<int64_t> statistics_at_;
-  std::vector<bool> read_;  // whether backward looks at its input
-  Optional elements_[4];    // of each dtype
-  std::vector<bool> added_;
+  Optional elements_[4];      // of each dtype
   std::vector<Tensor> kept_;  // x first; what pointers point into
 };
 

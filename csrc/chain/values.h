@@ -17,26 +17,27 @@ inline Keep keep_of(int64_t keep) {
 // Which of few pieces of memory each of many values has: one that no value needs any longer.
 struct Turns {
   struct Life {
-    int64_t begin, end;  // steps; begins go up; one that ends before it begins needs none
+    int64_t begin, end;  // steps; one that ends before it begins needs none
   };
   std::vector<int64_t> of;  // -1: none
   int64_t count = 0;
 
-  explicit Turns(const std::vector<Life>& lives) {
-    std::vector<int64_t> free_from;
-    for (const Life& life : lives) {
-      if (life.end < life.begin) {
-        of.push_back(-1);
-        continue;
-      }
+  explicit Turns(const std::vector<Life>& lives) : of(lives.size(), -1) {
+    std::vector<size_t> order;
+    for (size_t i = 0; i < lives.size(); ++i)
+      if (lives[i].begin <= lives[i].end) order.push_back(i);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return lives[a].begin < lives[b].begin; });
+    std::vector<int64_t> last;  // step that needs each piece
+    for (const size_t i : order) {
       int64_t slot = 0;
-      while (slot < count && free_from[slot] >= life.begin) ++slot;
+      while (slot < count && last[slot] >= lives[i].begin) ++slot;
       if (slot == count) {
-        free_from.push_back(0);
+        last.push_back(0);
         ++count;
       }
-      free_from[slot] = life.end;
-      of.push_back(slot);
+      last[slot] = lives[i].end;
+      of[i] = slot;
     }
   }
 };

@@ -112,6 +112,53 @@ def test_deep_nets(depth, width, M, calls):
     assert sum(calls) == depth
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("order", ALIASES)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_linear_shortcut_is_a_link_of_its_own(scale, order, norm, autocast, calls):
+    """At the start, where x needs no gradient or one, and between others; wide ones, too."""
+    torch.manual_seed(0)
+    settings = {"order": order, "norm": norm, "activation": "silu", "residual_scale": scale}
+    widths = (24, 40, 40, 40, 57)
+    layers = [FusedResidual(k, n, **settings) for k, n in pairwise(widths)]
+    layers.insert(2, FusedResidualMLP(40, 24, activation="silu"))
+    net, plain = FusedSequential(*layers), nn.Sequential(*copy.deepcopy(layers))
+    plain[2].parts = lambda: None
+    true = copy.deepcopy(plain).double()
+    x, dy, found = torch.randn(60, 24), torch.randn(60, 57), []
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        found = [results(m, x, dy) for m in (net, plain)]
+        assert calls == [8] and net.chains(x) == ["0 to 4: one call"]
+        y = net(x)
+        parameters = list(net.parameters())
+        grads = torch.autograd.grad(y, parameters, dy.to(y.dtype))
+    for (name, _), g in zip(net.named_parameters(), grads, strict=True):
+        assert norm == "batch" or torch.equal(g, found[0][name]), name
+    found.append(results(true, x.double(), dy.double()))
+    assert_as_accurate(*(by_kind(result, found[-1]) for result in found), what=f"{order} {norm}")
+
+
+def test_gradients_of_gradients_through_a_shortcut():
+    torch.manual_seed(0)
+    net = FusedSequential(FusedResidual(3, 4, activation="tanh"), FusedResidual(4)).double()
+    x = torch.randn(3, 3, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(net, x) and torch.autograd.gradgradcheck(net, x)
+
+
+def test_a_shortcut_with_a_hook_or_of_another_kind_is_called():
+    for change in (
+        lambda s: s.register_forward_hook(lambda _m, _x, y: 2 * y),
+        lambda s: nn.utils.parametrizations.weight_norm(s),
+    ):
+        torch.manual_seed(0)
+        net = FusedSequential(FusedResidual(8, 12), FusedResidual(12), FusedResidual(12))
+        change(net[0].shortcut)
+        x = torch.randn(5, 8)
+        assert torch.equal(net(x), nn.Sequential(*net)(x))
+        assert "its shortcut" in net.chains(x)[0]
+
+
 @pytest.mark.parametrize("order", ["note", "resnet-v1", "preact"])
 def test_a_padded_shortcut(order, calls):
     torch.manual_seed(0)
