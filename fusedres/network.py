@@ -31,10 +31,10 @@ class FusedSequential(nn.Sequential):
     CPU rows walk through all layers of a run while they lie in the cache, and all weight gradients
     are computed together.
 
-    What cannot be joined, a layer with hooks, batch norm, dropout, a linear shortcut or a foreign
-    module, is called as nn.Sequential calls it, and parts a run in two. Under autocast,
-    torch.compile, torch.func and the like all are; on a GPU, too. `chains` tells which layers a
-    call joins, and why not.
+    What cannot be joined, a layer with hooks, a shortcut of another kind than torch's own linear, a
+    weight of more than 2^18 elements or a foreign module, is called as nn.Sequential calls it, and
+    parts a run in two. Under torch.compile, torch.func and the like all are; on a GPU, too.
+    `chains` tells which layers a call joins, and why not.
 
     Source: the layers one by one; He et al., arxiv.org/abs/1512.03385.
     """

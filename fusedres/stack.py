@@ -84,8 +84,8 @@ class FusedResidualStack(nn.Module):
     of whole blocks on views; both train the stack. `from_layers` and `to_layers` copy; a state_dict
     of an nn.Sequential of layers (``0.linear.weight``, ...) loads, too.
 
-    All layers are one call on a CPU, without dropout, drop-path and batch norm, for N <= 512; else
-    layers are called one by one. `why_not_joined` tells why.
+    All layers are one call on a CPU for N <= 512; else layers are called one by one.
+    `why_not_joined` tells why.
 
     Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
     does not fit, NotImplementedError where a named backend cannot run a call.

@@ -55,7 +55,8 @@ SUITES = {
     "products": ("cpu_kernels", "(products and not instruction) or batch_norm or any_number"),
     "chain": (
         "network",
-        "scaled or each_gradient or (batch_norm_is and False-training) or (link_of_its_own and layer-False)",
+        "scaled or each_gradient or (batch_norm_is and False-training) "
+        "or (link_of_its_own and layer-False)",
     ),
     "stack": (
         "stack",

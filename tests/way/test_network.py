@@ -6,8 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from cases import ALIASES
@@ -497,39 +495,6 @@ def test_where_something_looks_inside(how):
     ours, theirs = call(net), call(plain)
     assert ours.dtype == theirs.dtype
     torch.testing.assert_close(ours, theirs)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.data())
-def test_any_chain(data):
-    draw = data.draw
-    width, modules = draw(st.integers(1, 70)), []
-    for _ in range(draw(st.integers(1, 5))):
-        kind = draw(st.sampled_from(["layer"] * 4 + ["linear", "act", "hook", "drop", "batch"]))
-        if kind == "linear":
-            modules.append(nn.Linear(width, width := draw(st.integers(1, 70))))
-        elif kind == "act":
-            modules.append(nn.Tanh())
-        else:
-            norm = "batch" if kind == "batch" else draw(st.sampled_from(["layer", "rms", None]))
-            order = draw(st.sampled_from(ALIASES))
-            layer = FusedResidual(width, order=order, norm=norm, activation="silu")
-            if kind == "drop":
-                layer.dropout = 0.3
-            if kind == "hook":
-                layer.register_forward_hook(lambda _m, _x, y: 2 * y)
-            modules.append(layer)
-    M = draw(st.integers(8, 120))  # of two rows a batch norm leaves nothing but rounding
-    net, plain = FusedSequential(*modules), nn.Sequential(*copy.deepcopy(modules))
-    first = next((m for m in modules if hasattr(m, "in_features")), None)
-    x = torch.randn(M, width if first is None else first.in_features)
-    found = []
-    for module in (net, plain):
-        torch.manual_seed(2)
-        dy = torch.randn(M, width)
-        found.append(results(module, x, dy))
-    for name in found[1]:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
 
 
 def test_what_does_not_fit_is_an_error_of_the_layer():
