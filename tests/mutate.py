@@ -105,7 +105,7 @@ TABLE = {
 ],
 "csrc/chain/forward.h": [
     ("chain", "a norm before linear surveys nothing in a chain",
-     "if (before && before->batch_norm && statistics)", "if (false)"),
+     "if (survey && statistics)", "if (false)"),
 ],
 "csrc/chain/backward.h": [
     ("chain", "no residual_scale in a chain's backward", "reader.receive(skip, r.residual_scale)",

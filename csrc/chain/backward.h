@@ -14,7 +14,7 @@ struct LinkBackward {
   std::optional<Side<A>> before, after;
   Gradients<A> grads;
   BackwardPass<A> walk;
-  std::optional<BackwardPass<A>> tail_after, tail_before, rest;
+  std::unique_ptr<BackwardPass<A>> tail_after, tail_before, rest;
   std::vector<A> of_norm;
   const Rows dy;
 
@@ -33,7 +33,7 @@ struct LinkBackward {
       const bool batch = load(*after, statistics);
       walk.after = grads.walk(*after, false, 0, batch ? after->norm() + 1 : r.epilogue.size());
       if (batch) {
-        tail_after.emplace().pass = {.product = c.product, .dy = dy, .dz = dh};
+        tail_after = part({.product = c.product, .dy = dy, .dz = dh});
         tail_after->after = grads.walk_to_batch_norm(*after, false);
         pass.dy = dh;
       }
@@ -46,9 +46,9 @@ struct LinkBackward {
       walk.before = back;
       return;
     }
-    tail_before.emplace().pass = {.product = c.product, .dy = doperand};
+    tail_before = part({.product = c.product, .dy = doperand});
     tail_before->before = grads.walk_to_batch_norm(*before, true);
-    rest.emplace().pass = {.product = c.product, .dy = doperand, .dx = dx};
+    rest = part({.product = c.product, .dy = doperand, .dx = dx});
     rest->before = back;
     pass.dx = doperand;
   }
@@ -80,7 +80,7 @@ struct LinkBackward {
     reader.receive(memory, 1);
   }
 
-  // `after_all`: once dz is there, where the weights fit no cache together.
+  // `after_all`, if it is there: once dz is.
   void append_to(std::vector<Step>& steps, const PackedWeights<A>& weights, int64_t l,
                  const Chunks& chunks, const std::function<void()>& after_all) {
     const auto through = [&](BackwardPass<A>& pass) {
@@ -104,12 +104,9 @@ struct LinkBackward {
     };
     if (tail_after) steps.push_back(up_to_norm(*tail_after, tail_after->after, walk.after));
     if (weights.fit() && multiplies()) walk.pass.weight = weights[l];
-    Step main = through(walk);
-    if (!weights.fit()) {
-      main.after = after_all;
-      if (multiplies()) main = packed_alone<A>(main, walk.pass, grads.c, false);
-    }
-    steps.push_back(main);
+    Step& main = steps.emplace_back(through(walk));
+    main.after = after_all;
+    if (!weights.fit() && multiplies()) pack_alone<A>(main, walk.pass, grads.c, false);
     if (!rest) return;
     steps.push_back(up_to_norm(*tail_before, tail_before->before, rest->before));
     steps.push_back(through(*rest));
@@ -119,7 +116,7 @@ struct LinkBackward {
   void take(const Chunks& chunks) {
     for (auto* tail : {&tail_after, &tail_before})
       if (*tail) grads.take((*tail)->after, false), grads.take((*tail)->before, true);
-    for (BackwardPass<A>* pass : {&walk, rest ? &*rest : nullptr}) {
+    for (BackwardPass<A>* pass : {&walk, rest.get()}) {
       if (!pass) continue;
       pass->finish(chunks.count);
       grads.take(pass->after, false);
@@ -128,6 +125,12 @@ struct LinkBackward {
   }
 
  private:
+  static std::unique_ptr<BackwardPass<A>> part(const cpu::Backward<A>& pass) {
+    auto made = std::make_unique<BackwardPass<A>>();
+    made->pass = pass;
+    return made;
+  }
+
   // Whether the side's norm goes by batch statistics, which it then knows.
   static bool load(Side<A>& side, const A* statistics) {
     if (side.batch_norm) {
@@ -277,14 +280,18 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
   if (kept.again) forward_weights.emplace(chain, true);
   const Chunks chunks = chunks_of<A>(chain);
   std::vector<Step> steps;
+  steps.reserve(2 * L);
   for (int64_t l = L - 1; l >= 0; --l) {
     LinkBackward<A>& link = links[l];
     if (replays[l]) replays[l]->append_to(steps, *forward_weights, l, chunks, nullptr);
-    link.append_to(steps, weights, l, chunks, [&, l] {
-      Optional memory;
-      if (links[l].grads.wants(kWeight))
-        weight_gradient<A>(dz(l), right_side(links[l], memory), M, results.weight(l));
-    });
+    std::function<void()> after_all;
+    if (!fit)
+      after_all = [&, l] {
+        Optional memory;
+        if (links[l].grads.wants(kWeight))
+          weight_gradient<A>(dz(l), right_side(links[l], memory), M, results.weight(l));
+      };
+    link.append_to(steps, weights, l, chunks, after_all);
   }
   run(steps, chunks);
   if (fit) weight_gradients<A>(chain, links, all_dz, results);

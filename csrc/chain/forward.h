@@ -14,25 +14,29 @@ struct LinkForward {
   cpu::Forward<A> pass;
   // Where a norm goes by this batch's statistics: before `linear` a pass over x finds them, after it
   // the main pass does, and the last one goes on from its z.
-  cpu::Forward<A> survey, rest;
+  std::unique_ptr<cpu::Forward<A>> survey, rest;
   std::optional<Moments<A>> moments;
 
   // Where operand, z and y are stored, if they have memory. Without y: no further than z.
   LinkForward(const Layer& c, const Rows& operand, const Rows& z, const Rows& y) : c(c) {
     const bool early = c.bias.data && bias_in_product(c.product);
-    pass.product = survey.product = rest.product = c.product;
-    pass.x = survey.x = c.x;
+    pass.product = c.product;
+    pass.x = c.x;
     pass.operand = operand;
     pass.z = z;
     pass.y = y;
     if (early) pass.early_bias = values(c.bias, c.N, bias);
-    if (!c.recipe.prologue.empty())
-      pass.before = survey.before = &before.emplace(c, true, c.x).program;
+    if (!c.recipe.prologue.empty()) pass.before = &before.emplace(c, true, c.x).program;
     if (y.data && (!c.recipe.epilogue.empty() || (c.bias.data && !early)))
-      pass.after = rest.after = &after.emplace(c, false, z.data ? z : y).program;
+      pass.after = &after.emplace(c, false, z.data ? z : y).program;
+    const auto part = [](const cpu::Forward<A>& pass) {
+      return std::make_unique<cpu::Forward<A>>(pass);
+    };
+    if (before && before->batch_norm)
+      survey = part({.before = pass.before, .product = c.product, .x = c.x});
     if (after && after->batch_norm) {
-      rest.x = z;
-      std::swap(rest.y, pass.y);
+      rest = part({.after = pass.after, .product = c.product, .x = z, .y = y});
+      pass.y = {};
     }
   }
 
@@ -56,15 +60,13 @@ struct LinkForward {
                     std::copy(side.var.begin(), side.var.end(), statistics + side.mean.size());
                   }};
     };
-    if (before && before->batch_norm && statistics) steps.push_back(finding(survey, *before));
-    const bool goes_on = after && after->batch_norm;
-    Step main = goes_on ? finding(pass, *after) : Step{through(pass)};
+    if (survey && statistics) steps.push_back(finding(*survey, *before));
+    Step& main = steps.emplace_back(rest ? finding(pass, *after) : Step{through(pass)});
     if (weights.fit())
       pass.weight = weights[l];
     else
-      main = packed_alone<A>(main, pass, c, true);
-    steps.push_back(main);
-    if (goes_on) steps.push_back({through(rest)});
+      pack_alone<A>(main, pass, c, true);
+    if (rest) steps.push_back({through(*rest)});
   }
 };
 
@@ -77,16 +79,17 @@ std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
   std::vector<Tensor> out{empty({M, chain.links[L - 1].N}, scalar_type(chain.dtype(L)))};
   const Turns turns =
       chain.wiring.value_turns(keeps ? chain.kept : std::vector<bool>(chain.kept.size()));
-  Store values(M, chain.values()), casts(M, chain.casts()), z(M, chain.z());
+  const bool keeps_z = keep == Keep::all;
+  Store values(M, keeps ? chain.values() : std::vector<Width>()),
+      casts(M, keeps ? chain.casts() : std::vector<Width>()),
+      z(M, keeps_z ? chain.z() : std::vector<Width>());
   Store passing(M, chain.any(turns.count));  // values that are not kept
   Store passing_z(M, {{chain.statistics() ? chain.widest : 0, chain.product()}});
   passing.allocate();
-  if (keeps) values.allocate();
-  if (keeps) casts.allocate();
-  if (keep == Keep::all)
-    z.allocate();
-  else
-    passing_z.allocate();
+  values.allocate();
+  casts.allocate();
+  z.allocate();
+  if (!keeps_z) passing_z.allocate();
   std::vector<Rows> rows{Rows()};  // of values
   for (int64_t v = 1; v < L; ++v) {
     const int64_t turn = turns.of[v];
@@ -101,19 +104,18 @@ std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
   if (chain.statistics()) statistics = empty({chain.statistics()}, scalar_type(exact<A>()));
   std::deque<LinkForward<A>> links;
   std::vector<Step> steps;
+  steps.reserve(2 * L);
   for (int64_t l = 0; l < L; ++l) {
     const Layer& c = chain.links[l];
     Rows at;
-    if (keep == Keep::all && c.recipe.saves_z()) at = z[l];
-    if (keep != Keep::all && chain.batch(l, false)) at = passing_z.first(0, c.N, c.product);
+    if (keeps_z && c.recipe.saves_z()) at = z[l];
+    if (!keeps_z && chain.batch(l, false)) at = passing_z.first(0, c.N, c.product);
     links.emplace_back(c, keeps && c.casts && l > 0 ? casts[l] : Rows(), at, rows[l + 1]);
     A* const found = statistics ? static_cast<A*>(statistics->data_ptr()) : nullptr;
     links.back().append_to(steps, weights, l, chunks, found + (found ? chain.statistics(l) : 0));
   }
   run(steps, chunks);
-  if (keeps) values.append_to(out);
-  if (keeps) casts.append_to(out);
-  if (keep == Keep::all) z.append_to(out);
+  for (const Store* store : {&values, &casts, &z}) store->append_to(out);
   if (statistics) out.push_back(*statistics);
   return out;
 }

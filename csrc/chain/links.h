@@ -110,24 +110,28 @@ struct Chain {
   std::vector<bool> kept;              // which values backward looks at
   std::vector<Width> values() const {  // x is the call's own
     std::vector<Width> widths{{0, dtype(0)}};
+    widths.reserve(size());
     for (int64_t v = 1; v < size(); ++v) widths.push_back({kept[v] ? width(v) : 0, dtype(v)});
     return widths;
   }
   // What the product takes for a link's input, where it is only cast; the first one's is made again.
   std::vector<Width> casts() const {
     std::vector<Width> widths;
+    widths.reserve(size());
     for (const Layer& link : links) widths.push_back({link.casts ? link.K : 0, product()});
     widths[0].columns = 0;
     return widths;
   }
   std::vector<Width> z() const {
     std::vector<Width> widths;
+    widths.reserve(size());
     for (const Layer& link : links)
       widths.push_back({link.recipe.saves_z() ? link.N : 0, product()});
     return widths;
   }
   std::vector<Width> outputs() const {
     std::vector<Width> widths;
+    widths.reserve(size());
     for (const Layer& link : links) widths.push_back({link.N, product()});
     return widths;
   }

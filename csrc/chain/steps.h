@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -71,9 +72,9 @@ class PackedWeights {
   Optional memory_;
 };
 
-// A step whose pass multiplies by one weight, which is packed for it alone.
+// For a step whose pass multiplies by one weight: to be packed for it alone.
 template <class A, class Pass>
-Step packed_alone(Step step, Pass& pass, const Layer& c, bool transposed) {
+void pack_alone(Step& step, Pass& pass, const Layer& c, bool transposed) {
   auto packed = std::make_shared<std::optional<PackedMatrix<A>>>();
   step.before = [&pass, &c, packed, transposed] {
     pass.weight = packed->emplace(c.weight, c.N, transposed).packed;
@@ -82,7 +83,6 @@ Step packed_alone(Step step, Pass& pass, const Layer& c, bool transposed) {
     packed->reset();
     if (after) after();
   };
-  return step;
 }
 
 }  // namespace fusedres

@@ -26,8 +26,9 @@ struct Turns {
     std::vector<size_t> order;
     for (size_t i = 0; i < lives.size(); ++i)
       if (lives[i].begin <= lives[i].end) order.push_back(i);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](size_t a, size_t b) { return lives[a].begin < lives[b].begin; });
+    const auto earlier = [&](size_t a, size_t b) { return lives[a].begin < lives[b].begin; };
+    if (!std::is_sorted(order.begin(), order.end(), earlier))
+      std::stable_sort(order.begin(), order.end(), earlier);
     std::vector<int64_t> last;  // step that needs each piece
     for (const size_t i : order) {
       int64_t slot = 0;
@@ -65,6 +66,7 @@ class Store {
     // So that a piece is of a size that the system does not take back at once; and no function of M,
     // which may be a symbol where torch traces.
     constexpr int64_t kColumns = 1024;
+    at_.reserve(widths.size());
     for (const Width& w : widths) {
       size_t& open = open_[static_cast<size_t>(w.dtype)];
       if (w.columns > 0 && (!open || pieces_[open - 1].columns + w.columns > kColumns)) {
