@@ -20,11 +20,15 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many links each call joins."""
+    """How many links each call joins that is not refused."""
     joined, run = [], chain.run
-    monkeypatch.setattr(
-        chain, "run", lambda x, links, *more: joined.append(len(links)) or run(x, links, *more)
-    )
+
+    def counted(x, links, *more):
+        found = run(x, links, *more)
+        joined.append(len(links))
+        return found
+
+    monkeypatch.setattr(chain, "run", counted)
     return joined
 
 
@@ -259,7 +263,7 @@ def test_masks_are_those_of_the_layers(again, calls):
         torch.manual_seed(5)
         found.append(results(call, x, dy))
         after.append(torch.rand(1))
-    assert calls == [5] * (1 + again) and after[0] == after[1]
+    assert calls == [5] and after[0] == after[1]  # a checkpoint stops its second run halfway
     assert torch.equal(found[0]["y"], found[1]["y"])
     for name, t in found[1].items():
         torch.testing.assert_close(found[0][name], t, msg=lambda text, name=name: f"{name}: {text}")
