@@ -70,7 +70,7 @@ std::vector<Tensor> forward(const Call& c, bool save) {
     if (keeps_z || batch) z = empty({M, c.N()}, c.product_dtype());
     if (z) pass.z = rows_of(*z);
   } else {
-    const Tensor left = before ? make_operand(layer, *before) : operand ? *operand : c.x;
+    const Tensor left = before ? make_operand(layer, before) : operand ? *operand : c.x;
     z = multiply(left, transposed(c.weight), early ? c.bias : std::nullopt);
     pass.before = nullptr;
     pass.x = rows_of(*z);
@@ -254,7 +254,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
   skip.reset();
 
   if (wants(kWeight)) {
-    const Tensor operand = prologue        ? make_operand(layer, *prologue)
+    const Tensor operand = prologue        ? make_operand(layer, prologue)
                            : saved.operand ? *saved.operand
                                            : x;
     if (own) {

@@ -112,7 +112,7 @@ def run(
     else:
         call = o._replace(running_mean=None, running_var=None) if spec.batch_stats else o
         if autocast:  # as autocast casts a product's: once a call, in torch ops with gradients
-            call = call._replace(weight=_cast(weight, autocast), bias=_cast(o.bias, autocast))
+            call = call._replace(weight=cast_for(weight, autocast), bias=cast_for(o.bias, autocast))
         if not compiling and _modes():
             graphs.register_flops()
         try:
@@ -136,11 +136,14 @@ def run(
                 return y if flat else y.view(*x.shape[:-1], N)
             batch, unbias = stats.unbind(), M / max(M - 1, 1)
     if spec.batch_stats:
-        update_running_statistics(o, batch, unbias, M, momentum, tracked)
+        update_running_statistics(
+            o.running_mean, o.running_var, batch, unbias, M, momentum, tracked
+        )
     return y if flat else y.view(*x.shape[:-1], N)
 
 
-def _cast(t: Any, dtype: torch.dtype) -> Any:
+def cast_for(t: Any, dtype: torch.dtype) -> Any:
+    """A weight or bias as autocast gives it to the product."""
     return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
 
@@ -161,7 +164,8 @@ def _update_at_once(
 
 @torch.no_grad()
 def update_running_statistics(
-    o: Operands,
+    mean: Tensor | None,
+    var: Tensor | None,
     batch: tuple[Tensor, Tensor] | None,
     unbias: float,
     rows: int,
@@ -170,14 +174,18 @@ def update_running_statistics(
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch, as torch does, with the batch's mean
     and `unbias` times its variance; `tracked` counts the batches, momentum=None averages over all.
+    Those of several layers, too: a dimension more, first.
     """
-    pairs = zip((o.running_mean, o.running_var), batch or (), (1.0, unbias), strict=False)
+    pairs = zip((mean, var), batch or (), (1.0, unbias), strict=False)
     for running, new, scale in pairs:
         if running is None or rows <= 1:
             continue
         # mul and add, not lerp, which makes NaN of infinity
         if momentum is None:
-            weight: Any = 0.0 if tracked is None else (tracked + 1).to(new.dtype).reciprocal()
+            weight: Any = 0.0
+            if tracked is not None:
+                weight = (tracked + 1).to(new.dtype).reciprocal()
+                weight = weight.view(*weight.shape, *[1] * (running.dim() - weight.dim()))
             running.copy_(running * (1 - weight) + new * (scale * weight))
         elif running.dtype == new.dtype:
             running.mul_(1 - momentum).add_(new, alpha=scale * momentum)

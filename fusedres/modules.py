@@ -30,7 +30,7 @@ def project(shortcut: nn.Module, source: Tensor, backend: str) -> Tensor:
     return plain_linear(source, *weight_and_bias(shortcut), backend)
 
 
-def _batch_norm_step(spec: Spec, norm: Any) -> tuple[Any, ...]:
+def batch_norm_step(spec: Spec, norm: Any) -> tuple[Any, ...]:
     """Recipe, running mean and variance, momentum and count for this batch as nn.BatchNorm1d has
     them; the count only where it goes up.
     """
@@ -128,7 +128,7 @@ class FusedResidual(Residual):
         elif spec.norm is not None:
             norm_weight, norm_bias = weight_and_bias(norm)
             if spec.norm == "batch":
-                spec, mean, var, momentum, tracked = _batch_norm_step(spec, norm)
+                spec, mean, var, momentum, tracked = batch_norm_step(spec, norm)
         if norm_weight is None and spec.norm in ("layer", "rms"):  # whose shape would be checked
             width = spec.width("norm", self.in_features, self.out_features)
             if norm.normalized_shape != (width,):

@@ -74,6 +74,11 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
 
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """(count,): as so many calls of draw_seed."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+
+
 def _drop(t: Tensor, seed: Tensor, index: Tensor, stream: int, p: float) -> Tensor:
     kept = philox(seed, index, stream) >= int(p * 2**32)
     return torch.where(

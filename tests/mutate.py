@@ -55,10 +55,15 @@ SUITES = {
     "tools": ("graph_tools", "flops or exported"),
     "locale": ("errors", "decimal_comma"),
     "products": ("cpu_kernels", "(products and not instruction) or batch_norm or any_number"),
-    "chain": ("network", "scaled or each_gradient"),
+    "chain": (
+        "network",
+        "scaled or each_gradient or (batch_norm_is and False-training) "
+        "or (link_of_its_own and layer-False)",
+    ),
     "stack": (
         "stack",
-        "gates or turns or one_by_one or loads or double or recompute_keeps or (numbers and rms)",
+        "gates or masks or autocast or turns or one_by_one or loads or double or recompute_keeps "
+        "or (numbers and rms)",
     ),
     "settings": ("settings", ""),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
@@ -100,26 +105,45 @@ TABLE = {
 "csrc/params.h": [
     ("ways", "kept elements are not scaled up", "p < 1 ? 1 / (1 - p) : 0", "1"),
 ],
-"csrc/chain.cpp": [
-    ("chain", "no residual_scale in a chain's backward", "last ? r.residual_scale : 1.0", "1.0"),
-    ("chain", "an add in the middle of a link sends nothing back",
-     "if (!last) walk.after->dresidual = memory;", ""),
+"csrc/chain/forward.h": [
+    ("chain", "a norm before linear surveys nothing in a chain",
+     "if (survey && statistics)", "if (false)"),
 ],
-"csrc/links.h": [
+"csrc/chain/backward.h": [
+    ("chain", "no residual_scale in a chain's backward", "reader.receive(skip, r.residual_scale)",
+     "reader.receive(skip, 1)"),
+    ("chain", "an add in the middle of a link sends nothing back",
+     "send_to(memory);\n    reader", "reader"),
+    ("chain", "an add after a batch norm sends back what came to the norm", "Rows skip = dy;",
+     "Rows skip = walk.pass.dy;"),
+    ("chain", "a shortcut's input has no gradient but the shortcut's",
+     "if (!first) links[wiring.reader[from]].receive(to, 1);", ""),
+],
+"fusedres/links.py": [
+    ("chain", "a batch norm's statistics are those of the first one", "        at += 2 * C\n", ""),
+],
+"csrc/chain/links.h": [
     ("stack", "every block has the first one's gate", "i == gate_ ? l / block : l",
      "i == gate_ ? 0 : l"),
-    ("stack", "a later block adds the first one's input", "source_[l - block] + block",
-     "source_[l - block]"),
-    ("stack", "an input's memory is taken while a later link needs it",
-     "std::max(lives[source(l)].end, l)", "lives[source(l)].end"),
+    ("stack", "the stream is kept where only its cast is read",
+     "prologue.empty() || !links[l].casts", "prologue.empty() || true"),
+    ("stack", "every link draws the first one's mask", "data_ptr())[seeded_]", "data_ptr())[0]"),
+],
+"csrc/chain/wiring.h": [
+    ("stack", "a later block adds the first one's input", "adds[l] < 0 ? -1 : adds[l] + block",
+     "adds[l]"),
+    ("stack", "a value's memory is taken while a later link needs it",
+     "std::max(lives[v].end, l)", "v < l ? lives[v].end : l"),
     ("stack", "a gradient's memory is taken while a source needs it",
-     "size() - 1 - source(l - 1)}", "size() - 1 - (l - 1)}"),
+     "std::min(v - 1, target(v - 1))", "(v - 1)"),
+],
+"csrc/chain/results.h": [
     ("stack", "a gradient of one link for all", "chain_.entry(i, l))", "0 * l)"),
 ],
 "fusedres/chain.py": [
     ("stack", "recompute keeps z", "keep = 2 if recompute else 1", "keep = 1"),
-    ("stack", "double backward adds a link's own input", "values[-1 - back] if back else None",
-     "values[-1] if back else None"),
+    ("stack", "double backward adds a link's own input",
+     "values[-1 - back] if back != input_back", "values[-1] if back != input_back"),
 ],
 "fusedres/stack.py": [
     ("stack", "a batch norm's batches are not counted", "tracked = count if tracks else None",
