@@ -1,19 +1,14 @@
 """Every shipped tile compiled without a GPU: no spills, little shared memory, wgmma on Hopper.
 
-A driver that only knows a target stands in for the GPU: the backend launches on meta tensors, and
-what it would launch is compiled for that target instead. All of that in processes of its own, which
-it leaves with that driver.
+bench/compiled/aot.py says how. All of that in processes of its own, which it leaves with a driver
+that cannot launch.
 """
 
 import os
-import re
-import subprocess
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +16,7 @@ import torch
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
+from bench.compiled.aot import SHARED, compiled, operands  # noqa: E402
 from fusedres.backends import plan as planner  # noqa: E402
 from fusedres.backends import triton as backend  # noqa: E402
 from fusedres.spec import ACTIVATIONS, make_spec  # noqa: E402
@@ -35,8 +28,6 @@ pytestmark = [
     ),
 ]
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, by architecture
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 PLAN_WHOLE = planner.plan_whole  # which `whole` replaces
 EVERYTHING = {"gate": "channel", "dropout": 0.1, "drop_path": 0.1}
@@ -54,83 +45,6 @@ RECIPES = {
 }
 
 
-class Target:
-    """A driver for a GPU that is not here."""
-
-    def __init__(self, sm):
-        self.sm = sm
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.sm, 32)
-
-    def get_current_device(self):
-        return self.sm
-
-    def get_current_stream(self, device):
-        return 0
-
-
-def properties(binary):
-    """What a compiled kernel needs and contains."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    ptx, ttir = binary.asm["ptx"], binary.asm["ttir"]
-    offsets = re.findall(
-        r"tt\.addptr [^:]*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+x(\w+)>", ttir
-    )
-    return {
-        "kernel": binary.metadata.name,
-        "stack": sum(int(count) for count in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "shared": binary.metadata.shared,
-        "cooperative": binary.metadata.launch_cooperative_grid,
-        "wgmma": ptx.count("wgmma.mma_async"),
-        "register_a": len(re.findall(r"wgmma\.mma_async[^;]*?\}\s*,\s*\{", ptx)),
-        "async_copies": ptx.count("cp.async.c"),
-        "tanh": ptx.count("tanh.approx.f32"),
-        "offsets": sorted(set(offsets)),
-    }
-
-
-def compiled(sm, launch, *args):
-    """The properties of every kernel that `launch(*args)` launches, compiled instead of run."""
-    triton.runtime.driver.set_active(Target(sm))
-    found, run = [], JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **constants):
-        found.append(properties(run(self, *args, grid=grid, warmup=True, **constants)))
-
-    JITFunction.run = compile_only
-    try:
-        launch(*args)
-    finally:
-        JITFunction.run = run
-    return found
-
-
-def operands(spec, dtype, M, N, K):
-    """Meta tensors for a call."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    C, width = spec.width("norm", K, N), spec.width("add", K, N)
-    vector = empty(C, dtype=F32)
-    norm = (vector, vector) if spec.norm else (None, None)
-    running = (vector, vector) if spec.norm == "batch" and not spec.batch_stats else (None, None)
-    gates = {None: None, "scalar": 1, "channel": spec.width("gate", K, N)}
-    gate = gates[spec.gate] and empty(gates[spec.gate], dtype=F32)
-    residual = None
-    if spec.adds and (width != K or spec.residual_dtype):
-        residual = empty(M, width, dtype=getattr(torch, spec.residual_dtype or str(dtype)[6:]))
-    seed = empty(1, dtype=torch.int64) if spec.random else None
-    x = empty(M, K, dtype=getattr(torch, spec.x_dtype or str(dtype)[6:]))
-    return (x, empty(N, K), empty(N), *norm, gate, residual, *running, seed)
-
-
 def forward(dtype, precision, family, tile, random, activation):
     """Launches the family's kernel with this tile."""
     planner.choose_tile = lambda *_: tile
@@ -146,10 +60,8 @@ def forward(dtype, precision, family, tile, random, activation):
     backend.residual_forward(*operands(spec, dtype, M, N, 512), 1, str(spec), True)
 
 
-def backward(sm, dtype, norm, random, width):
+def backward(dtype, norm, random, width):
     """Launches the backward kernels of both sides, and the products between them."""
-    device = planner.Device("any", 132, SHARED_LIMIT[sm], f"sm_{sm}")
-    planner.device_of = lambda _: device
     plain = RECIPES["prebatch" if norm == "batch" else "prologue"]
     settings = {"order": plain[1] if random else "norm-linear-act-add", "norm": norm}
     settings |= {"activation": "silu", "training": True} | (EVERYTHING if random else {})
@@ -177,12 +89,11 @@ def whole(sm, dtype, tile, random, activation, order):
     backend.residual_backward(dy, saved, *tensors, 1, str(spec), needs)
 
 
-def mixed(sm, family, tile, x_dtype, random):
+def mixed(family, tile, x_dtype, random):
     """Launches a family's forward, by this tile, and its backward, weight in bf16 and the residual
     and y in fp32; x in `x_dtype`, None: in bf16.
     """
-    device = planner.Device("any", 132, SHARED_LIMIT[sm], f"sm_{sm}")
-    planner.device_of, planner.plan_whole = lambda _: device, PLAN_WHOLE
+    planner.plan_whole = PLAN_WHOLE
     planner.choose_tile = lambda *_: tile
     planner.plan.cache_clear()
     plain, everything, norm = RECIPES[family]
@@ -198,7 +109,7 @@ def mixed(sm, family, tile, x_dtype, random):
 
 
 def mixed_job(job):
-    return job, compiled(job[0], mixed, *job)
+    return job, compiled(job[0], mixed, *job[1:])
 
 
 def whole_job(job):
@@ -211,8 +122,8 @@ def forward_job(job):
 
 
 def backward_job(job):
-    sm = job[0]
-    return job, compiled(sm, backward, *job)
+    sm, *rest = job
+    return job, compiled(sm, backward, *rest)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +164,7 @@ def wrong(sm, found, tensor_cores):
     """What is wrong with a compiled kernel, None if nothing."""
     checks = {
         "spills": found["stack"] > 0,
-        "takes too much shared memory": found["shared"] > SHARED_LIMIT[sm],
+        "takes too much shared memory": found["shared"] > SHARED[sm],
         "has offsets of 32 bits": found["offsets"] != ["i64"],
         "takes A from registers, which is miscompiled": found["register_a"] > 0,
         "is (not) cooperative": found["cooperative"] != ("batch" in found["kernel"]),
@@ -262,7 +173,7 @@ def wrong(sm, found, tensor_cores):
     return ", ".join(what for what, is_so in checks.items() if is_so)
 
 
-@pytest.mark.parametrize("sm", SHARED_LIMIT)
+@pytest.mark.parametrize("sm", SHARED)
 def test_every_shipped_tile(sm, pool):
     count, told = 0, []
     for job, found in pool.map(forward_job, forward_jobs(sm), chunksize=4):
@@ -281,7 +192,7 @@ def test_every_shipped_tile(sm, pool):
     assert count >= 80
 
 
-@pytest.mark.parametrize("sm", SHARED_LIMIT)
+@pytest.mark.parametrize("sm", SHARED)
 def test_backward(sm, pool):
     told, jobs = (
         [],
@@ -307,7 +218,7 @@ def test_backward(sm, pool):
     assert not told, "\n".join(told)
 
 
-@pytest.mark.parametrize("sm", SHARED_LIMIT)
+@pytest.mark.parametrize("sm", SHARED)
 def test_backward_of_whole_rows(sm, pool):
     told, jobs = [], []
     for i, (family, random, size, tile) in enumerate(shipped(sm)):
@@ -325,12 +236,12 @@ def test_backward_of_whole_rows(sm, pool):
     assert len(jobs) >= 10 and not told, "\n".join(told)
 
 
-@pytest.mark.parametrize("sm", SHARED_LIMIT)
+@pytest.mark.parametrize("sm", SHARED)
 def test_several_dtypes(sm, pool):
     """Of each family the largest tiles; with what backward launches, the dz and dx of whole rows
     and products that convert among it.
     """
-    device, told, jobs = planner.Device("any", 132, SHARED_LIMIT[sm], f"sm_{sm}"), [], []
+    device, told, jobs = planner.Device("any", 132, SHARED[sm], f"sm_{sm}"), [], []
     for family in RECIPES:
         for x_dtype, random in (("float32", False), (None, False), ("float32", True)):
             if x_dtype and family == "algebraic":
