@@ -18,6 +18,7 @@ tile whose grid fills the device.
 from __future__ import annotations
 
 import json
+import math
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ BACKWARD_PROGRAMS = 512  # a constant, so that sums do not depend on the GPU
 MOST_WALKERS = 256
 WIDEST_PRODUCT = 512  # features of z for dz and dx in one launch
 REREADS = 5.6  # of the weight in L2 while memory moves what `plan_whole` says
+MOST_MOVES = 15  # of a thread for one step of a product: more, and 128 x 128 spills
+MOST_SINGLE = 4096  # elements of a tile that are moved one by one, in 16-bit types
 MOST_SPLITS = 32  # parts of the rows in the product dz.T @ x
 
 FAMILIES = {  # family -> (kernel, what it takes statistics over)
@@ -51,6 +54,7 @@ FAMILIES = {  # family -> (kernel, what it takes statistics over)
     "algebraic": ("residual_forward_kernel", "rows of x, algebraic"),
     "prebatch": ("residual_forward_prebatch_kernel", ""),
 }
+NARROW = 8  # bytes moved at once: with fewer, tiles are smaller
 COOPERATIVE = ("batch", "prebatch")
 COLLECTIVES = 32  # multiprocessors that NCCL's programs may hold
 
@@ -107,6 +111,17 @@ class Tile(NamedTuple):
         row = self.BLOCK_M * (4 if mixed else size) + self.BLOCK_N * size
         return self.num_stages * self.BLOCK_K * row
 
+    def narrowed(self, width: int, size: int) -> Tile:
+        """For elements of `size` bytes that are moved `width` bytes at once: with more warps, and
+        fewer columns of the operands in a step, where addresses would not leave enough registers.
+        """
+        if width >= NARROW:
+            return self
+        threads = self.BLOCK_M * self.BLOCK_N // (16 if width == 2 else 64)
+        tile = self._replace(num_warps=max(self.num_warps, threads // 32))
+        step = MOST_MOVES * 32 * tile.num_warps * width // (size * (self.BLOCK_M + self.BLOCK_N))
+        return tile._replace(BLOCK_K=min(self.BLOCK_K, max(16, 1 << step.bit_length() - 1)))
+
     def grid(self, M: int, N: int) -> int:
         return ceil_div(M, self.BLOCK_M) * ceil_div(N, self.BLOCK_N)
 
@@ -135,6 +150,11 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_two(n: int, least: int = 16) -> int:
     """The smallest power of two >= n and >= `least`."""
     return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def moved_at_once(N: int, K: int, size: int) -> int:
+    """Bytes, of contiguous rows of N and of K elements of `size` bytes: a power of two."""
+    return min(16, size * math.gcd(16, N, K))
 
 
 def device_of(device: torch.device) -> Device:
@@ -202,19 +222,24 @@ def family_of(spec: Spec, size: int, M: int, N: int) -> str:
 
 
 def key_of(spec: Spec, size: int, M: int, N: int, K: int) -> str:
-    """What tuned tiles are filed under: family, bits, and sizes rounded up to a power of two."""
+    """What tuned tiles are filed under: family, bits, and sizes rounded up to a power of two;
+    "narrow" where little is moved at once.
+    """
     sizes = "x".join(str(power_of_two(n)) for n in (M, N, K))
     kind = " random" * spec.random + " mixed" * bool(spec.dtypes)
+    kind += " narrow" * (moved_at_once(N, K, size) < NARROW)
     return f"{family_of(spec, size, M, N)}{kind} {8 * size} {sizes}"
 
 
 def tiles_of(
-    family: str, random: bool, size: int, device: Device, mixed: bool = False
+    family: str, random: bool, size: int, device: Device, mixed: bool = False, width: int = 16
 ) -> list[Tile]:
     """The tiles of a family for elements of `size` bytes, largest first; `random`: for recipes with
     dropout or drop-path, `mixed`: with dtypes beside the product's. Stages are dropped to fit the
-    device's shared memory.
+    device's shared memory. `width`: bytes moved at once; with few, addresses take as many registers
+    as masks do.
     """
+    random = random or width < (16 if family == "algebraic" else NARROW)  # it has most to hold
     tiles = config(device.name, device.architecture)["tiles"]
     both = [" random mixed"] * (random and mixed)
     kinds = [*both, *[" random"] * random, *[" mixed"] * mixed, ""]
@@ -236,11 +261,20 @@ def can_compute(family: str, tile: Tile, M: int, N: int) -> bool:
 
 
 def choose_tile(
-    family: str, random: bool, size: int, M: int, N: int, device: Device, mixed: bool = False
+    family: str,
+    random: bool,
+    size: int,
+    M: int,
+    N: int,
+    device: Device,
+    mixed: bool = False,
+    width: int = 16,
 ) -> Tile:
     """The first tile within the matrix that fills the device, else the one of most programs."""
-    tiles = tiles_of(family, random, size, device, mixed)
+    tiles = tiles_of(family, random, size, device, mixed, width)
     tiles = [t for t in tiles if can_compute(family, t, M, N)]
+    if width == 2:
+        tiles = [t for t in tiles if t.BLOCK_M * t.BLOCK_N <= MOST_SINGLE] or tiles[-1:]
     fitting = [t for t in tiles if power_of_two(N) >= t.BLOCK_N and power_of_two(M) >= t.BLOCK_M]
     fitting = fitting or tiles[-1:]
     full = (t for t in fitting if t.grid(M, N) >= device.processors)
@@ -267,7 +301,9 @@ def plan(
         tuned = config(device.name, device.architecture)["tuned"].get(key_of(spec, size, M, N, K))
         tile = Tile(*tuned) if tuned else None
         if tile is None or not can_compute(family, tile, M, N):
-            tile = choose_tile(family, spec.random, size, M, N, device, bool(spec.dtypes))
+            width = moved_at_once(N, K, size)
+            tile = choose_tile(family, spec.random, size, M, N, device, bool(spec.dtypes), width)
+            tile = tile.narrowed(width, size)
     programs, walkers = tile.grid(M, N), 1
     if family in COOPERATIVE:
         columns = ceil_div(N, tile.BLOCK_N) if family == "batch" else ceil_div(K, tile.BLOCK_K)

@@ -5,6 +5,7 @@ Importing this module imports Triton; without Triton it still imports, and `why_
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sysconfig
@@ -26,6 +27,7 @@ from .plan import Plan, WholePlan, ceil_div
 
 try:
     import triton
+    import triton.language as tl
 
     from ..kernels import backward, by_tanh, epilogue, forward, products
     from ..kernels.moments import GROUP
@@ -110,7 +112,16 @@ class Side(NamedTuple):
         return cls(stages[:at], True, stages[at + 1 :])
 
 
-def stage_operands(spec: Spec, o: Operands, stats: Tensor | None) -> StageOperands:
+def alignment(N: int, *matrices: Tensor | None) -> int:
+    """The largest power of two that divides N and their widths and row strides, for `aligned` of
+    kernels/stages.py: 1 from 16 on, which Triton asks of each argument itself.
+    """
+    found = (t for t in matrices if t is not None)
+    common = math.gcd(16, N, *(size for t in found for size in (t.shape[1], t.stride(0))))
+    return common if common < 16 else 1
+
+
+def stage_operands(spec: Spec, o: Operands, stats: Tensor | None, align: int = 1) -> StageOperands:
     """What the stages read; `stats` (2, C) are this batch's mean and biased variance."""
     shortcut = (o.x if o.residual is None else o.residual) if spec.adds else None
     mean, var = o.running_mean, o.running_var
@@ -126,7 +137,7 @@ def stage_operands(spec: Spec, o: Operands, stats: Tensor | None) -> StageOperan
         sample_rows=o.sample_rows, dropout=int(p * 2**32), droppath=int(q * 2**32),
         dropout_scale=1 / (1 - p) if p < 1 else 0.0,
         droppath_scale=1 / (1 - q) if q < 1 else 0.0,
-        residual_scale=spec.residual_scale, eps=spec.eps,
+        residual_scale=spec.residual_scale, eps=spec.eps, ALIGN=tl.constexpr(align),
     )  # fmt: skip
 
 
@@ -157,7 +168,8 @@ def _launch_forward(spec: Spec, chosen: Plan, o: Operands, out: Outputs) -> None
     epilogue = spec.epilogue
     if family in ("rows", "wide", "columns", "batch"):
         epilogue = ("norm", *side.after)
-    head = (x, weight, o.bias, stage_operands(spec, o, stats))
+    align = alignment(N, x, weight, o.residual)
+    head = (x, weight, o.bias, stage_operands(spec, o, stats, align))
     constants = {
         "PROLOGUE": spec.prologue, "BEFORE": before, "EPILOGUE": epilogue,
         "ACT": _functions(spec, weight.dtype)[0], "PRECISION": _precision(),

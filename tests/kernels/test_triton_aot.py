@@ -4,6 +4,7 @@ bench/compiled/aot.py says how. All of that in processes of its own, which it le
 that cannot launch.
 """
 
+import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 triton = pytest.importorskip("triton")
 tl = triton.language
 
+from bench.compiled import aot  # noqa: E402
 from bench.compiled.aot import SHARED, compiled, operands  # noqa: E402
 from fusedres.backends import plan as planner  # noqa: E402
 from fusedres.backends import triton as backend  # noqa: E402
@@ -278,6 +280,61 @@ def test_every_activation(pool):
     for name, (found,) in pool.map(activation_job, ACTIVATIONS, chunksize=2):
         assert found["stack"] == (32 if name == "sin" else 0), f"{name}: {found}"
         assert (found["tanh"] > 0) == (name in ("silu", "gelu_tanh", "tanh")), f"{name}: {found}"
+
+
+# Widths and row strides that 16 does not divide.
+
+CHOOSE_TILE = planner.choose_tile  # which `forward` replaces
+WIDTHS = (  # family, dtype, width, elements from row to row where they are more, architectures
+    ("tile", BF16, 339, None, (90,)),
+    ("tile", F16, 1000, None, (80,)),
+    ("rows", F16, 168, None, (90,)),
+    ("rows", BF16, 200, None, (80,)),
+    ("wide", BF16, 1000, None, (90,)),
+    ("wide", F16, 1004, None, (80, 90)),
+    ("wide", BF16, 466, None, (90,)),
+    ("wide", BF16, 1024, 1032, (90,)),
+    ("wide", F32, 466, None, (90,)),
+    ("prologue", F16, 1004, None, (80,)),
+    ("algebraic", BF16, 1004, None, (90,)),
+    ("columns", BF16, 466, None, (90,)),
+    ("batch", F16, 1004, None, (90,)),
+    ("prebatch", BF16, 1000, None, (80,)),
+)
+
+
+def of_width(family, dtype, width, stride):
+    """Launches a family's forward as the planner cuts it."""
+    planner.choose_tile = CHOOSE_TILE
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    order, _, norm = RECIPES[family]
+    spec = make_spec(order, norm, "silu", training=True)
+    M = 512 if family == "columns" else 65536
+    assert planner.family_of(spec, dtype.itemsize, M, width) == family
+    aot.forward(spec, dtype, M, width, width, stride)
+
+
+def width_job(job):
+    sm, *rest = job
+    return job, compiled(sm, of_width, *rest)
+
+
+def test_widths_and_strides(pool):
+    """Copies run ahead, and stores are as wide as rows allow."""
+    told = []
+    jobs = [(sm, *case) for *case, architectures in WIDTHS for sm in architectures]
+    for job, (found,) in pool.map(width_job, jobs):
+        sm, family, dtype, width, _ = job
+        at_once = min(16, dtype.itemsize * math.gcd(16, width))
+        large = family != "columns" and dtype != F32 and at_once >= 8
+        what = wrong(sm, found, large)
+        if at_once >= 4 and not found["async_copies"]:
+            what += ", loads without a pipeline"
+        if max(found["stores"]) != 8 * at_once:
+            what += ", stores by fewer bytes than it could"
+        if what:
+            told.append(f"{job} {what}: {found}")
+    assert not told, "\n".join(told)
 
 
 # The measures themselves must be able to tell.

@@ -68,11 +68,12 @@ def forget():
 def _clean(monkeypatch):
     """torch.empty comes filled with NaN, so an element that no kernel writes fails the test.
 
-    In the interpreter tiles are as large as for a device that two programs fill: it takes its time
-    by the program.
+    In the interpreter tiles are as large as for a device that two programs fill, and not smaller
+    for narrow loads: it takes its time by the program.
     """
     if INTERPRET:
         force(monkeypatch, 2)
+        monkeypatch.setattr(planner, "moved_at_once", lambda *_: 16)
     forget()
     torch.use_deterministic_algorithms(True)
     yield
