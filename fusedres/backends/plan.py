@@ -367,14 +367,15 @@ def plan_whole(
     4 M N elements that go to and from memory must hide it; L2 gives about 2.4 times what memory
     does, so K / BLOCK_M + 4 <= 2.4 * 4.
     """
-    tiles = tiles_of("whole", random, dtype.itemsize, device)
+    size, width = dtype.itemsize, moved_at_once(N, K, dtype.itemsize)
+    tiles = tiles_of("whole", random, size, device, width=width)
     tile = next((t for t in tiles if power_of_two(N) == t.BLOCK_N), None)
-    if tile is None or N > WIDEST_PRODUCT:
+    if tile is None or N > WIDEST_PRODUCT or width == 2:
         return None
     blocks = ceil_div(M, tile.BLOCK_M)
     if blocks > device.processors and K > REREADS * tile.BLOCK_M:
         return None
-    return WholePlan(tile, max(1, min(blocks, MOST_WALKERS)))
+    return WholePlan(tile.narrowed(width, size), max(1, min(blocks, MOST_WALKERS)))
 
 
 class ProductsPlan(NamedTuple):
@@ -401,15 +402,16 @@ def plan_products(
     """dweight (N, K) and, if `dx`, dx (M, K); `random`: masks before `linear`; `mixed`: as
     in `tiles_of`.
     """
-    tiles = tiles_of("products", random, dtype.itemsize, device, mixed)
+    size, width = dtype.itemsize, moved_at_once(N, K, dtype.itemsize)
+    tiles = tiles_of("products", random, size, device, mixed, width)
     fitting = [t for t in tiles if power_of_two(min(N, K)) >= t.BLOCK_M] or tiles[-1:]
     full = (t for t in fitting if t.grid(M, K) >= device.processors)
-    tile = next(full, fitting[-1])
+    tile = next(full, fitting[-1]).narrowed(width, size)
     block, step = tile.BLOCK_M, tile.BLOCK_K
     of_weight = tile.grid(N, K)
     wanted = min(ceil_div(2 * device.processors, of_weight), MOST_SPLITS, ceil_div(M, 4 * step))
     rows = ceil_div(ceil_div(M, max(1, wanted)), step) * step
     splits = max(1, ceil_div(M, rows)) if rows else 1
     programs = of_weight * splits + dx * tile.grid(M, K)
-    options = {k: v for k, v in tile.options(dtype.itemsize).items() if not k.startswith("BLOCK")}
+    options = {k: v for k, v in tile.options(size).items() if not k.startswith("BLOCK")}
     return ProductsPlan(block, step, options, splits, rows, programs)

@@ -279,7 +279,8 @@ class _Backward:
         self.multiplied = o.x if kept.operand is None else kept.operand
         self.dtype = o.weight.dtype  # of the product and its gradients
         self.device = planner.device_of(dy.device)
-        self.operands = stage_operands(spec, o, kept.stats)
+        self.align = alignment(o.weight.shape[0], o.x, o.weight, o.residual, dy, kept.z)
+        self.operands = stage_operands(spec, o, kept.stats, self.align)
 
     def asked(self, stages: tuple[str, ...]) -> dict[str, Tensor]:
         """The gradients asked for of what `stages` read, but for x."""
@@ -449,8 +450,8 @@ class _Backward:
         programs = ceil_div(M, chosen.BLOCK) * ceil_div(K, chosen.BLOCK)
         products.residual_dx_kernel[(programs,)](
             dz, weight, dx, other, M, N, K, scale, *dz.stride(), *weight.stride(),
-            *((0, 0) if other is None else other.stride()), PRECISION=_precision(),
-            BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R, **chosen.options,
+            *((0, 0) if other is None else other.stride()), ALIGN=self.align,
+            PRECISION=_precision(), BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R, **chosen.options,
         )  # fmt: skip
 
 

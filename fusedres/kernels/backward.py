@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .moments import grow_sums, meet, store_sums, wait_for_all
-from .stages import load_tile, load_vector, normalise, run_stages, walk_back
+from .stages import aligned, load_tile, load_vector, normalise, run_stages, walk_back
 
 
 @triton.jit
@@ -116,6 +116,9 @@ def residual_backward_kernel(
     dnorm_bias = sum_m dh ; dgate_total = sum_n dgate. Each of `walkers` programs of a column tile
     takes every walkers-th row block; a norm over rows needs C <= BLOCK_N.
     """
+    C, R, stride_dym, stride_zm, stride_skip_m = aligned(
+        (C, p.R, stride_dym, stride_zm, stride_skip_m), p.ALIGN
+    )
     tiles = tl.cdiv(C, BLOCK_N)
     tile = tl.program_id(0) % tiles
     walker = tl.program_id(0) // tiles
@@ -132,7 +135,7 @@ def residual_backward_kernel(
             BEFORE, NORM, AFTER, ACT, ACT_GRAD, BLOCK_M, BLOCK_N,
         )
         store_gradients(
-            dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
+            dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
             stride_skip_m, stride_skip_n, ADD,
         )
         sum_gate += sums[0]
@@ -165,6 +168,8 @@ def residual_backward_product_kernel(
     weight (C, K) ; dx (M, K) contiguous ; dz may be None. dshortcut may be what skip_ptr has.
     The product is dx.T = weight.T @ dz.T: see product.py on left operands in registers.
     """
+    C, R, stride_dym, stride_zm = aligned((C, p.R, stride_dym, stride_zm), p.ALIGN)
+    K, stride_wn, stride_skip_m = aligned((K, stride_wn, stride_skip_m), p.ALIGN)
     GROW: tl.constexpr = BLOCK_N > 256  # sums of wide rows stay in memory: no registers are left
     walker = tl.program_id(0)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -180,7 +185,7 @@ def residual_backward_product_kernel(
             BEFORE, NORM, AFTER, ACT, ACT_GRAD, BLOCK_M, BLOCK_N,
         )
         store_gradients(
-            dz, dshortcut, 0.0, None, dz_ptr, dshortcut_ptr, m, n, M, C, p.R, 0, 0, False
+            dz, dshortcut, 0.0, None, dz_ptr, dshortcut_ptr, m, n, M, C, R, 0, 0, False
         )
         if not GROW:
             sum_gate += sums[0]
@@ -224,6 +229,9 @@ def residual_backward_wide_kernel(
     of g and g * c, once more for the gradients. Its sums over rows grow in its own lines of partial
     (4, walkers, C), which must not be None.
     """
+    C, R, stride_dym, stride_zm, stride_skip_m = aligned(
+        (C, p.R, stride_dym, stride_zm, stride_skip_m), p.ALIGN
+    )
     walker = tl.program_id(0)
     tiles = tl.cdiv(C, BLOCK_N)
     for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
@@ -260,7 +268,7 @@ def residual_backward_wide_kernel(
                 d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD
             )
             store_gradients(
-                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
+                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
                 stride_skip_m, stride_skip_n, ADD,
             )
             sums = (
@@ -290,6 +298,9 @@ def residual_backward_batch_kernel(
     have met: the rest. p has the statistics as mean and var. partial (4, walkers, C) ; arrived
     (2 + tiles * (GROUP + 1) + 1). Cooperative launch; walkers * column tiles programs.
     """
+    C, R, stride_dym, stride_zm, stride_skip_m = aligned(
+        (C, p.R, stride_dym, stride_zm, stride_skip_m), p.ALIGN
+    )
     tiles = tl.cdiv(C, BLOCK_N)
     tile = tl.program_id(0) % tiles
     walker = tl.program_id(0) // tiles
@@ -334,7 +345,7 @@ def residual_backward_batch_kernel(
                 d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD
             )
             store_gradients(
-                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
+                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
                 stride_skip_m, stride_skip_n, ADD,
             )
             sum_gate += tl.where(inside, dgate, 0.0)

@@ -303,15 +303,23 @@ WIDTHS = (  # family, dtype, width, elements from row to row where they are more
 )
 
 
-def of_width(family, dtype, width, stride):
-    """Launches a family's forward as the planner cuts it."""
-    planner.choose_tile = CHOOSE_TILE
+BACKWARD_WIDTHS = (  # family, dtype, rows, width, elements from row to row, architectures
+    ("rows", BF16, 2048, 200, None, (90,)),  # dz and dx in one launch
+    ("prologue", BF16, 65536, 1004, None, (90,)),
+    ("prologue", F16, 65536, 466, None, (80,)),
+    ("prologue", BF16, 65536, 1024, 1032, (90,)),
+    ("prebatch", F16, 65536, 339, None, (90,)),
+)
+
+
+def of_width(direction, family, dtype, M, width, stride):
+    """Launches a family as the planner cuts it."""
+    planner.choose_tile, planner.plan_whole = CHOOSE_TILE, PLAN_WHOLE
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     order, _, norm = RECIPES[family]
     spec = make_spec(order, norm, "silu", training=True)
-    M = 512 if family == "columns" else 65536
     assert planner.family_of(spec, dtype.itemsize, M, width) == family
-    aot.forward(spec, dtype, M, width, width, stride)
+    getattr(aot, direction)(spec, dtype, M, width, width, stride)
 
 
 def width_job(job):
@@ -320,21 +328,32 @@ def width_job(job):
 
 
 def test_widths_and_strides(pool):
-    """Copies run ahead, and stores are as wide as rows allow."""
-    told = []
-    jobs = [(sm, *case) for *case, architectures in WIDTHS for sm in architectures]
-    for job, (found,) in pool.map(width_job, jobs):
-        sm, family, dtype, width, _ = job
+    """Copies run ahead, and products are stored by as many bytes as rows allow."""
+    told, count = [], 0
+    jobs = [
+        (sm, "forward", family, dtype, 512 if family == "columns" else 65536, *sizes)
+        for family, dtype, *sizes, architectures in WIDTHS
+        for sm in architectures
+    ]
+    jobs += [
+        (sm, "backward", *case) for *case, architectures in BACKWARD_WIDTHS for sm in architectures
+    ]
+    for job, kernels in pool.map(width_job, jobs):
+        sm, direction, family, dtype, _, width, _ = job
         at_once = min(16, dtype.itemsize * math.gcd(16, width))
-        large = family != "columns" and dtype != F32 and at_once >= 8
-        what = wrong(sm, found, large)
-        if at_once >= 4 and not found["async_copies"]:
-            what += ", loads without a pipeline"
-        if max(found["stores"]) != 8 * at_once:
-            what += ", stores by fewer bytes than it could"
-        if what:
-            told.append(f"{job} {what}: {found}")
+        for found in kernels:
+            count += 1
+            multiplies = direction == "forward" or "product" in found["kernel"]
+            large = family != "columns" and dtype != F32 and at_once >= 8
+            what = wrong(sm, found, multiplies and large)
+            if multiplies and at_once >= 4 and not found["async_copies"]:
+                what += ", loads without a pipeline"
+            if multiplies and max(found["stores"]) < 8 * at_once:
+                what += ", stores by fewer bytes than it could"
+            if what:
+                told.append(f"{job} {what}: {found}")
     assert not told, "\n".join(told)
+    assert count == len(jobs) + 2 * (len(BACKWARD_WIDTHS) - 1)
 
 
 # The measures themselves must be able to tell.
