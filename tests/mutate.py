@@ -66,7 +66,7 @@ SUITES = {
     "triton whole": ("triton", "dz_and_dx"),
     "triton sums": ("triton", "rows_past or many_programs or same_call"),
     "triton widths": ("triton", "odd_width or alignment_is or every_alignment"),
-    "plan": ("plan", "narrower"),
+    "plan": ("plan", "narrower or powers_of_two"),
     "triton mixed": ("triton_mixed", "inference or overflows or looks_at"),
     "cuda": ("cuda_emulated", "test_shapes or residuals or parts or several_tiles or large_mean"),
     "cuda layouts": ("cuda_emulated", "strides or nan_and_inf or no_races"),
@@ -356,6 +356,7 @@ TABLE = {
     ("triton widths", "odd rows go to Triton", "bool(N % 2 or K % 2)", "False"),
 ],
 "fusedres/backends/plan.py": [
+    ("plan", "128 programs do not fill 132", "FULL = 0.9 ", "FULL = 1.0 "),
     ("plan", "single elements by as few warps", "16 if width == 2 else 64", "64"),
 ],
 "fusedres/functional.py": [

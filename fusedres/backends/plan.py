@@ -54,6 +54,7 @@ FAMILIES = {  # family -> (kernel, what it takes statistics over)
     "algebraic": ("residual_forward_kernel", "rows of x, algebraic"),
     "prebatch": ("residual_forward_prebatch_kernel", ""),
 }
+FULL = 0.9  # of a device's multiprocessors: 128 programs fill 132
 NARROW = 8  # bytes moved at once: with fewer, tiles are smaller
 COOPERATIVE = ("batch", "prebatch")
 COLLECTIVES = 32  # multiprocessors that NCCL's programs may hold
@@ -277,7 +278,7 @@ def choose_tile(
         tiles = [t for t in tiles if t.BLOCK_M * t.BLOCK_N <= MOST_SINGLE] or tiles[-1:]
     fitting = [t for t in tiles if power_of_two(N) >= t.BLOCK_N and power_of_two(M) >= t.BLOCK_M]
     fitting = fitting or tiles[-1:]
-    full = (t for t in fitting if t.grid(M, N) >= device.processors)
+    full = (t for t in fitting if t.grid(M, N) >= FULL * device.processors)
     return next(full, max(fitting, key=lambda t: (t.grid(M, N), t.BLOCK_M * t.BLOCK_N)))
 
 
@@ -405,7 +406,7 @@ def plan_products(
     size, width = dtype.itemsize, moved_at_once(N, K, dtype.itemsize)
     tiles = tiles_of("products", random, size, device, mixed, width)
     fitting = [t for t in tiles if power_of_two(min(N, K)) >= t.BLOCK_M] or tiles[-1:]
-    full = (t for t in fitting if t.grid(M, K) >= device.processors)
+    full = (t for t in fitting if t.grid(M, K) >= FULL * device.processors)
     tile = next(full, fitting[-1]).narrowed(width, size)
     block, step = tile.BLOCK_M, tile.BLOCK_K
     of_weight = tile.grid(N, K)

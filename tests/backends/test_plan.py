@@ -272,6 +272,19 @@ def test_hopper_has_tiles_of_its_own():
     assert hopper[:2] == (128, 256) and other[:2] == (128, 128)
 
 
+def test_powers_of_two_fill_a_device_of_132():
+    """128 programs are enough."""
+    for family, M, N, tile in (
+        ("tile", 256, 512, (16, 64)),
+        ("rows", 16384, 64, (128, 64)),
+        ("rows", 16384, 128, (128, 128)),
+        ("wide", 4096, 1024, (128, 256)),
+        ("algebraic", 1024, 512, (64, 64)),
+    ):
+        assert of_family(family, M, N).tile[:2] == tile, family
+    assert planner.plan_products(F16, 8192, 256, 256, True, False).BLOCK == 128
+
+
 @pytest.mark.parametrize("align", (1, 2, 4, 8))
 def test_what_cannot_be_moved_by_8_bytes_gets_narrower_tiles(align):
     """Up to 15 moves a thread and step; in ones, 16 elements of a tile a thread."""
