@@ -161,8 +161,8 @@ def residual_forward_wide_kernel(
     z may be y itself. partial (3, column tiles, M) ; arrived (row blocks) ; stats (2, M) as above.
     """
     N, K, stride_xm, stride_wn = aligned((N, K, stride_xm, stride_wn), p.ALIGN)
-    # A whole tile beside a residual and a mask would not fit in registers: finish narrower ones.
-    CHUNK: tl.constexpr = BLOCK_N if BLOCK_M * BLOCK_N <= 8192 else 8192 // BLOCK_M
+    # As many columns at once as registers hold beside a residual and a mask.
+    CHUNK: tl.constexpr = 4096 // BLOCK_M
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_n = tl.program_id(0) % tiles_n
     block = tl.program_id(0) // tiles_n
@@ -185,7 +185,7 @@ def residual_forward_wide_kernel(
         mean, m2 = load_merged(partial_ptr, m, M, tiles_n, N, BLOCK_N, BLOCK_M)
         rstd = row_rstd(m2 / N, p.eps, CENTRED)
         store_rows(stats_ptr, mean, rstd, m, M, 0)
-        for first in range(0, N, CHUNK):
+        for first in tl.range(0, N, CHUNK, num_stages=2):
             at = first + tl.arange(0, CHUNK).to(tl.int64)
             finish(
                 z_ptr, y_ptr, p, m, at, M, N, mean[:, None], rstd[:, None], BEFORE, EPILOGUE, ACT
