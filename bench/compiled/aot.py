@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from fusedres.backends import launch as launches
 from fusedres.backends import plan as planner
 from fusedres.spec import Spec
 
@@ -93,6 +94,7 @@ def stores(ptx: str) -> dict[int, int]:
 def forget() -> None:
     """What was planned before, perhaps for another target."""
     planner.plan.cache_clear()
+    launches._calls.clear()
 
 
 def compiled(

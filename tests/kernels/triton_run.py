@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedres.backends import launch
 from fusedres.backends import plan as planner
 from fusedres.spec import STAGES
 from oracle import KINKS, assert_as_accurate, eager, exact, fused, make_case, pre_activation
@@ -59,9 +60,10 @@ def force(monkeypatch, processors=None, **constants):
 
 
 def forget():
-    """What the planner has cached."""
+    """What planner and launches have cached."""
     planner.plan.cache_clear()
     planner.plan_whole.cache_clear()
+    launch._calls.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +190,7 @@ class Launches(TorchDispatchMode):
             monkeypatch.setattr(getattr(backend, module), name, self.kernel(name))
         # As on a GPU, where programs can wait for each other.
         monkeypatch.setattr(backend, "interpreting", lambda: False)
+        forget()
         torch.use_deterministic_algorithms(False)  # filling empty tensors is a launch too
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
