@@ -40,6 +40,9 @@ BACKWARD_PROGRAMS = 512  # a constant, so that sums do not depend on the GPU
 MOST_WALKERS = 256
 WIDEST_PRODUCT = 512  # features of z for dz and dx in one launch
 REREADS = 5.6  # of the weight in L2 while memory moves what `plan_whole` says
+# Up to this K two programs with tiles of 128 columns, one's finish beside the other's product, beat
+# one of 256 that has a multiprocessor to itself, by `python -m bench gpu-model`: not measured.
+SHALLOW = 2048
 MOST_MOVES = 15  # of a thread for one step of a product: more, and 128 x 128 spills
 MOST_SINGLE = 4096  # elements of a tile that are moved one by one, in 16-bit types
 MOST_SPLITS = 32  # parts of the rows in the product dz.T @ x
@@ -116,8 +119,11 @@ class Tile(NamedTuple):
         """For elements of `size` bytes that are moved `width` bytes at once: with more warps, and
         fewer columns of the operands in a step, where addresses would not leave enough registers.
         """
-        if width >= NARROW:
+        if width >= 16:
             return self
+        if width >= NARROW:
+            warps = max(self.num_warps, min(8, self.BLOCK_M * self.BLOCK_N // 1024))
+            return self._replace(num_warps=warps, maxnreg=None if size == 2 else self.maxnreg)
         threads = self.BLOCK_M * self.BLOCK_N // (16 if width == 2 else 64)
         tile = self._replace(num_warps=max(self.num_warps, threads // 32))
         step = MOST_MOVES * 32 * tile.num_warps * width // (size * (self.BLOCK_M + self.BLOCK_N))
@@ -270,10 +276,13 @@ def choose_tile(
     device: Device,
     mixed: bool = False,
     width: int = 16,
+    K: int = MOST_COLUMNS,
 ) -> Tile:
     """The first tile within the matrix that fills the device, else the one of most programs."""
     tiles = tiles_of(family, random, size, device, mixed, width)
     tiles = [t for t in tiles if can_compute(family, t, M, N)]
+    if family == "wide" and (K <= SHALLOW or width < 16):  # narrow loads would spill, too
+        tiles = [t for t in tiles if t.BLOCK_N <= 128]
     if width == 2:
         tiles = [t for t in tiles if t.BLOCK_M * t.BLOCK_N <= MOST_SINGLE] or tiles[-1:]
     fitting = [t for t in tiles if power_of_two(N) >= t.BLOCK_N and power_of_two(M) >= t.BLOCK_M]
@@ -303,7 +312,8 @@ def plan(
         tile = Tile(*tuned) if tuned else None
         if tile is None or not can_compute(family, tile, M, N):
             width = moved_at_once(N, K, size)
-            tile = choose_tile(family, spec.random, size, M, N, device, bool(spec.dtypes), width)
+            mixed = bool(spec.dtypes)
+            tile = choose_tile(family, spec.random, size, M, N, device, mixed, width, K)
             tile = tile.narrowed(width, size)
     programs, walkers = tile.grid(M, N), 1
     if family in COOPERATIVE:

@@ -292,6 +292,7 @@ WIDTHS = (  # family, dtype, width, elements from row to row where they are more
     ("rows", BF16, 200, None, (80,)),
     ("wide", BF16, 1000, None, (90,)),
     ("wide", F16, 1004, None, (80, 90)),
+    ("wide", BF16, 1004, None, (90,)),
     ("wide", BF16, 466, None, (90,)),
     ("wide", BF16, 1024, 1032, (90,)),
     ("wide", F32, 466, None, (90,)),
