@@ -35,6 +35,7 @@ MOST_COLUMNS = 1 << 20
 BACKWARD_TILE = 2048  # elements of a tile of the backward kernels
 BACKWARD_ROW = 2048  # the widest norm over rows whose backward takes a row at once
 BACKWARD_WARPS = 8
+BACKWARD_SHARED = 128 << 10  # bytes of three stages with four tensors in fp32, at most
 BACKWARD_WIDTH = 128  # columns of one where nothing needs whole rows
 BACKWARD_PROGRAMS = 512  # a constant, so that sums do not depend on the GPU
 MOST_WALKERS = 256
@@ -334,6 +335,7 @@ class BackwardPlan(NamedTuple):
     tiles: int
     walkers: int
     wide: bool  # a norm over rows that go through in several tiles
+    stages: int  # of its loop over rows, if not wide
 
     def options(self) -> dict[str, int]:
         """As a kernel's keyword arguments."""
@@ -357,7 +359,8 @@ def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) ->
     tiles, blocks = ceil_div(C, width), ceil_div(M, height)
     programs = device.resident if over == "columns" else BACKWARD_PROGRAMS
     walkers = max(1, min(blocks, programs // (1 if wide else tiles), MOST_WALKERS))
-    return BackwardPlan(height, width, BACKWARD_WARPS, tiles, walkers, wide)
+    stages = 3 if device.shared >= BACKWARD_SHARED else 2
+    return BackwardPlan(height, width, BACKWARD_WARPS, tiles, walkers, wide, stages)
 
 
 class WholePlan(NamedTuple):

@@ -465,6 +465,8 @@ class _Backward:
         constants |= {"PRECISION": _precision()} if whole else {"ADD": add}
         if not batch:
             constants["NORM"] = spec.norm if rows else "given" if side.norm else None
+        if whole is None and not chosen.wide:
+            constants["STAGES"] = chosen.stages
         kind = "batch_" if batch else "product_" if whole else "wide_" if chosen.wide else ""
         return RowsLaunch(
             f"residual_backward_{kind}kernel",

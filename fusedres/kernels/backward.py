@@ -105,6 +105,7 @@ def residual_backward_kernel(
     M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
     BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, ADD: tl.constexpr,
     ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dh = AFTER'(dy) ; g = norm_weight * dh ; dt = rstd * (g - mean_n g - c * mean_n (g * c))
     dz = BEFORE'(dt) + skip * (the tensor of skip_ptr) ; dshortcut = residual_scale * (its gradient)
@@ -114,7 +115,8 @@ def residual_backward_kernel(
     (2, M): mean, rstd of rows ; dz (M, C) and dshortcut (M, R) contiguous ; ADD: dshortcut counts
     as part of dz. sums, each (C) or None: dgate, sum_m dz, dnorm_weight = sum_m dh * c,
     dnorm_bias = sum_m dh ; dgate_total = sum_n dgate. Each of `walkers` programs of a column tile
-    takes every walkers-th row block; a norm over rows needs C <= BLOCK_N.
+    takes every walkers-th row block, whose loads begin STAGES - 1 blocks ahead; a norm over rows
+    needs C <= BLOCK_N.
     """
     C, R, stride_dym, stride_zm, stride_skip_m = aligned(
         (C, p.R, stride_dym, stride_zm, stride_skip_m), p.ALIGN
@@ -128,7 +130,7 @@ def residual_backward_kernel(
     sum_dhc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-    for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+    for block in tl.range(walker, tl.cdiv(M, BLOCK_M), walkers, num_stages=STAGES):
         m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         dz, dshortcut, sums = gradient_of_rows(
             dy_ptr, z_ptr, p, stats_ptr, m, n, M, C, stride_dym, stride_dyn, stride_zm, stride_zn,
@@ -291,6 +293,7 @@ def residual_backward_batch_kernel(
     M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
     BEFORE: tl.constexpr, AFTER: tl.constexpr, ADD: tl.constexpr, PHASE: tl.constexpr,
     ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """As `residual_backward_kernel`, with batch norm over all M rows: means over m, not n.
 
@@ -308,7 +311,7 @@ def residual_backward_batch_kernel(
     if PHASE != 2:
         sum_dhc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         sum_dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+        for block in tl.range(walker, tl.cdiv(M, BLOCK_M), walkers, num_stages=STAGES):
             m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
             inside = (m < M)[:, None] & (n < C)[None, :]
             dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
@@ -332,7 +335,7 @@ def residual_backward_batch_kernel(
         mean_dhc = tl.load(totals_ptr + C + n, n < C, 0.0, cache_modifier=".cg")[None, :] / M
         sum_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         sum_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+        for block in tl.range(walker, tl.cdiv(M, BLOCK_M), walkers, num_stages=STAGES):
             m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
             inside = (m < M)[:, None] & (n < C)[None, :]
             dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)

@@ -336,6 +336,7 @@ def test_backward(over, processors, collectives):
         # Arrival counters are in groups of 16 of at most 16 groups.
         assert chosen.walkers <= planner.MOST_WALKERS == 16**2
         assert chosen.wide == (over == "rows" and C > planner.BACKWARD_ROW)
+        assert chosen.stages == (3 if device.shared > 100 << 10 else 2)
         assert chosen.wide or over != "rows" or chosen.tiles == 1
         if over == "columns":
             assert programs <= device.resident  # they wait for each other
