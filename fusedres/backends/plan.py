@@ -187,10 +187,11 @@ def config_file(name: str) -> Path:
 @cache
 def config(name: str, architecture: str) -> dict[str, Any]:
     """The tables "tiles", "tuned" and "auto" for a device: its own file's lines before its
-    architecture's, those before generic.json's.
+    architecture's, those before its kin's and those before generic.json's.
     """
     found: dict[str, Any] = {"tiles": {}, "tuned": {}, "auto": {}}
-    for path in (config_file("generic"), config_file(architecture), config_file(name)):
+    kin = ["sm_80"] * architecture.startswith(("sm_8", "sm_12"))  # without wgmma, too
+    for path in map(config_file, dict.fromkeys(("generic", *kin, architecture, name))):
         if path.exists():
             read = json.loads(path.read_text())
             for table, lines in found.items():

@@ -276,6 +276,12 @@ def test_hopper_has_tiles_of_its_own():
     assert narrow[:2] == (128, 128) and narrow.num_warps == 8
 
 
+def test_architectures_without_wgmma_read_the_tiles_of_ampere():
+    for name in ("sm_86", "sm_89", "sm_120"):
+        assert planner.config("any", name) == planner.config("any", "sm_80")
+    assert planner.config("any", "sm_100") != planner.config("any", "sm_80")
+
+
 def test_powers_of_two_fill_a_device_of_132():
     """128 programs are enough."""
     for family, M, N, tile in (
