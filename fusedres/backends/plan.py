@@ -248,7 +248,8 @@ def tiles_of(
     device's shared memory. `width`: bytes moved at once; with few, addresses take as many registers
     as masks do.
     """
-    random = random or width < (16 if family == "algebraic" else NARROW)  # it has most to hold
+    holds_most = family == "algebraic" or (family == "wide" and size == 4)
+    random = random or width < (16 if holds_most else NARROW)
     tiles = config(device.name, device.architecture)["tiles"]
     both = [" random mixed"] * (random and mixed)
     kinds = [*both, *[" random"] * random, *[" mixed"] * mixed, ""]

@@ -295,7 +295,7 @@ WIDTHS = (  # family, dtype, width, elements from row to row where they are more
     ("wide", BF16, 1004, None, (90,)),
     ("wide", BF16, 466, None, (90,)),
     ("wide", BF16, 1024, 1032, (90,)),
-    ("wide", F32, 466, None, (90,)),
+    ("wide", F32, 466, None, (80, 90)),
     ("prologue", F16, 1004, None, (80,)),
     ("algebraic", BF16, 1004, None, (90,)),
     ("columns", BF16, 466, None, (90,)),
