@@ -72,6 +72,9 @@ SUITES = {
     "triton layouts": ("triton", "layouts or nothing_outside or shortcuts"),
     "triton whole": ("triton", "dz_and_dx"),
     "triton sums": ("triton", "rows_past or many_programs or same_call"),
+    "triton widths": ("triton", "odd_width or alignment_is or every_alignment"),
+    "plan": ("plan", "narrower or powers_of_two or without_wgmma"),
+    "triton host": ("triton_host", "later_launch or once"),
     "triton mixed": ("triton_mixed", "inference or overflows or looks_at"),
     "cuda": ("cuda_emulated", "test_shapes or residuals or parts or several_tiles or large_mean"),
     "cuda layouts": ("cuda_emulated", "strides or nan_and_inf or no_races"),
@@ -307,6 +310,8 @@ TABLE = {
     ("masks", "one digit of Philox", "0x9E3779B9u", "0x9E3779B1u"),
 ],
 "fusedres/kernels/stages.py": [
+    ("triton widths", "sizes are rounded down", "sizes[i] // ALIGN * ALIGN",
+     "sizes[i] // 16 * 16"),
     ("triton", "no mask over columns", "(column < columns)[None, :]", "(column >= 0)[None, :]"),
     ("triton layouts", "the width for the stride", "row[:, None] * stride_row",
      "row[:, None] * columns"),
@@ -386,7 +391,21 @@ TABLE = {
     ("triton mixed", "the skip of dx alone is not scaled", "dt += skip * other", "dt += other"),
 ],
 "fusedres/backends/triton.py": [
+    ("triton widths", "N is not asked for its alignment", "math.gcd(16, N, *(", "math.gcd(16, *("),
     ("triton", "the skip is added twice", "beta=int(late)", "beta=2 * int(late)"),
+],
+"fusedres/backends/launch.py": [
+    ("triton host", "pointers are not asked for their alignment", "t.data_ptr() & 15)", "0)"),
+    ("triton host", "calls are kept for ever", "_calls.clear()", "pass"),
+    ("triton host", "profilers miss a launch", "is not kernel or hooked()", "is not kernel"),
+],
+"fusedres/backends/vendor.py": [
+    ("triton widths", "odd rows go to Triton", "bool(N % 2 or K % 2)", "False"),
+],
+"fusedres/backends/plan.py": [
+    ("plan", "128 programs do not fill 132", "FULL = 0.9 ", "FULL = 1.0 "),
+    ("plan", "Ada reads no tiles of Ampere", '("sm_8", "sm_12")', '("sm_8x",)'),
+    ("plan", "single elements by as few warps", "16 if width == 2 else 64", "64"),
 ],
 "fusedres/functional.py": [
     ("surgery", "batches are not counted", "tracked.add_(1)", "tracked.add_(0)"),

@@ -151,7 +151,7 @@ class Context:
         forward = backward = None
         if chosen in ops.FORWARD or chosen in ("triton", "cuda", "vendor"):
             own, sizes = residual is not None, (dtype, M, N, K)
-            forward = 1 + (chosen == "vendor" and bool(spec.epilogue))
+            forward = 1 + (chosen == "vendor" and bool(spec.epilogue or spec.y_dtype))
             backward = _backward_launches(chosen, spec, bias, own, *sizes, self.device)
             saved = {
                 "x": M * K * self.x_dtype.itemsize if reads_x else 0,

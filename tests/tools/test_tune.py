@@ -149,8 +149,8 @@ def test_candidates_can_compute_the_size():
 
 
 def test_the_rule_of_a_key_is_that_of_its_largest_size():
-    sizes = {"dtype": torch.float16, "N": 128, "K": 64}
-    calls = [tune.Call(NOTE, M=M, **sizes) for M in (16500, 32768, 16400)]
+    sizes = {"dtype": torch.float16, "N": 256, "K": 64}
+    calls = [tune.Call(NOTE, M=M, **sizes) for M in (4500, 8192, 4400)]
     rules = [call.rule(DEVICE) for call in calls]
     assert len({call.key() for call in calls}) == 1 and rules[0] == rules[2] != rules[1]
     assert tune.contenders(calls, DEVICE)[0] == rules[1]
