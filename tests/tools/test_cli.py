@@ -106,7 +106,7 @@ def test_info_says_what_is_missing_and_how_to_get_it(run, monkeypatch):
     how = {item["what"].partition(",")[0]: item["how"] for item in facts["missing"]}
     for package in ("triton", "rich", "scikit-learn", "matplotlib", "numpy"):
         assert facts["packages"][package] is None and how[package] == f"pip install {package}"
-    build = "in the source repository: `pip install --no-build-isolation .`"
+    build = "in the source repository: `pip install --no-build-isolation -e .`"
     assert how["the C++ extension is not built"] == f"install g++, then {build}"
     assert how["no kernels for Hopper"] == f"pip install nvidia-cutlass, then {build}"
     assert "build without CUDA" in how["a CUDA GPU (the CPU kernels need none)"]
