@@ -79,11 +79,14 @@ def _called(value: object) -> str:
     return str(getattr(value, "__name__", type(value).__name__))
 
 
+_ELSEWHERE = {"swish": "silu", "gpu": "cuda", "float32": "fp32", "float16": "fp16"}
+
+
 def meant(value: object, names: tuple[str, ...]) -> str:
     """A question, where one of `names` is near: nn.LayerNorm is near "layer", F.gelu "gelu"."""
     word = value if isinstance(value, str) else _called(value)
     word = word.lower().removesuffix("1d").removesuffix("norm").strip("_- ")
-    near = get_close_matches(word, names, 1)
+    near = get_close_matches(_ELSEWHERE.get(word, word), names, 1)
     return f"did you mean {near[0]!r}? " if near else ""
 
 

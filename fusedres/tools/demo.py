@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import FusedResidualStack, Residual
-from . import console
+from . import console, interrupted
 from .timing import interleave
 
 WIDTH = 64
@@ -126,15 +126,21 @@ def run_grid(depths: Sequence[int]) -> Results:
         console.progress(total_layers, "training") as show,
         ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool,
     ):
-        tasks = {
-            pool.submit(train_and_score, kind, depth): (kind, depth)
-            for depth in sorted(depths, reverse=True)
-            for kind in NETS
-        }
-        for task in as_completed(tasks):
-            results[tasks[task]] = task.result()
-            layers += tasks[task][1]
-            show(layers, f"{len(results)} of {len(tasks)} nets, {perf_counter() - start:.0f} s")
+        with interrupted.held_back():
+            tasks = {
+                pool.submit(train_and_score, kind, depth): (kind, depth)
+                for depth in sorted(depths, reverse=True)
+                for kind in NETS
+            }
+        try:
+            for task in as_completed(tasks):
+                results[tasks[task]] = task.result()
+                layers += tasks[task][1]
+                show(layers, f"{len(results)} of {len(tasks)} nets, {perf_counter() - start:.0f} s")
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return results
 
 

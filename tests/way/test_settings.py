@@ -37,6 +37,7 @@ MEANT = [
     ({"norm": ["rms"]}, "unknown norm list, not a name"),
     ({"activation": "GeLU"}, "unknown activation 'GeLU'; did you mean 'gelu'"),
     ({"activation": nn.SiLU()}, "unknown activation SiLU, not a name; did you mean 'silu'"),
+    ({"activation": "swish"}, "unknown activation 'swish'; did you mean 'silu'"),
     ({"activation": F.leaky_relu}, "did you mean 'leaky_relu'"),
     ({"activation": torch.tanh}, "did you mean 'tanh'"),
     ({"gate": "scaler"}, "did you mean 'scalar'"),
