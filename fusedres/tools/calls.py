@@ -212,7 +212,9 @@ def _kernel(
     if backend.startswith("cuda") and native.extension is not None:
         from ..backends import cuda
 
-        return cuda.kernel(spec, dtype, M, N, K, device)
+        name, tiles = cuda.kernel(spec, dtype, M, N, K, device)
+        shared: Any = tiles.pop("shared")
+        return name, tiles | {"shared memory": readable_size(shared)}
     if backend == "vendor":
         return "the library's product, then residual_finish_kernel", {}
     if backend == "cpu" and native.extension is not None:
