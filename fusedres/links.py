@@ -47,6 +47,8 @@ def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
         return f"x is on {x.device}; layers are joined on a CPU"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
+    if x.is_nested or x.layout != torch.strided:
+        return "x is not dense"
     return None if x.dim() and x.numel() else f"x has shape {tuple(x.shape)}"
 
 
