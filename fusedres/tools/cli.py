@@ -120,6 +120,13 @@ def parser() -> Parser:
     demo = _add(every, "demo", "plain against residual nets, a minute", DEMO_EPILOG)
     demo.add_argument("--quick", action="store_true", help="4 and 56 layers only, a minute")
     demo.add_argument(
+        "--seeds",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="train each net N times; lines are medians then, bands worst to best; default: 1",
+    )
+    demo.add_argument(
         "--out",
         type=Path,
         default=Path("degradation.png"),
