@@ -3,7 +3,7 @@
 This file is the single list of stages, orders, norms, activations, gates and shortcuts. Everything
 else, in Python, Triton and C++, is derived from it or tested against it.
 
-A :class:`Spec` is one layer's recipe without its tensors. ``str(spec)``, a line of text, is what
+A ``Spec`` is one layer's recipe without its tensors. ``str(spec)``, a line of text, is what
 every backend reads (the ``recipe`` argument of the registered ops), and ``Spec.parse`` as well.
 """
 
