@@ -31,6 +31,7 @@ tables: $(VENV)/installed ## write the newest results into README and docs, as t
 	$(PY) -m bench report --write
 	$(PY) -m bench stacks --write
 	$(PY) -m bench models --write
+	$(PY) -m bench memory --write
 	$(PY) -m bench scaling --write >/dev/null
 
 docs: ## build the pages of docs/ into build/site

@@ -126,7 +126,7 @@ class Eager(nn.Module):
         return x
 
 
-def _contenders(net: Net) -> dict[str, nn.Module]:
+def contenders(net: Net) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     stack = FusedResidualStack(
         net.features, net.depth, layers_per_block=net.block, activation=net.activation
@@ -145,7 +145,7 @@ def _contenders(net: Net) -> dict[str, nn.Module]:
     return found | {"recompute": twin, "fused": stack}
 
 
-def _calls(net: Net, mode: str, found: dict[str, nn.Module], x: Tensor) -> dict[str, Any]:
+def calls_of(net: Net, mode: str, found: dict[str, nn.Module], x: Tensor) -> dict[str, Any]:
     calls: dict[str, Any] = {}
     dy = torch.randn_like(x)
 
@@ -188,11 +188,11 @@ def _check(found: dict[str, nn.Module], x: Tensor) -> None:
 def measure(nets: tuple[Net, ...], seconds: float) -> Iterator[Row]:
     device = torch.device("cpu")
     for net in nets:
-        found = _contenders(net)
+        found = contenders(net)
         x = torch.randn(net.rows, net.features, requires_grad=True)
         _check(found, x)
         for mode in net.modes:
-            rounds, calm = interleave(_calls(net, mode, found, x), device, seconds)
+            rounds, calm = interleave(calls_of(net, mode, found, x), device, seconds)
             row: Row = {"net": net.name, "mode": mode, "rounds": len(rounds), "calm": calm}
             row |= {"rows": net.rows, "features": net.features, "depth": net.depth}
             row |= {"layers_per_block": net.block, "activation": net.activation}

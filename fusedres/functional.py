@@ -100,6 +100,7 @@ def run(
         small = x.is_cuda and backends.is_small(x.device, dtype, M, N, K)
         name = backends.choose(backend, recipe, dtype, x.device, N, K, small)
     if name == "reference":
+        checks.check_all_dense(given)
         if unchecked:
             checks.check_call(spec, given, pad)
         call, step = o, momentum or 0.0
@@ -127,6 +128,7 @@ def run(
                 y, *rest = ops.FORWARD[name](*call, recipe, False)
                 stats = rest[0] if spec.batch_stats else None
         except RuntimeError as error:
+            checks.check_all_dense(given)
             checks.check_call(spec, given, pad)
             checks.check_memory(error)
             raise
@@ -229,7 +231,7 @@ def fused_residual(
         norm_weight, norm_bias: (C,) with C = K where the norm stands before ``linear``, else N; any
             floating dtype. None: no scale, no shift.
         residual: (..., R), R the width at ``add``: goes into the shortcut; default x.
-        order, norm, activation: see :class:`fusedres.FusedResidual`.
+        order, norm, activation: see ``fusedres.FusedResidual``.
         eps: added to the variance (no unit).
         running_mean, running_var: (C,), for ``norm="batch"``; updated in place in training, by
             `momentum`. None: this batch's statistics serve, in evaluation too.

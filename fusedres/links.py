@@ -50,6 +50,8 @@ def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
         return f"x is on {x.device}; layers are joined on a CPU"
     if x.dtype not in DTYPES:
         return f"x has dtype {x.dtype}"
+    if x.is_nested or x.layout != torch.strided:
+        return "x is not dense"
     return None if x.dim() and x.numel() else f"x has shape {tuple(x.shape)}"
 
 

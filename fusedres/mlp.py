@@ -26,6 +26,10 @@ MLP_ORDERS = {
 
 _NARROW = 1 << 16  # elements of a weight
 MLP_SHORTCUTS = ("identity", "linear")
+# What a block hands to its layers, and what their shapes come from.
+_OF_LAYERS = ("norm", "activation", "bias", "eps", "momentum", "gate", "gate_init", "dropout",
+              "hidden_dropout", "drop_path", "residual_scale")  # fmt: skip
+_FIXED = ("features", "hidden_features", "out_features", "order", "adds")
 
 
 def split_order(order: str) -> tuple[str, str]:
@@ -146,7 +150,7 @@ class FusedResidualMLP(nn.Module):
             "backend": backend,
             **where,
         }
-        self.backend = backend
+        self._backend = backend
         self.fc1 = FusedResidual(K, H, order=first, dropout=hidden_dropout, **settings)
         self.fc2 = FusedResidual(
             H,
@@ -164,11 +168,29 @@ class FusedResidualMLP(nn.Module):
         self._default_shortcut = shortcut is None
         if shortcut is None:
             shortcut = "linear" if K != N else "identity"
-        self.shortcut: nn.Module | None = None
+        self.shortcut: nn.Module | None
+        self.register_module("shortcut", None)
         if isinstance(shortcut, nn.Module):
             self.shortcut = shortcut
         elif one_of("shortcut", shortcut, MLP_SHORTCUTS) == "linear" and self.adds:
             self.shortcut = nn.Linear(K, N, **where)
+
+    @property
+    def backend(self) -> str:
+        """Of both layers and of a linear shortcut; may be assigned."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: Backend) -> None:
+        checks.check_backend_name(name)
+        self._backend = self.fc1.backend = self.fc2.backend = name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_LAYERS:
+            checks.refuse_assignment(type(self).__name__, name, "set it of .fc1 and .fc2")
+        if name in _FIXED and name in self.__dict__:
+            checks.refuse_assignment(type(self).__name__, name, "make another block")
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y (..., N) from x (..., K); `residual` is what goes into the shortcut, default x.
@@ -202,6 +224,8 @@ class FusedResidualMLP(nn.Module):
         def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
     def _shortcut(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is not None:
+            checks.check_dense("residual", residual)
         fits = residual is not None and residual.shape[-1] == self.out_features
         if residual is not None and fits and self._default_shortcut:
             return residual

@@ -62,7 +62,7 @@ class FusedResidual(Residual):
     """y = act(norm(x @ weight.T + bias)) + x, or another order, in one fused call.
 
     A drop-in for the same layer of torch's own modules: parameters, state_dict and results are
-    those of :class:`fusedres.Residual`. Where calling a submodule does more than torch's own layer,
+    those of ``fusedres.Residual``. Where calling a submodule does more than torch's own layer,
     or else (SyncBatchNorm, a LoRA layer, hooks), it runs stage by stage through its submodules; not
     so where only parameters were replaced or are computed. ``fusedres.explain(layer, x)`` tells
     which backend and kernel a call uses, and why not fused.

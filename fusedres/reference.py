@@ -194,6 +194,13 @@ def spec_of(*settings: Any) -> Spec:
 
 # What a layer takes its recipe from besides `norm` and `gate`.
 SETTINGS = ("order", "activation", "dropout", "drop_path", "residual_scale")
+# What became of the other settings.
+_INSTEAD = {
+    "eps": "set .norm.eps",
+    "momentum": "set .norm.momentum",
+    "bias": "set .linear.bias",
+    "gate_init": "write into .gate",
+}
 
 
 def asked_of(norm: Any, gate: Tensor | None, x: Tensor | None) -> tuple[Any, ...]:
@@ -208,7 +215,7 @@ class Residual(nn.Module):
     """The residual layer stage by stage, by torch's own ops: the reference, and the baseline.
 
     y = act(norm(x @ weight.T + bias)) + x, or another order. Same arguments, parameters, results
-    and errors as :class:`fusedres.FusedResidual`, whose docstring lists them; `backend` is kept for
+    and errors as ``fusedres.FusedResidual``, whose docstring lists them; `backend` is kept for
     it and unused here.
 
     Shapes: x (..., K), residual (..., R) as the shortcut takes it, y (..., N); floating dtypes.
@@ -297,7 +304,11 @@ class Residual(nn.Module):
             self.shortcut = nn.Linear(self.in_features, self._sum_features, **where)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _INSTEAD:
+            checks.refuse_assignment(type(self).__name__, name, _INSTEAD[name])
         if name not in SETTINGS:
+            if name == "backend":
+                checks.check_backend_name(value)
             super().__setattr__(name, value)
             return
         # not by nn.Module, which would take an nn.GELU() for a child

@@ -14,13 +14,14 @@ from . import backends, chain, checks
 from .checks import Backend
 from .dtypes import typed, y_dtype
 from .functional import PLAIN, cast_for, run, update_running_statistics
-from .layers import norm_kind
+from .layers import activation_name, norm_kind
 from .links import LARGEST, autocast_dtype, too_large, unchained
 from .modules import FusedResidual
 from .operands import Operands
 from .reference import SETTINGS, Residual, rows_per_sample, spec_of
 from .spec import Gate, Norm, Spec, parse_order, spec_from
 
+_FIXED = ("features", "layers_per_block", "gate_kind")  # parameters have shapes by these
 _LAST_ONLY = ("gate", "droppath", "add")  # stages of a block's last layer
 
 
@@ -185,6 +186,14 @@ class FusedResidualStack(nn.Module):
             t = getattr(self, name)
             if t is not None:
                 t.fill_(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "depth" or (name in _FIXED and name in self.__dict__):
+            checks.refuse_assignment(type(self).__name__, name, "make another stack")
+        if name == "backend":
+            checks.check_backend_name(value)
+        value = activation_name(value) if name == "activation" else value
+        super().__setattr__(name, value)
 
     # ---- the call
 

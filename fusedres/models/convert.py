@@ -172,8 +172,8 @@ def convert(
       torch.fx, and what of the order grammar ends in that add runs fused, see
       ``torch.compile(model, backend="fusedres")``, which reads more. The model is run once with
       them, in evaluation.
-    * A :class:`fusedres.Residual` becomes a :class:`fusedres.FusedResidual`.
-    * An nn.Sequential with residual layers in a row becomes a :class:`fusedres.FusedSequential`.
+    * A ``fusedres.Residual`` becomes a ``fusedres.FusedResidual``.
+    * An nn.Sequential with residual layers in a row becomes a ``fusedres.FusedSequential``.
     * With `linear_stacks` (default: without example inputs), neighbours in an nn.Sequential that
       the order grammar can say (linear with a norm, an activation, a dropout, in any order) run as
       one fused layer without `add`.

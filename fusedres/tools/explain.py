@@ -74,13 +74,14 @@ def explain(
         residual: (..., R), if the call has one.
         device: explain the call as if on this device, for example "cuda" on a machine without one.
 
-    Returns an :class:`Explanation`; print it, or read ``.backend``, ``.calls``, ``.saved_bytes``.
+    Returns an ``Explanation``; print it, or read ``.backend``, ``.calls``, ``.saved_bytes``.
 
     Raises TypeError for anything else than these calls, and what the call itself would raise for
     arguments that do not fit or a backend that cannot run it.
     """
     call = layer_or_call
     checks.check_tensor("x", x)
+    checks.check_dense("x", x)
     checks.check_tensor("residual", residual, optional=True)
     if isinstance(call, partial) and call.func is fused_residual:
         keywords = {**call.keywords, **({} if residual is None else {"residual": residual})}

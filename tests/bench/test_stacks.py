@@ -20,7 +20,7 @@ def test_a_net_is_measured_and_judged(monkeypatch, native, capsys):
 
 
 def test_a_wrong_net_is_not_timed(monkeypatch, native):
-    found = stacks._contenders(stacks.Net("wrong", 8, 8, 2))
+    found = stacks.contenders(stacks.Net("wrong", 8, 8, 2))
     with stacks.torch.no_grad():
         found["fused"].weight.mul_(1.1)
     with pytest.raises(ArithmeticError, match="fused differs from eager"):
