@@ -34,6 +34,7 @@ void chain_backward_op(StableIValue* stack) {
   const int64_t depth = to<int64_t>(stack[5]);
   const Masks masks{to<Optional>(stack[6]), to<int64_t>(stack[7])};
   const std::string wanted = take_text(to<StringHandle>(stack[8]));
+  const bool over_z = to<bool>(stack[9]);
   STD_TORCH_CHECK(wanted.size() == operands.size() + 1,
                   "fusedres: a chain's backward needs a character for x and each operand, got ",
                   wanted.size());
@@ -41,9 +42,9 @@ void chain_backward_op(StableIValue* stack) {
   check_matrix("dy", dy, chain.M, chain.links.back().N, x);
   STD_TORCH_CHECK(dtype_of(dy) == chain.dtype(chain.size()),
                   "fusedres: dy has another dtype than y");
-  stack[0] =
-      from(x.scalar_type() == ScalarType::Double ? chain_backward<double>(chain, dy, saved, wanted)
-                                                 : chain_backward<float>(chain, dy, saved, wanted));
+  stack[0] = from(x.scalar_type() == ScalarType::Double
+                      ? chain_backward<double>(chain, dy, saved, wanted, over_z)
+                      : chain_backward<float>(chain, dy, saved, wanted, over_z));
 }
 
 }  // namespace
@@ -55,7 +56,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedres, m) {
       "SymInt sample_rows, int keep) -> Tensor[]");
   m.def(
       "chain_backward(Tensor dy, Tensor[] saved, Tensor x, Tensor[] operands, str links, "
-      "int depth, Tensor? seeds, SymInt sample_rows, str wanted) -> Tensor[]");
+      "int depth, Tensor? seeds, SymInt sample_rows, str wanted, bool over_z) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres, CPU, m) {

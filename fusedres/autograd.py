@@ -116,7 +116,7 @@ class FusedResidualFunction(torch.autograd.Function):
         if dy is not None and not plain:
             mask = sum(need << i for i, need in enumerate(needs))
             if backend == "cpu" and saved and not stands and not is_dynamo_compiling():
-                mask |= donated(ctx, saved[0], 1) << len(needs)
+                mask |= donated(ctx, saved, 1, 1) << len(needs)
             try:  # costs nothing, unlike a question
                 given = iter(ops.BACKWARD[backend](dy, saved, *tensors, sample_rows, recipe, mask))
                 grads = tuple(next(given) if need else None for need in needs)

@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from .backends import native
 from .checks import check_memory
+from .donation import donated
 from .dtypes import y_dtype
 from .operands import Operands
 from .reference import composite, draw_seeds
@@ -209,8 +210,10 @@ class FusedChainFunction(torch.autograd.Function):
             return *nothing, *_composite_gradients(*call)
         wanted = "".join("01"[need] for need in needs)
         try:
+            ours = len(saved) - _has_statistics(ctx.text)
+            over_z = not is_dynamo_compiling() and donated(ctx, saved, ours, 2)
             found = torch.ops.fusedres.chain_backward.default(
-                dy, saved, x, operands, *call[:4], wanted
+                dy, saved, x, operands, *call[:4], wanted, over_z
             )
         except RuntimeError as error:
             check_memory(error)
@@ -361,6 +364,7 @@ def _backward_fake(
     _seeds: Tensor | None,
     _sample_rows: int,
     wanted: str,
+    _over_z: bool,
 ) -> list[Tensor]:
     found = zip((x, *operands), wanted, strict=True)
     return [t.new_empty(t.shape) for t, need in found if need == "1"]

@@ -7,7 +7,8 @@ gradient, an op that makes all gradients at once can only write over it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,15 +24,20 @@ _users: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", lambda st
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
-def donated(ctx: Any, t: Tensor, references: int) -> bool:
-    """Whether `t`, which `ctx` saved and its caller holds by so many references, is nobody else's:
-    backward runs once (no retain_graph), no hook and no user holds it, no mode records ops.
+def donated(ctx: Any, saved: Sequence[Tensor], count: int, references: int) -> bool:
+    """Whether the first `count` of what `ctx` saved, which its caller holds by so many references,
+    are nobody else's: backward runs once (no retain_graph), no hook and no user holds them, no mode
+    records ops.
 
     Where backward runs once, the graph forgets what it saved at once, as it would do after it: so a
     second one is an error even if this one fails.
     """
-    if type(t) is not Tensor or t.numel() < LEAST or _keeps_graph() or _modes():
+    if not count or saved[0].numel() < LEAST or _keeps_graph() or _modes():
         return False
     ctx.maybe_clear_saved_tensors()
-    alone = sys.getrefcount(t) == references + 2  # and the two arguments'
-    return alone and _users(t.untyped_storage()._cdata) == 2  # t's and the question's
+    return all(
+        type(t) is Tensor
+        and sys.getrefcount(t) == references + 2  # and t's and the question's
+        and _users(t.untyped_storage()._cdata) == 2  # t's and the question's
+        for t in islice(saved, count)
+    )

@@ -150,8 +150,8 @@ Rows right_side(const LinkBackward<A>& link, Optional& memory) {
 }
 
 // All links' dz.T @ x: side by side where there are enough of them and few rows, else one by one.
-template <class A>
-void weight_gradients(const Chain& chain, const std::deque<LinkBackward<A>>& links, const Store& dz,
+template <class A, class Dz>
+void weight_gradients(const Chain& chain, const std::deque<LinkBackward<A>>& links, const Dz& dz,
                       const GradientsOf& results) {
   constexpr int64_t kFewRows = 1024, kManyLinks = 8, kLargest = 1 << 18;
   const cpu::Kernels<A>& kernels = cpu::kernels<A>();
@@ -162,12 +162,12 @@ void weight_gradients(const Chain& chain, const std::deque<LinkBackward<A>>& lin
     if (!links[l].grads.wants(kWeight)) continue;
     const Rows x = right_side(links[l], memory.emplace_back());
     if (c.N * c.K > kLargest || chain.M >= kFewRows || chain.size() < kManyLinks) {
-      weight_gradient<A>(dz[l], x, chain.M, results.weight(l));
+      weight_gradient<A>(dz(l), x, chain.M, results.weight(l));
       memory.pop_back();
       continue;
     }
     cpu::WeightGradient<A>& g = together.emplace_back();
-    g.dz = dz[l];
+    g.dz = dz(l);
     g.x = x;
     g.product = c.product;
     g.dweight = results.weight(l);
@@ -213,10 +213,11 @@ struct Kept {
 };
 
 // The gradients of x and of all operands, those that `wanted` has a '1' for. `saved`: what forward
-// kept; without z it is computed again, straight before it is needed.
+// kept; without z it is computed again, straight before it is needed. `over_z`: nobody will look at
+// z again, so dz may lie there.
 template <class A>
 std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::vector<Tensor>& saved,
-                                   const std::string& wanted) {
+                                   const std::string& wanted, bool over_z) {
   const int64_t M = chain.M, L = chain.size(), W = chain.widest;
   const Wiring& wiring = chain.wiring;
   const Kept kept(chain, saved, exact<A>());
@@ -230,13 +231,23 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
   const bool fit = weights.fit();
   const Turns gradient_turns = wiring.gradient_turns(), skip_turns = wiring.skip_turns();
   const int64_t batch = statistics ? W : 0;
-  Store all_dz(M, fit ? chain.outputs() : std::vector<Width>{{W, chain.product()}});
+  const auto lies_over_z = [&](int64_t l) {
+    return over_z && !kept.again && chain.links[l].recipe.saves_z();
+  };
+  std::vector<Width> widths = fit ? chain.outputs() : std::vector<Width>{{0, chain.product()}};
+  for (int64_t l = 0; l < L; ++l)
+    if (fit && lies_over_z(l))
+      widths[l].columns = 0;
+    else if (!fit && !lies_over_z(l))
+      widths[0].columns = W;
+  Store all_dz(M, widths);
   Store gradients(M, chain.any(gradient_turns.count));  // of values
   Store skips(M, chain.any(skip_turns.count));          // what links send to first readers besides
   Store z_again(M, {{kept.again ? W : 0, chain.product()}});
   Store dh(M, {{batch, exact<A>()}}), doperand(M, {{batch, chain.product()}});
   for (Store* store : {&all_dz, &gradients, &skips, &z_again, &dh, &doperand}) store->allocate();
   const auto dz = [&](int64_t l) {
+    if (lies_over_z(l)) return kept.z[l];
     return fit ? all_dz[l] : all_dz.first(0, chain.links[l].N, chain.product());
   };
   const auto gradient = [&](int64_t v) {
@@ -294,7 +305,7 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
     link.append_to(steps, weights, l, chunks, after_all);
   }
   run(steps, chunks);
-  if (fit) weight_gradients<A>(chain, links, all_dz, results);
+  if (fit) weight_gradients<A>(chain, links, dz, results);
   for (LinkBackward<A>& link : links) link.take(chunks);
   return results.list(dx);
 }

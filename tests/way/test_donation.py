@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusedres import FusedResidual, ops
+from fusedres import FusedResidual, FusedResidualStack, chain, ops
 
 pytestmark = pytest.mark.skipif("cpu" not in ops.BACKWARD, reason="the extension is missing")
 OVER_Z = 1 << 7  # csrc/call.h
@@ -140,3 +140,30 @@ def test_small_layers_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     with watched(monkeypatch) as told:
         gradients(layer, x, layer(x))
     assert told == [False]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("norm", ["layer", "batch", None])
+@pytest.mark.parametrize("features", [64, 512])  # weights of all layers fit a cache, or do not
+def test_of_a_stack(
+    features: int, norm: str | None, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    depth = 6 if features == 64 else 9
+    net = FusedResidualStack(features, depth=depth, norm=norm, recompute=recompute)
+    x = torch.randn(300, features, requires_grad=True)
+    told: list[bool] = []
+    real = chain.donated
+
+    def spy(*question: Any) -> bool:
+        told.append(real(*question))
+        return told[-1]
+
+    monkeypatch.setattr(chain, "donated", spy)
+    y = net(x)
+    kept = gradients(net, x, y, retain_graph=True)
+    given = gradients(net, x, y)
+    assert told == [False, True]
+    assert all(a.equal(b) for a, b in zip(kept, given, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients(net, x, y)
