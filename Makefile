@@ -30,6 +30,8 @@ bench: $(VENV)/built ## time fused against eager and torch.compile, judge the go
 tables: $(VENV)/installed ## write the newest results into README and docs, as tables and pictures
 	$(PY) -m bench report --write
 	$(PY) -m bench stacks --write
+	$(PY) -m bench models --write
+	$(PY) -m bench memory --write
 	$(PY) -m bench scaling --write >/dev/null
 
 docs: ## build the pages of docs/ into build/site

@@ -11,17 +11,21 @@ from pathlib import Path
 
 COMMANDS = {
     "stacks": "stacks",
+    "models": "models",
+    "memory": "memory",
     "report": "report.command",
     "scaling": "scaling.command",
     "check": "report.guard",
+    "gpu-model": "compiled.command",
 }
 LAYERS = Path(__file__).with_name("test_layers.py")
 QUIET = ("-q", "--no-header", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider")
 DESCRIPTION = "Times fused layers against eager torch, torch.compile and the bare product."
-EPILOG = """other commands: `stacks` times whole networks, `report` makes tables and pictures of a
-results file, `scaling` predicts from its ceilings, `check` compares ratios with
-bench/baseline.json; each has a --help. Other options go to pytest, those of pytest-benchmark among
-them: --benchmark-json FILE."""
+EPILOG = """other commands: `stacks` times whole networks, `memory` counts what they hold, `models`
+times public models, `report` makes tables and pictures of a results file, `scaling` predicts from
+its ceilings, `check` compares ratios with bench/baseline.json, `gpu-model` predicts from compiled
+kernels; each has a --help. Other options go to pytest, those of pytest-benchmark among them:
+--benchmark-json FILE."""
 
 
 def main(arguments: list[str] | None = None) -> int:

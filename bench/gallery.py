@@ -26,10 +26,11 @@ import fusedres
 from fusedres.models.compiled import backend
 from fusedres.models.report import Report
 
-from .gallery_times import times
+from .report.section import replace_part
 from .zoo import ZOO
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+MARKERS = "<!-- gallery -->", "<!-- /gallery -->"
 WAYS = ("compile", "convert")
 
 
@@ -150,21 +151,14 @@ def _table() -> str:
     return "\n".join(lines)
 
 
-def _part(page: str, name: str, text: str) -> str:
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, rest = page.split(start)
-    return f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gallery", description=__doc__)
-    parser.add_argument("--time", action="store_true", help="time some at real widths instead")
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    name, text = ("times", times()) if options.time else ("gallery", _table())
+    text = _table()
     if options.write:
-        PAGE.write_text(_part(PAGE.read_text(), name, text))
+        PAGE.write_text(replace_part(PAGE, MARKERS, text))
     else:
         print(text)
 

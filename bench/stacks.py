@@ -144,9 +144,9 @@ class Eager(nn.Module):
         return x
 
 
-def _contenders(net: Net, device: torch.device) -> dict[str, nn.Module]:
+def contenders(net: Net, device: torch.device | str = "cpu") -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    where = {"device": device, "dtype": DTYPES[net.dtype]}
+    where: Any = {"device": device, "dtype": DTYPES[net.dtype]}
     stack = FusedResidualStack(
         net.features, net.depth, layers_per_block=net.block, activation=net.activation, **where
     )
@@ -164,7 +164,7 @@ def _contenders(net: Net, device: torch.device) -> dict[str, nn.Module]:
     return found | {"recompute": twin, "fused": stack}
 
 
-def _calls(net: Net, mode: str, found: dict[str, nn.Module], x: Tensor) -> dict[str, Any]:
+def calls_of(net: Net, mode: str, found: dict[str, nn.Module], x: Tensor) -> dict[str, Any]:
     calls: dict[str, Any] = {}
     dy = torch.randn_like(x)
 
@@ -218,12 +218,12 @@ def _error(t: Tensor, true: Tensor) -> float:
 
 def measure(nets: tuple[Net, ...], seconds: float, device: torch.device) -> Iterator[Row]:
     for net in nets:
-        found = _contenders(net, device)
+        found = contenders(net, device)
         where: Any = {"device": device, "dtype": DTYPES[net.dtype]}
         x = torch.randn(net.rows, net.features, **where, requires_grad=True)
         _check(found, x)
         for mode in net.modes:
-            rounds, calm = interleave(_calls(net, mode, found, x), device, seconds)
+            rounds, calm = interleave(calls_of(net, mode, found, x), device, seconds)
             row: Row = {"net": net.name, "mode": mode, "rounds": len(rounds), "calm": calm}
             row |= {"rows": net.rows, "features": net.features, "depth": net.depth}
             row |= {"layers_per_block": net.block, "activation": net.activation}

@@ -5,12 +5,14 @@ Each entry makes a model and its arguments; ImportError where its package is not
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read where transformers and timm are imported
 Made = tuple[nn.Module, tuple[Any, ...]]
 WIDTH, HIDDEN, HEADS, DEPTH, WORDS = 32, 64, 4, 2, 50
 ZOO: dict[str, Callable[[], Made]] = {}

@@ -9,6 +9,8 @@
 namespace fusedres {
 
 enum Input { kX, kWeight, kBias, kNormWeight, kNormBias, kGate, kResidual, kInputs };
+// Beside the inputs' bits in `needs`: nobody will look at the saved z again, so dz may lie there.
+constexpr int kOverZ = kInputs;
 
 using torch::stable::detail::from;
 using torch::stable::detail::to;
@@ -27,9 +29,9 @@ struct Call {
   // Takes them off the stack and checks them. `cuda`: what the op is for; `needs`: backward's.
   Call(StableIValue* stack, bool cuda, std::optional<int64_t> needs = std::nullopt);
   // A link of a chain: weight is the first of `operands`, then come those of bias, norm_weight,
-  // norm_bias and gate whose bits are set in `there`.
+  // norm_bias, gate, running_mean and running_var whose bits are set in `there`.
   Call(const Tensor& x, const std::vector<Tensor>& operands, int there, const Optional& residual,
-       const Recipe& recipe);
+       const Optional& seed, int64_t sample_rows, const Recipe& recipe);
   Call(const Call&) = delete;
 
   int64_t M() const { return x.size(0); }
@@ -157,11 +159,17 @@ inline Call::Call(StableIValue* stack, bool cuda, std::optional<int64_t> needs)
 }
 
 inline Call::Call(const Tensor& x, const std::vector<Tensor>& operands, int there,
-                  const Optional& residual, const Recipe& recipe)
-    : x(x), weight(operands.at(0)), residual(residual), sample_rows(1), recipe(recipe) {
+                  const Optional& residual, const Optional& seed, int64_t sample_rows,
+                  const Recipe& recipe)
+    : x(x),
+      weight(operands.at(0)),
+      residual(residual),
+      seed(seed),
+      sample_rows(sample_rows),
+      recipe(recipe) {
   size_t next = 1;
-  Optional* const into[] = {&bias, &norm_weight, &norm_bias, &gate};
-  for (int i = 0; i < 4; ++i)
+  Optional* const into[] = {&bias, &norm_weight, &norm_bias, &gate, &running_mean, &running_var};
+  for (int i = 0; i < 6; ++i)
     if (there >> i & 1) *into[i] = operands.at(next++);
   check(*this, false);
 }

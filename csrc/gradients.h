@@ -18,12 +18,13 @@ void told(StableIValue* stack, uint64_t, uint64_t) {
   }
 }
 
-// The prologue's values for `side`, whose statistics are known or, in forward, found.
+// What the product takes: the prologue's values for `side`, whose statistics are known or, in forward,
+// found; without it x, cast.
 template <class A>
-Tensor make_operand(const Layer& c, const Side<A>& side) {
+Tensor make_operand(const Layer& c, const std::optional<Side<A>>& side) {
   Tensor operand = empty({c.M, c.K}, scalar_type(c.product));
   cpu::Forward<A> pass;
-  pass.before = &side.program;
+  if (side) pass.before = &side->program;
   pass.product = c.product;
   pass.x = c.x;
   pass.operand = rows_of(operand);

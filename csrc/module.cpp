@@ -78,6 +78,54 @@ py::dict cuda_plan(const std::string& recipe, const std::string& dtype, int64_t 
   return found;
 }
 
+// If dicts still hold what they held, a list of what `wanted` (dict, key, and so on) finds; else
+// None. Of the tuple `facts`: a list of dict, key, value, and so on; dicts that have no entry;
+// tuples (dict, its size); tuples (object, its type). Values are compared as Python does, the very
+// same object first. Python's own calling convention: asked at each call of a converted module
+// (fusedres/models/guard.py), where pybind11's costs as much again.
+PyObject* if_unchanged(PyObject*, PyObject* const* args, Py_ssize_t) {
+  PyObject *facts = args[0], *wanted = args[1];
+  const auto each = [facts](int i) {
+    return py::reinterpret_borrow<py::list>(PyTuple_GET_ITEM(facts, i));
+  };
+  for (py::handle dict : each(1))
+    if (PyDict_GET_SIZE(dict.ptr()) != 0) Py_RETURN_NONE;
+  for (py::handle pair : each(2)) {
+    PyObject *dict = PyTuple_GET_ITEM(pair.ptr(), 0), *size = PyTuple_GET_ITEM(pair.ptr(), 1);
+    if (PyDict_GET_SIZE(dict) != PyLong_AsSsize_t(size)) Py_RETURN_NONE;
+  }
+  for (py::handle pair : each(3)) {
+    PyObject *object = PyTuple_GET_ITEM(pair.ptr(), 0), *kind = PyTuple_GET_ITEM(pair.ptr(), 1);
+    if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != kind) Py_RETURN_NONE;
+  }
+  const auto find = [](PyObject* list, Py_ssize_t i) {
+    PyObject *dict = PyList_GET_ITEM(list, i), *key = PyList_GET_ITEM(list, i + 1);
+    return py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(dict, key));
+  };
+  PyObject* values = PyTuple_GET_ITEM(facts, 0);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(values); i += 3) {
+    const py::object found = find(values, i);
+    PyObject* known = PyList_GET_ITEM(values, i + 2);
+    if (found.ptr() == known) continue;
+    if (!found && PyErr_Occurred()) return nullptr;
+    const int equal = found ? PyObject_RichCompareBool(found.ptr(), known, Py_EQ) : 0;
+    if (equal < 0) return nullptr;
+    if (equal == 0) Py_RETURN_NONE;
+  }
+  const Py_ssize_t n = PyList_GET_SIZE(wanted) / 2;
+  py::list result(n);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    py::object found = find(wanted, 2 * i);
+    if (!found && PyErr_Occurred()) return nullptr;
+    if (!found) Py_RETURN_NONE;
+    PyList_SET_ITEM(result.ptr(), i, found.release().ptr());
+  }
+  return result.release().ptr();
+}
+
+PyMethodDef kIfUnchanged = {"if_unchanged", reinterpret_cast<PyCFunction>(if_unchanged),
+                            METH_FASTCALL, "What `wanted` finds if modules are as they were."};
+
 bool knows(const std::string& text) {
   fusedres::recipe(text);
   return true;
@@ -94,6 +142,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("K"), py::arg("shared_limit"), py::arg("gradients"));
   m.def("cuda_plan", &cuda_plan, py::arg("recipe"), py::arg("dtype"), py::arg("M"), py::arg("N"),
         py::arg("K"), py::arg("multiprocessors"), py::arg("shared_limit"), py::arg("major"));
+  m.attr("if_unchanged") =
+      py::reinterpret_steal<py::object>(PyCFunction_New(&kIfUnchanged, nullptr));
   m.def("knows", &knows, py::arg("recipe"),
         "True if the kernels run this recipe, else ValueError with the reason.");
 }

@@ -70,7 +70,7 @@ std::vector<Tensor> forward(const Call& c, bool save) {
     if (keeps_z || batch) z = empty({M, c.N()}, c.product_dtype());
     if (z) pass.z = rows_of(*z);
   } else {
-    const Tensor left = before ? make_operand(layer, *before) : operand ? *operand : c.x;
+    const Tensor left = before ? make_operand(layer, before) : operand ? *operand : c.x;
     z = multiply(left, transposed(c.weight), early ? c.bias : std::nullopt);
     pass.before = nullptr;
     pass.x = rows_of(*z);
@@ -109,6 +109,8 @@ void residual_forward(StableIValue* stack) {
 
 template <class A>
 std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved, int64_t needs) {
+  // Rows of z are read before those of dz are written.
+  const bool over_z = saved.z && (needs >> kOverZ & 1) != 0;
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
   const Layer layer(c);
@@ -171,7 +173,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
     const bool all = want_dz || wants(kBias) || (dresidual && before_norm(Stage::add)) ||
                      (wants(kGate) && before_norm(Stage::gate));  // what lies before the norm
     if (batch ? all : want_dz && changes && (wants(kWeight) || !own))
-      dz = empty({M, c.N()}, product);
+      dz = over_z ? *saved.z : empty({M, c.N()}, product);
     const bool stored = dz.get() != dy.get();
     pass.after = grads.walk(*after, false, 0, batch ? after->norm() + 1 : r.epilogue.size());
     if (dresidual && adds_after) pass.after->dresidual = rows_of(*dresidual);
@@ -181,7 +183,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
       tail.after = grads.walk_to_batch_norm(*after, false);
       tail.after->dresidual = pass.after->dresidual;
       if (all) {
-        dh = product == kExact<A> ? dz : empty({M, c.N()}, kExact<A>);
+        dh = product == kExact<A> && !over_z ? dz : empty({M, c.N()}, kExact<A>);
         pass.pass.dy = tail.pass.dz = rows_of(*dh);
       }
       tail.run(M);
@@ -217,12 +219,16 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
     }
     BackwardPass<A>& end = at_once ? pass : rest;
     if (prologue) {
-      end.before = grads.walk(*prologue, true, 0, r.prologue.size());
+      // dh lies where doperand did, as after `linear`; an `add` would have to send back twice.
+      const bool keeps_dh = batch && product == kExact<A> && !c.in_prologue(Stage::add);
+      const size_t stages = keeps_dh ? prologue->norm() + 1 : r.prologue.size();
+      end.before = grads.walk(*prologue, true, 0, stages);
       if (prologue_residual) end.before->dresidual = rows_of(*grads.of[kResidual]);
       if (batch) {
         BackwardPass<A> tail;
         tail.pass = rest.pass;
         tail.before = grads.walk_to_batch_norm(*prologue, true);
+        if (keeps_dh && r.prologue.size() > stages) tail.pass.dx = rest.pass.dy;
         tail.run(M);
         grads.take(tail.before, true);
         set_norm_sums(*end.before, *tail.before);
@@ -234,17 +240,21 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
       end.pass.skip_scale = last ? r.residual_scale : 1.0;
     }
     if (wants(kX)) {
-      const bool ours = doperand && x.scalar_type() == product;  // to be written over
-      grads.of[kX] = ours ? *doperand : empty({M, c.K()}, x);
+      // What is read row by row may be written over.
+      const Optional read = doperand ? doperand : over_z ? dh : Optional();
+      const bool fits = read && x.scalar_type() == read->scalar_type() && read->size(1) == c.K();
+      grads.of[kX] = fits ? *read : empty({M, c.K()}, x);
       end.pass.dx = rows_of(*grads.of[kX]);
     }
     if (at_once || prologue || skip || c.casts()) end.run(M);
     grads.take(end.before, true);
   }
   grads.take(pass.after, false);
+  dh.reset();
+  skip.reset();
 
   if (wants(kWeight)) {
-    const Tensor operand = prologue        ? make_operand(layer, *prologue)
+    const Tensor operand = prologue        ? make_operand(layer, prologue)
                            : saved.operand ? *saved.operand
                                            : x;
     if (own) {

@@ -19,7 +19,8 @@ namespace fusedres {
 struct Layer {
   const Recipe& recipe;
   int64_t M, N, K;
-  DType product;
+  DType product, y;  // dtypes
+  bool casts;        // x for the product, by itself
   Rows x, weight;
   Rows residual;  // without data: x
   Vector bias, norm_weight, norm_bias, gate, running_mean, running_var;
@@ -32,6 +33,8 @@ struct Layer {
         N(c.N()),
         K(c.K()),
         product(dtype_of(c.weight)),
+        y(c.recipe.y_dtype.value_or(product)),
+        casts(c.casts()),
         x(rows_of(c.x)),
         weight(rows_of(c.weight)),
         bias(vector_of(c.bias)),
@@ -199,28 +202,48 @@ void run(const cpu::Forward<A>& pass, int64_t M) {
   });
 }
 
-// The same up to the norm of `side`, whose mean and biased variance down the rows it then knows.
+// Mean and biased variance down the rows, from those of chunks.
+template <class A>
+class Moments {
+ public:
+  Moments(const Chunks& chunks, int64_t width)
+      : chunks_(chunks), C_(width), found_(2 * width * std::max<int64_t>(1, chunks.count)) {}
+
+  double* of(int64_t chunk) { return &found_[2 * C_ * chunk]; }
+
+  // Once all are there, which `side` then knows.
+  void finish(Side<A>& side) {
+    for (int64_t chunk = 1; chunk < chunks_.count; ++chunk) {
+      const double seen = chunks_.begin(chunk), more = chunks_.end(chunk) - seen;
+      for (int64_t n = 0; n < C_; ++n) {
+        const double* const next = of(chunk) + n;
+        cpu::merge_moments(found_[n], found_[C_ + n], seen, next[0], next[C_], more);
+      }
+    }
+    std::vector<A> mean(C_), var(C_);
+    for (int64_t n = 0; n < C_; ++n) {
+      mean[n] = static_cast<A>(found_[n]);
+      var[n] = static_cast<A>(found_[C_ + n] / std::max<double>(1, chunks_.rows));
+    }
+    side.set_statistics(std::move(mean), std::move(var));
+  }
+
+ private:
+  const Chunks chunks_;
+  const int64_t C_;
+  std::vector<double> found_;
+};
+
+// The same up to the norm of `side`.
 template <class A>
 void run(const cpu::Forward<A>& pass, int64_t M, Side<A>& side) {
   const int64_t C = side.program.width;
   const Chunks chunks = chunks_of<A>(M, C, pass.weight);
-  std::vector<double> found(2 * C * std::max<int64_t>(1, chunks.count));
+  Moments<A> moments(chunks, C);
   for_each_chunk(chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
-    cpu::kernels<A>().forward(pass, begin, end, &found[2 * C * chunk]);
+    cpu::kernels<A>().forward(pass, begin, end, moments.of(chunk));
   });
-  for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
-    const double seen = chunks.begin(chunk), more = chunks.end(chunk) - seen;
-    for (int64_t n = 0; n < C; ++n) {
-      const double* const next = &found[2 * C * chunk + n];
-      cpu::merge_moments(found[n], found[C + n], seen, next[0], next[C], more);
-    }
-  }
-  std::vector<A> mean(C), var(C);
-  for (int64_t n = 0; n < C; ++n) {
-    mean[n] = static_cast<A>(found[n]);
-    var[n] = static_cast<A>(found[C + n] / static_cast<double>(std::max<int64_t>(1, M)));
-  }
-  side.set_statistics(std::move(mean), std::move(var));
+  moments.finish(side);
 }
 
 // A backward pass and its walks. A walk's sum that is wanted points anywhere before `run`, and to
@@ -282,22 +305,22 @@ struct BackwardPass {
   int64_t stride_ = 0;
 };
 
-// dweight = dz.T @ x, (N, K). By strips of dz's columns, which share a packed x, and where there are
-// many rows by parts of them: in powers of two, so that threads have equal shares.
+// dweight = dz.T @ x, (N, K). Where there are many rows by parts of them, in powers of two; and by
+// strips of dz's columns, on whose number no result depends: many strips share a packed x.
 template <class A>
 void weight_gradient(const Rows& dz, const Rows& x, int64_t M, const Rows& dweight) {
-  constexpr int64_t kTasks = 16, kColumns = 48, kRows = 512, kShared = 1024;
+  constexpr int64_t kParts = 16, kColumns = 48, kRows = 256, kShared = 1024;
   const cpu::Kernels<A>& kernels = cpu::kernels<A>();
-  const int64_t N = dz.features, K = x.features;
+  const int64_t N = dz.features, K = x.features, threads = torch::stable::get_num_threads();
   int64_t parts = 1, strips = 1;
-  while (parts < kTasks && 2 * parts * std::max(kRows, 2 * K) <= M) parts *= 2;
-  while (strips * parts < kTasks && 2 * strips * kColumns <= N) strips *= 2;
+  while (parts < kParts && 2 * parts * std::max(kRows, 2 * K) <= M) parts *= 2;
+  while (strips * parts < threads && 2 * strips * kColumns <= N) strips *= 2;
   cpu::WeightGradient<A> g;
   g.dz = dz;
   g.x = x;
   g.product = dz.dtype;
   std::optional<PackedMatrix<A>> right;
-  if (parts == 1 && strips > 1 && M > 0 && M <= kShared)
+  if (parts == 1 && strips > 2 && M > 0 && M <= kShared)
     g.right = right.emplace(x, M, false).packed;
   Optional memory;
   if (parts == 1) {
@@ -308,9 +331,10 @@ void weight_gradient(const Rows& dz, const Rows& x, int64_t M, const Rows& dweig
                    std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
     g.part = static_cast<A*>(memory->data_ptr());
   }
-  const int64_t columns = (N + strips - 1) / strips, rows = (M / parts + 1) / 2 * 2;
+  const int64_t tile = kernels.tile_rows(g.product), tiles = (N + tile - 1) / tile;
+  const int64_t columns = (tiles + strips - 1) / strips * tile, rows = (M / parts + 1) / 2 * 2;
   in_parallel(strips * parts, [&](int64_t task) {
-    const int64_t part = task / strips, begin = task % strips * columns;
+    const int64_t part = task / strips, begin = std::min(N, task % strips * columns);
     cpu::WeightGradient<A> mine = g;
     if (g.part) mine.part += part * N * g.part_stride;
     kernels.weight_gradient(mine, part * rows, part + 1 < parts ? (part + 1) * rows : M, begin,

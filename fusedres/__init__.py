@@ -1,5 +1,12 @@
 """fusedres: residual layers, y = act(norm(x @ weight.T + bias)) + x, in one fused call."""
 
+import sys
+
+from .tools import interrupted
+
+if sys.argv[:1] == ["-m"]:  # `python -m fusedres`, which has not come to its main function
+    interrupted.while_importing()
+
 from .activations import register_activation
 from .autograd import FusedResidualFunction
 from .functional import fused_residual

@@ -1,23 +1,28 @@
 """`python -m fusedres`."""
 
 import os
+import signal
 import sys
 
-INTERRUPTED, OK = 130, 0
+from .tools import interrupted
+
+OK = 0
 
 
 def run() -> int:
     try:
         from .tools.cli import main  # takes its time, too
 
+        interrupted.from_now_on()
         return main()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return interrupted.said()
     except BrokenPipeError:  # what reads us has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    code = run()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+    sys.exit(code)

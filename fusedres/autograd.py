@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import ops
 from .checks import check_memory
+from .donation import donated
 from .operands import DIFFERENTIABLE, Operands
 from .reference import composite
 from .spec import Spec
@@ -113,6 +115,8 @@ class FusedResidualFunction(torch.autograd.Function):
         grads: tuple[Any, ...] = _NONE
         if dy is not None and not plain:
             mask = sum(need << i for i, need in enumerate(needs))
+            if backend == "cpu" and saved and not stands and not is_dynamo_compiling():
+                mask |= donated(ctx, saved, 1, 1) << len(needs)
             try:  # costs nothing, unlike a question
                 given = iter(ops.BACKWARD[backend](dy, saved, *tensors, sample_rows, recipe, mask))
                 grads = tuple(next(given) if need else None for need in needs)

@@ -57,6 +57,11 @@ def check_settings(op: str, bias: Any, momentum: Any, gate: Any, gate_init: Any)
         warnings.warn(told, stacklevel=3)
 
 
+def refuse_assignment(op: str, name: str, instead: str) -> NoReturn:
+    """Of what only the constructor reads: to assign it would change nothing, or half of it."""
+    raise AttributeError(f"{op}: {name} cannot be assigned, it is the constructor's; {instead}")
+
+
 SCRIPT = (
     "torch.jit.script cannot read this layer; use torch.jit.trace or torch.export, or script "
     "torch.nn modules"
@@ -73,6 +78,19 @@ def check_tensor(name: str, value: Any, optional: bool = False) -> None:
         )
     expected = "a torch.Tensor or None" if optional else "a torch.Tensor"
     raise TypeError(f"{OP}: {name} must be {expected}, got {type(value).__name__}")
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    if t.is_nested or t.layout != torch.strided:
+        came = "a nested tensor" if t.is_nested else str(t.layout)
+        raise TypeError(f"{OP}: {name} must be dense (torch.strided), got {came}")
+
+
+def check_all_dense(o: Operands) -> None:
+    """Apart from check_call, as every call would pay for it."""
+    for name, t in zip(_TENSORS, o, strict=False):
+        if isinstance(t, Tensor):
+            check_dense(name, t)
 
 
 def _check_vector(
@@ -114,8 +132,7 @@ def check_x(x: Any, in_features: int, name: str = "in_features") -> None:
     module calls its width.
     """
     check_tensor("x", x)
-    if x.is_nested and x.layout == torch.strided:
-        raise TypeError(f"{OP}: x must be dense (torch.strided), got a nested tensor")
+    check_dense("x", x)
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"{OP}: x has shape {_shape(x)}, expected (..., {in_features}): {name}={in_features}"
@@ -135,10 +152,8 @@ def check_call(spec: Spec, o: Operands, pad: bool) -> None:
         raise TypeError(
             f"{OP}: x has dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}"
         )
-    if x.layout != torch.strided or weight.layout != torch.strided:
-        raise TypeError(
-            f"{OP}: x and weight must be dense (torch.strided), got {x.layout} and {weight.layout}"
-        )
+    check_dense("x", x)
+    check_dense("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{OP}: weight has shape {_shape(weight)}, expected (N, K)")
     N, K = weight.shape
@@ -259,6 +274,7 @@ def check_residual(spec: Spec, x: Tensor, residual: Tensor | None, width: int, p
         if spec.adds and x.shape[-1] != width and not (pad and x.shape[-1] < width):
             residual_required(x.shape[-1], width)
         return
+    check_dense("residual", residual)
     if not spec.adds:
         raise ValueError(
             f"{OP}: residual was given, but order '{'-'.join(spec.stages)}' has no 'add' stage"
@@ -292,6 +308,7 @@ def check_shortcut_weight(source: Any, weight: Any, bias: Any) -> None:
     check_tensor("shortcut_weight", weight)
     check_tensor("shortcut_bias", bias, optional=True)
     check_tensor("residual", source)
+    check_dense("shortcut_weight", weight)
     K = source.shape[-1] if source.dim() else None
     if weight.dim() != 2 or weight.shape[1] != K:
         raise ValueError(

@@ -57,3 +57,11 @@ def typed(
 
     spec = replace(spec, x_dtype=name(x), residual_dtype=name(residual), y_dtype=name(t))
     return spec.text, product
+
+
+@constant_when_compiled
+@lru_cache(maxsize=4096)
+def y_dtype(recipe: str, product: torch.dtype) -> torch.dtype:
+    """That of the result."""
+    name = Spec.parse(recipe).y_dtype
+    return product if name is None else getattr(torch, name)

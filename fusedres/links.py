@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import backends, chain, graphs
-from .chain import Link
-from .functional import PLAIN, composite_only
-from .layers import hooked, parameter, watched, weight_and_bias
-from .modules import FusedResidual, must_be_called
-from .reference import asked_of
+from .chain import Link, Running
+from .checks import DTYPES
+from .dtypes import typed, y_dtype
+from .functional import PLAIN, composite_only, update_running_statistics
+from .layers import customised, hooked, parameter, watched, weight_and_bias
+from .modules import FusedResidual, batch_norm_step, must_be_called
+from .reference import asked_of, rows_per_sample
+from .spec import Spec
 from .tracing import transforms_active
 
 _modes = torch._C._len_torch_dispatch_stack
@@ -26,6 +29,7 @@ _OF_FEW_ROWS = 1 << 15  # the same for fewer than 8 rows: larger ones take longe
 
 
 _WIDTHS = [(width,) for width in backends.CHAIN_WIDTHS]
+AUTOCAST = "autocast is on, under which layers are joined on a CPU alone"
 _TOLD = ", ".join(map(str, backends.CHAIN_WIDTHS))
 
 
@@ -49,11 +53,21 @@ def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
         return "a transform looks into the layers, or x is a tensor of another kind"
     if x.device.type not in ("cpu", "cuda"):
         return f"x is on {x.device}; layers are joined on a CPU or a CUDA GPU"
-    if chain.backend_of(x) == "triton" and x.shape[-1:] not in _WIDTHS:
-        return f"x has shape {tuple(x.shape)}; on a GPU one call takes {_TOLD} features"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast is on"
+    if chain.backend_of(x) == "triton":
+        if x.shape[-1:] not in _WIDTHS:
+            return f"x has shape {tuple(x.shape)}; on a GPU one call takes {_TOLD} features"
+        if torch.is_autocast_enabled(x.device.type):
+            return AUTOCAST
+    if x.dtype not in DTYPES:
+        return f"x has dtype {x.dtype}"
+    if x.is_nested or x.layout != torch.strided:
+        return "x is not dense"
     return None if x.dim() and x.numel() else f"x has shape {tuple(x.shape)}"
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast makes products of on `device`, "cpu" say, if it is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class _Known(NamedTuple):
@@ -61,19 +75,22 @@ class _Known(NamedTuple):
 
     link: Link
     width: int  # N
+    dtype: torch.dtype  # y's
     size: int  # of the weight
     asked: Any  # what the layer's recipe was made from; another object once a setting changed
     training: bool
     eps: float | None
     linear: Any
     norm: Any
-    kinds: tuple[Any, ...]  # classes, the backend asked for, and `back`
+    kinds: tuple[Any, ...]  # classes, the backend asked for, `back`, device and dtypes
     parameters: tuple[Any, ...]
-    shape: Any
+    batch: tuple[Any, ...]  # of a batch norm
+    shape: Any  # of the weight
+    weight: torch.dtype
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-_CLASSES = (FusedResidual, nn.Linear, nn.LayerNorm, nn.RMSNorm)
+_CLASSES = (FusedResidual, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d)
 _FORWARDS = [kind.forward for kind in _CLASSES]
 
 
@@ -84,7 +101,29 @@ def _parameters(linear: Any, norm: Any, module: Any) -> tuple[Any, ...]:
     return p.get("weight"), p.get("bias"), q.get("weight"), q.get("bias"), gate
 
 
-def _as_known(module: nn.Module, x: Tensor, width: int, back: int) -> _Known | None:
+def _batch(norm: Any) -> tuple[Any, ...]:
+    """What a batch norm's call depends on beside its parameters and eps."""
+    if type(norm) is not nn.BatchNorm1d:
+        return ()
+    own = norm.__dict__
+    mean, var, count = map(own["_buffers"].get, _BUFFERS)
+    return mean, var, count, own["training"], own["momentum"], own["track_running_stats"]
+
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Stream(NamedTuple):
+    """What a link gets: x, or what a link before gives."""
+
+    width: int
+    dtype: torch.dtype
+    residual: torch.dtype | None = None  # of what its `add` takes, if that is an earlier input
+
+
+def _as_known(
+    module: nn.Module, x: Tensor, stream: Stream, back: int, autocast: torch.dtype | None
+) -> _Known | None:
     """What is known of a layer, if nothing has changed that Python alone can see: the op checks
     shapes, dtypes and devices. In a few dictionary look-ups, since nets have many layers.
     """
@@ -101,11 +140,13 @@ def _as_known(module: nn.Module, x: Tensor, width: int, back: int) -> _Known | N
         if hooked(owner) or "forward" in owner:
             return None
     found = _parameters(linear, norm, module)
-    kinds = type(linear), type(norm), own["backend"], back, x.device
+    kinds = type(linear), type(norm), own["backend"], back, x.device, stream[1:], autocast
     if not all(map(_is, found, known.parameters)) or kinds != known.kinds:
         return None
-    weight = found[0]
-    if weight.dtype is not x.dtype or weight.shape != known.shape or width != known.shape[1]:
+    if known.batch and not all(map(_is, _batch(norm), known.batch)):
+        return None
+    weight, shape = found[0], known.shape
+    if weight.dtype is not known.weight or weight.shape != shape or stream[0] != shape[1]:
         return None
     if own["training"] is not known.training or (norm is not None and norm.eps != known.eps):
         return None
@@ -117,9 +158,11 @@ def _computed(owner: Any, *names: str) -> bool:
     return any(name not in owner._parameters and name not in owner.__dict__ for name in names)
 
 
-def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | str:
-    """`module` as a link that gets (M, width) of x's dtype, or why it cannot be one. `back`: how
-    many links earlier the one is whose input it adds.
+def link_of(
+    module: nn.Module, x: Tensor, stream: Stream, back: int = 0
+) -> tuple[tuple[Link, ...], Stream] | str:
+    """`module` as a link that gets `stream`, after its linear shortcut if it has one, and what it
+    gives; or why it cannot be one. `back`: how many links earlier the one is whose input it adds.
     """
     if type(module) is not FusedResidual:
         return f"it is a {type(module).__name__}"
@@ -136,11 +179,11 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
     if reason is not None:
         return reason
     spec = module._recipe(asked_of(norm, gate, x))
-    if spec.random:
-        return "it drops at random"
-    if spec.norm == "batch":
-        return "it has a batch norm"
-    norms = {"layer": ("weight", "bias"), "rms": ("weight",), None: ()}[spec.norm]
+    norms = {"rms": ("weight",), None: ()}.get(spec.norm, ("weight", "bias"))
+    if spec.norm == "batch" and any(
+        name not in norm._buffers and name not in norm.__dict__ for name in _BUFFERS
+    ):
+        return computed
     if _computed(linear, "weight", "bias") or _computed(norm, *norms):
         return computed
     weight, bias = weight_and_bias(linear)
@@ -149,40 +192,117 @@ def link_of(module: nn.Module, x: Tensor, width: int, back: int = 0) -> Link | s
         norm_weight = parameter(norm, "weight")
     elif spec.norm is not None:
         norm_weight, norm_bias = weight_and_bias(norm)
-    given = [t for t in (weight, bias, norm_weight, norm_bias, gate) if t is not None]
+    mean = var = running = None
+    if spec.norm == "batch":
+        spec, mean, var, momentum, tracked = batch_norm_step(spec, norm)
+        if (mean is None) is not (var is None):
+            return "its batch norm has one of running_mean and running_var"
+        if spec.batch_stats and x.numel() == x.shape[-1]:
+            return "its batch norm gets one row"
+        running = Running(mean, var, momentum, tracked)
+        if any(t is not None and t.requires_grad for t in running[:2]):
+            return "its running statistics ask for a gradient"
+    given = [t for t in (weight, bias, norm_weight, norm_bias, gate, mean, var) if t is not None]
     if any(type(t) not in PLAIN or t.device != x.device for t in given):
         return "a parameter is a tensor of another kind, or on another device than x"
-    if weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
-        return f"its weight is {weight.dtype}, x {x.dtype}"
+    width, dtype, residual = stream
+    residual = residual if spec.adds else None
+    shortcut: tuple[Link, ...] = ()
+    input_back = 0
+    if spec.adds and module.shortcut is not None:
+        projected = _shortcut_link(module.shortcut, spec, x, stream, back, module.backend)
+        if isinstance(projected, str):
+            return projected
+        shortcut, residual = projected[:1], projected[1]
+        back, input_back = 0, 1  # it adds the latest value
+    if weight.dtype not in DTYPES or (bias is not None and bias.dtype is not weight.dtype):
+        return f"its weight is {weight.dtype}, its bias {getattr(bias, 'dtype', None)}"
+    autocast = autocast_dtype(x.device.type)
+    text, product = spec.text, weight.dtype
+    if autocast or dtype is not product or residual is not None:
+        try:
+            text, product = typed(text, dtype, product, residual, autocast, x.device.type)
+        except TypeError:
+            return f"its weight is {weight.dtype}, its input {dtype}"
     N, K = weight.shape
     on_cpu = chain.backend_of(x) == "cpu"
     if width != K or (on_cpu and too_large(weight.shape, x)):
         return f"its weight has shape {(N, K)}, x has {width} features and shape {tuple(x.shape)}"
-    if spec.adds and (module.shortcut is not None or (N != K and not back)):
+    padded = module.shortcut_kind == "pad" and K < N
+    same = back or padded or spec.width("add", K, N) == K
+    if spec.adds and not shortcut and not same:
         return "its shortcut is not the identity"
     if back and "add" in spec.prologue:
         return "it adds before linear"
     if spec.norm is not None:
         expected = (spec.width("norm", K, N),)
-        if norm.normalized_shape != expected:
-            return f"its norm is over {tuple(norm.normalized_shape)}, not {expected}"
+        own_shape = expected if spec.norm == "batch" else norm.normalized_shape
+        shapes = [own_shape, *(t.shape for t in (mean, var) if t is not None)]
+        if any(shape != expected for shape in shapes):
+            return f"its norm is over {tuple(shapes[-1])}, not {expected}"
     given_back = back if spec.adds else 0
-    link = Link.of(spec.text, weight, bias, norm_weight, norm_bias, gate, back=given_back)
+    typed_spec = Spec.parse(text)
+    cast = product if product is not weight.dtype else None
+    if spec.batch_stats:
+        mean = var = None  # it looks at this batch's
+    link = Link.of(
+        typed_spec, weight, bias, norm_weight, norm_bias, gate, mean, var, back=given_back,
+        input_back=input_back, autocast=cast, running=running if spec.batch_stats else None,
+    )  # fmt: skip
     if on_cpu:
-        chosen = backends.choose(module.backend, spec.text, x.dtype, x.device, N, K, False)
+        chosen = backends.choose(module.backend, text, product, x.device, N, K, False)
         reason = None if chosen == "cpu" else f"its backend is '{chosen}'"
     else:
         reason = chain.why_not_triton(module.backend, link.line, x, N, K)
     if reason is not None:
         return reason
+    y = y_dtype(text, product)
     found = _parameters(linear, norm, module)
-    if all(t is None or any(t is u for u in found) for t in given):  # none of them is computed
+    batch = _batch(norm) if spec.norm == "batch" else ()
+    known_tensors = (*found, *batch[:2])
+    computes = not all(any(t is u for u in known_tensors) for t in given)
+    if not computes and module.shortcut is None:
         eps = None if norm is None else norm.eps
         _known[module] = _Known(
-            link, N, N * K, own["_asked"], own["training"], eps, linear, norm,
-            (type(linear), type(norm), module.backend, back, x.device), found, weight.shape,
+            link, N, y, N * K, own["_asked"], own["training"], eps, linear, norm,
+            (type(linear), type(norm), module.backend, back, x.device, stream[1:], autocast),
+            found, batch, weight.shape, weight.dtype,
         )  # fmt: skip
-    return link
+    return (*shortcut, link), Stream(N, y)
+
+
+def _shortcut_link(
+    linear: Any, spec: Spec, x: Tensor, stream: Stream, back: int, backend: str
+) -> tuple[Link, torch.dtype] | str:
+    """The linear shortcut of a layer as a link, and its result's dtype."""
+    if chain.backend_of(x) != "cpu":
+        return "its shortcut is not the identity"
+    reason = customised(linear, "linear")
+    if reason is None and (back or "add" in spec.prologue):
+        reason = "it is added before linear, or to an earlier layer's input"
+    if reason is None and _computed(linear, "weight", "bias"):
+        reason = "a parameter is computed"
+    if reason is not None:
+        return f"its shortcut: {reason}"
+    weight, bias = weight_and_bias(linear)
+    given = [t for t in (weight, bias) if t is not None]
+    if any(type(t) not in PLAIN or t.device != x.device for t in given):
+        return "a parameter of its shortcut is a tensor of another kind or device"
+    text, product, dtypes = "linear", weight.dtype, {t.dtype for t in given}
+    if len(dtypes) > 1 or product not in DTYPES:
+        return "its shortcut's weight and bias have different dtypes"
+    autocast = autocast_dtype("cpu")
+    if autocast or stream.dtype is not product:
+        try:
+            text, product = typed(text, stream.dtype, product, None, autocast, "cpu")
+        except TypeError:
+            return f"its shortcut's weight is {weight.dtype}, its input {stream.dtype}"
+    if weight.dim() != 2 or weight.shape[1] != stream.width or too_large(weight.shape, x):
+        return f"its shortcut's weight has shape {tuple(weight.shape)}"
+    if backends.choose(backend, text, product, x.device, *weight.shape, False) != "cpu":
+        return "its shortcut's backend is another"
+    cast = product if product is not weight.dtype else None
+    return Link.of(Spec.parse(text), weight, bias, autocast=cast), y_dtype(text, product)
 
 
 class Part(NamedTuple):
@@ -192,42 +312,67 @@ class Part(NamedTuple):
     back: int = 0
 
 
-def _goes_on(links: list[Link], link: Link, layer: Any, x: Tensor) -> bool:
+def _goes_on(links: list[tuple[Link, ...]], link: Link, layer: Any, x: Tensor) -> bool:
     """Whether Triton takes `link` after `links`: one recipe for all, and not too many rows."""
     if links:
-        return link.line == links[0].line
+        return link.line == links[0][0].line
     width = x.shape[-1]
     return chain.why_not_triton(layer.backend, link.line, x, width, width) is None
 
 
-def links_of(parts: Iterable[Part], x: Tensor) -> list[Link]:
-    """The links of as many of the first layers as one call can run; x is one that `unchained`
-    allows.
+def links_of(parts: Iterable[Part], x: Tensor) -> list[tuple[Link, ...]]:
+    """For each of as many of the first layers as one call can run its links; x is one that
+    `unchained` allows.
     """
-    links: list[Link] = []
+    links: list[tuple[Link, ...]] = []
     usual = [kind.forward for kind in _CLASSES] == _FORWARDS and watched() is None
-    width = x.shape[-1]
     on_cpu = chain.backend_of(x) == "cpu"
-    few = on_cpu and x.numel() < 8 * width
+    few = on_cpu and x.numel() < 8 * x.shape[-1]
+    stream, autocast = Stream(x.shape[-1], x.dtype), autocast_dtype(x.device.type)
+    dtypes = [x.dtype]  # of values
     for layer, back in parts:
-        known = _as_known(layer, x, width, back) if usual else None
-        link = link_of(layer, x, width, back) if known is None else known.link
-        if isinstance(link, str):
+        if back:
+            stream = stream._replace(residual=dtypes[-1 - back])
+        known = _as_known(layer, x, stream, back, autocast) if usual else None
+        if known is None:
+            found = link_of(layer, x, stream, back)
+            if isinstance(found, str):
+                break
+            own, stream = found
+            dtypes += [stream.dtype] * len(own)  # nobody adds a shortcut's but its own layer
+        else:
+            if few and known.size > _OF_FEW_ROWS:
+                break
+            own, stream = (known.link,), Stream(known.width, known.dtype)
+            dtypes.append(stream.dtype)
+        if not on_cpu and not _goes_on(links, own[0], layer, x):
             break
-        if known is not None and few and known.size > _OF_FEW_ROWS:
-            break
-        if not on_cpu and not _goes_on(links, link, layer, x):
-            break
-        width = link.operands[0].shape[0] if known is None else known.width
-        links.append(link)
+        links.append(own)
     return links
 
 
-def joined(x: Tensor, links: list[Link]) -> Tensor | None:
-    """y (..., N) from x (..., K). None: the op refuses; the layers one by one tell why."""
+def joined(x: Tensor, layers: list[tuple[Link, ...]]) -> Tensor | None:
+    """y (..., N) from x (..., K) by the links of layers. None: the op refuses; the layers one by
+    one tell why.
+    """
+    links = [link for own in layers for link in own]
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     try:
-        y = chain.run(rows, links)
+        y, statistics = chain.run(rows, links, rows_per_sample(x))
     except RuntimeError:
         return None
+    if statistics is not None:
+        _update(links, statistics, rows)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _update(links: list[Link], statistics: Tensor, rows: Tensor) -> None:
+    """Of all batch norms in training their running statistics, as layer by layer."""
+    M, at = rows.shape[0], 0
+    for link in links:
+        C = link.statistics
+        if link.running is not None:
+            mean, var, momentum, tracked = link.running
+            found = statistics[at : at + C], statistics[at + C : at + 2 * C]
+            update_running_statistics(mean, var, found, M / (M - 1), M, momentum, tracked)
+        at += 2 * C

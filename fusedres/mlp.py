@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ MLP_ORDERS = {
 
 _NARROW = 1 << 16  # elements of a weight
 MLP_SHORTCUTS = ("identity", "linear")
+# What a block hands to its layers, and what their shapes come from.
+_OF_LAYERS = ("norm", "activation", "bias", "eps", "momentum", "gate", "gate_init", "dropout",
+              "hidden_dropout", "drop_path", "residual_scale")  # fmt: skip
+_FIXED = ("features", "hidden_features", "out_features", "order", "adds")
 
 
 def split_order(order: str) -> tuple[str, str]:
@@ -145,7 +150,7 @@ class FusedResidualMLP(nn.Module):
             "backend": backend,
             **where,
         }
-        self.backend = backend
+        self._backend = backend
         self.fc1 = FusedResidual(K, H, order=first, dropout=hidden_dropout, **settings)
         self.fc2 = FusedResidual(
             H,
@@ -163,11 +168,29 @@ class FusedResidualMLP(nn.Module):
         self._default_shortcut = shortcut is None
         if shortcut is None:
             shortcut = "linear" if K != N else "identity"
-        self.shortcut: nn.Module | None = None
+        self.shortcut: nn.Module | None
+        self.register_module("shortcut", None)
         if isinstance(shortcut, nn.Module):
             self.shortcut = shortcut
         elif one_of("shortcut", shortcut, MLP_SHORTCUTS) == "linear" and self.adds:
             self.shortcut = nn.Linear(K, N, **where)
+
+    @property
+    def backend(self) -> str:
+        """Of both layers and of a linear shortcut; may be assigned."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: Backend) -> None:
+        checks.check_backend_name(name)
+        self._backend = self.fc1.backend = self.fc2.backend = name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_LAYERS:
+            checks.refuse_assignment(type(self).__name__, name, "set it of .fc1 and .fc2")
+        if name in _FIXED and name in self.__dict__:
+            checks.refuse_assignment(type(self).__name__, name, "make another block")
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y (..., N) from x (..., K); `residual` is what goes into the shortcut, default x.
@@ -202,6 +225,8 @@ class FusedResidualMLP(nn.Module):
         def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
     def _shortcut(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is not None:
+            checks.check_dense("residual", residual)
         fits = residual is not None and residual.shape[-1] == self.out_features
         if residual is not None and fits and self._default_shortcut:
             return residual
@@ -214,6 +239,73 @@ class FusedResidualMLP(nn.Module):
         if isinstance(shortcut, nn.Linear):
             checks.check_shortcut_input(source, shortcut.in_features)
         return project(shortcut, source, self.backend)
+
+    @classmethod
+    def from_layers(
+        cls,
+        linear1: nn.Linear,
+        linear2: nn.Linear,
+        norm: nn.Module | Sequence[nn.Module] | None = None,
+        activation: str | nn.Module | None = None,
+        *,
+        order: str = "prenorm",
+        gate: Gate | nn.Parameter | None = None,
+        gate_init: float | None = None,
+        hidden_dropout: float = 0.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        residual_scale: float = 1.0,
+        shortcut: Literal["identity", "linear"] | nn.Module | None = None,
+        backend: Backend = "auto",
+    ) -> FusedResidualMLP:
+        """A block that shares the parameters of the given layers (the same modules become its
+        layers' submodules).
+
+        Args:
+            linear1, linear2: the nn.Linear (K to hidden) and (hidden to N).
+            norm: an nn.LayerNorm, nn.RMSNorm or nn.BatchNorm1d; a pair of them for orders with two.
+            activation: a name, a torch.nn module such as nn.GELU(), or None.
+            gate: as the constructor's, or the nn.Parameter of a LayerScale, which is shared.
+            order, gate_init, hidden_dropout, dropout, drop_path, residual_scale, shortcut, backend:
+                as the constructor's.
+
+        Raises TypeError or ValueError where a layer does not fit.
+        """
+        op, halves = f"{cls.__name__}.from_layers", split_order(order)
+        for name, linear in (("linear1", linear1), ("linear2", linear2)):
+            if not isinstance(linear, nn.Linear):
+                raise TypeError(f"{op}: {name} must be an nn.Linear, got {type(linear).__name__}")
+        (K, H), (h, N) = ((f.in_features, f.out_features) for f in (linear1, linear2))
+        if h != H:
+            raise ValueError(f"{op}: linear2 takes {h} features, linear1 gives {H}")
+        several = isinstance(norm, (list, tuple, nn.ModuleList))
+        norms: list[Any] = [] if norm is None else list(cast(Any, norm)) if several else [norm]
+        wanted = sum("norm" in half.split("-") for half in halves)
+        if norms and len(norms) != wanted:
+            raise ValueError(f"{op}: order '{order}' needs {wanted} norms, got {len(norms)}")
+        left = iter(norms)
+        weight = linear1.weight
+        where: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        block = cls(
+            K, H, N, order=order, norm=None, activation=None, shortcut=shortcut, backend=backend,
+            device="meta",
+        )  # fmt: skip
+        if isinstance(block.shortcut, nn.Linear) and block.shortcut is not shortcut:
+            block.shortcut = nn.Linear(K, N, **where)
+        tail: dict[str, Any] = {
+            "gate": gate, "gate_init": gate_init, "dropout": dropout, "drop_path": drop_path,
+            "residual_scale": residual_scale, "shortcut": "identity",
+        }  # fmt: skip
+        block.fc1, block.fc2 = (
+            FusedResidual.from_layers(
+                linear, next(left, None) if "norm" in half.split("-") else None, activation,
+                order=half, backend=backend, **its,
+            )
+            for linear, half, its in zip(
+                (linear1, linear2), halves, ({"dropout": hidden_dropout}, tail), strict=True
+            )
+        )  # fmt: skip
+        return block.train(linear1.training)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(f"FusedResidualMLP: {checks.SCRIPT}")

@@ -30,7 +30,7 @@ def project(shortcut: nn.Module, source: Tensor, backend: str) -> Tensor:
     return plain_linear(source, *weight_and_bias(shortcut), backend)
 
 
-def _batch_norm_step(spec: Spec, norm: Any) -> tuple[Any, ...]:
+def batch_norm_step(spec: Spec, norm: Any) -> tuple[Any, ...]:
     """Recipe, running mean and variance, momentum and count for this batch as nn.BatchNorm1d has
     them; the count only where it goes up.
     """
@@ -62,7 +62,7 @@ class FusedResidual(Residual):
     """y = act(norm(x @ weight.T + bias)) + x, or another order, in one fused call.
 
     A drop-in for the same layer of torch's own modules: parameters, state_dict and results are
-    those of :class:`fusedres.Residual`. Where calling a submodule does more than torch's own layer,
+    those of ``fusedres.Residual``. Where calling a submodule does more than torch's own layer,
     or else (SyncBatchNorm, a LoRA layer, hooks), it runs stage by stage through its submodules; not
     so where only parameters were replaced or are computed. ``fusedres.explain(layer, x)`` tells
     which backend and kernel a call uses, and why not fused.
@@ -128,7 +128,7 @@ class FusedResidual(Residual):
         elif spec.norm is not None:
             norm_weight, norm_bias = weight_and_bias(norm)
             if spec.norm == "batch":
-                spec, mean, var, momentum, tracked = _batch_norm_step(spec, norm)
+                spec, mean, var, momentum, tracked = batch_norm_step(spec, norm)
         if norm_weight is None and spec.norm in ("layer", "rms"):  # whose shape would be checked
             width = spec.width("norm", self.in_features, self.out_features)
             if norm.normalized_shape != (width,):
@@ -172,7 +172,8 @@ class FusedResidual(Residual):
             linear: the nn.Linear.
             norm: an nn.LayerNorm, nn.RMSNorm or nn.BatchNorm1d; eps and momentum are taken from it.
             activation: a name, a torch.nn module such as nn.GELU(), or None.
-            settings: the other arguments of FusedResidual (order, gate, dropout, shortcut, ...).
+            settings: the other arguments of FusedResidual (order, gate, dropout, shortcut, ...);
+                `gate` may be the nn.Parameter of a LayerScale, (1,) or (N,), which is shared.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
@@ -185,9 +186,12 @@ class FusedResidual(Residual):
                 f"parameters are shared, got {norm!r}; FusedResidual(..., norm=...) takes names"
             )
         settings = {**norm_settings(norm, linear.weight.dtype), **settings}
-        own = (
-            settings.get("gate") or settings.get("shortcut", "linear") == "linear"
-        )  # parameters of its own
+        gate: Any = settings.get("gate")
+        shared = isinstance(gate, nn.Parameter)
+        if shared:
+            settings["gate"] = "scalar" if gate.numel() == 1 else "channel"
+        # parameters of its own
+        own = (gate is not None and not shared) or settings.get("shortcut", "linear") == "linear"
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -205,6 +209,13 @@ class FusedResidual(Residual):
                     f"FusedResidual.from_layers: norm has {came} features, order '{order}' needs "
                     f"{expected}"
                 )
+        if shared:
+            fits, shape = tuple(getattr(layer.gate, "shape", ())), tuple(gate.shape)
+            if shape != fits:
+                raise ValueError(
+                    f"FusedResidual.from_layers: gate has shape {shape}, expected (1,) or {fits}"
+                )
+            layer.register_parameter("gate", gate)
         layer.linear = linear
         layer.register_module("norm", norm)
         return layer.train(linear.training)

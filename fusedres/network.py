@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .chain import Link
 from .layers import hooked
-from .links import Part, joined, link_of, links_of, unchained
+from .links import Part, Stream, joined, link_of, links_of, unchained
 from .mlp import FusedResidualMLP
 from .modules import FusedResidual
 
@@ -31,11 +31,11 @@ class FusedSequential(nn.Sequential):
     walk through all layers of a run while they lie in a CPU's cache or a GPU's registers, and all
     weight gradients are computed together.
 
-    What cannot be joined, a layer with hooks, batch norm, dropout, a linear shortcut or a foreign
-    module, is called as nn.Sequential calls it, and parts a run in two. Under autocast,
-    torch.compile, torch.func and the like all are. On a GPU layers of one kind are joined, of
-    widths that FusedResidualStack names; blocks are not. `chains` tells which layers a call joins,
-    and why not.
+    What cannot be joined, a layer with hooks, a shortcut of another kind than torch's own linear, a
+    weight of more than 2^18 elements or a foreign module, is called as nn.Sequential calls it, and
+    parts a run in two. Under torch.compile, torch.func and the like all are. On a GPU layers of one
+    kind are joined, of kinds and widths that FusedResidualStack names; blocks are not. `chains`
+    tells which layers a call joins, and why not.
 
     Source: the layers one by one; He et al., arxiv.org/abs/1512.03385.
     """
@@ -56,8 +56,10 @@ class FusedSequential(nn.Sequential):
         return x
 
     @staticmethod
-    def _run_from(modules: list[Any], at: int, x: Any) -> tuple[int, list[Link]]:
-        """How many modules from modules[at] on one call can run, at least one, and their links."""
+    def _run_from(modules: list[Any], at: int, x: Any) -> tuple[int, list[tuple[Link, ...]]]:
+        """How many modules from modules[at] on one call can run, at least one, and their layers'
+        links.
+        """
         if at + 1 == len(modules) or type(modules[at]) not in JOINED:
             return 1, []
         if not isinstance(x, Tensor) or unchained(x) is not None:
@@ -88,7 +90,7 @@ class FusedSequential(nn.Sequential):
             count, links = self._run_from([m for _, m in modules], at, x)
             if count > 1:
                 at += count
-                width = links[-1].operands[0].shape[0]
+                width = links[-1][-1].operands[0].shape[0]
                 lines.append(f"{name} to {modules[at - 1][0]}: one call")
             else:
                 at += 1
@@ -100,13 +102,16 @@ class FusedSequential(nn.Sequential):
 
 
 def _why_alone(module: nn.Module, x: Tensor) -> str:
-    width = x.shape[-1]
+    streams = [Stream(x.shape[-1], x.dtype)]
     parts = _parts(module) if isinstance(module, JOINED) else [Part(module)]
     if parts is None:
         return "it has hooks, a shortcut of its own, or its forward was replaced"
     for layer, back in parts:
-        link = link_of(layer, x, width, back)
-        if isinstance(link, str):
-            return link
-        width = link.operands[0].shape[0]
+        stream = streams[-1]
+        if back:
+            stream = stream._replace(residual=streams[-1 - back].dtype)
+        found = link_of(layer, x, stream, back)
+        if isinstance(found, str):
+            return found
+        streams.append(found[1])
     return "no neighbour to be joined with"

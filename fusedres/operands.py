@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,13 +52,6 @@ class Outputs(NamedTuple):
     z: Tensor | None  # (M, N), if a stage after ``linear`` needs what it acted on
     stats: Tensor | None  # (2, C) of batch norm in training, (2 * M,) of a norm over rows
     operand: Tensor | None  # (M, K): x in weight's dtype, where that is all that is done to x
-
-    @classmethod
-    def of_list(cls, spec: Spec, saved: Sequence[Tensor], has_stats: bool) -> Outputs:
-        """From y and what follows it."""
-        rest = iter(saved)
-        there = (True, spec.saves_z, has_stats, spec.casts)
-        return cls(*(next(rest) if has else None for has in there))  # type: ignore[arg-type]
 
     def list(self) -> list[Tensor]:
         return [t for t in self if t is not None]

@@ -22,7 +22,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import checks
 from .checks import Backend
-from .layers import activation_name, first_parameter, norm_eps, norm_kind
+from .layers import activation_name, first_parameter, hooked, norm_eps, norm_kind
 from .operands import Operands
 from .spec import ACTIVATIONS, SHORTCUTS, Gate, Norm, Shortcut, Spec, make_spec, one_of, spec_from
 from .tracing import by_value
@@ -72,6 +72,11 @@ def philox(seed: Tensor, index: Tensor, stream: int) -> Tensor:
 def draw_seed(device: torch.device) -> Tensor:
     """(1,) int64 from torch's generator of `device`: torch.manual_seed makes masks repeat."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """(count,): as so many calls of draw_seed."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
 
 
 def _drop(t: Tensor, seed: Tensor, index: Tensor, stream: int, p: float) -> Tensor:
@@ -189,6 +194,13 @@ def spec_of(*settings: Any) -> Spec:
 
 # What a layer takes its recipe from besides `norm` and `gate`.
 SETTINGS = ("order", "activation", "dropout", "drop_path", "residual_scale")
+# What became of the other settings.
+_INSTEAD = {
+    "eps": "set .norm.eps",
+    "momentum": "set .norm.momentum",
+    "bias": "set .linear.bias",
+    "gate_init": "write into .gate",
+}
 
 
 def asked_of(norm: Any, gate: Tensor | None, x: Tensor | None) -> tuple[Any, ...]:
@@ -203,7 +215,7 @@ class Residual(nn.Module):
     """The residual layer stage by stage, by torch's own ops: the reference, and the baseline.
 
     y = act(norm(x @ weight.T + bias)) + x, or another order. Same arguments, parameters, results
-    and errors as :class:`fusedres.FusedResidual`, whose docstring lists them; `backend` is kept for
+    and errors as ``fusedres.FusedResidual``, whose docstring lists them; `backend` is kept for
     it and unused here.
 
     Shapes: x (..., K), residual (..., R) as the shortcut takes it, y (..., N); floating dtypes.
@@ -292,7 +304,11 @@ class Residual(nn.Module):
             self.shortcut = nn.Linear(self.in_features, self._sum_features, **where)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _INSTEAD:
+            checks.refuse_assignment(type(self).__name__, name, _INSTEAD[name])
         if name not in SETTINGS:
+            if name == "backend":
+                checks.check_backend_name(value)
             super().__setattr__(name, value)
             return
         # not by nn.Module, which would take an nn.GELU() for a child
@@ -357,7 +373,8 @@ class Residual(nn.Module):
 
     def eager(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer by its own submodules, one torch op after another."""
-        checks.check_x(x, self.in_features)
+        if not hooked(self.linear.__dict__):  # which may take another x: a shard of it, say
+            checks.check_x(x, self.in_features)
         spec = self.spec
         r = self._shortcut(x, residual)
         checks.check_residual(spec, x, r, self._sum_features, self.shortcut_kind == "pad")

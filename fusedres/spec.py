@@ -3,7 +3,7 @@
 This file is the single list of stages, orders, norms, activations, gates and shortcuts. Everything
 else, in Python, Triton and C++, is derived from it or tested against it.
 
-A :class:`Spec` is one layer's recipe without its tensors. ``str(spec)``, a line of text, is what
+A ``Spec`` is one layer's recipe without its tensors. ``str(spec)``, a line of text, is what
 every backend reads (the ``recipe`` argument of the registered ops), and ``Spec.parse`` as well.
 """
 
@@ -79,11 +79,14 @@ def _called(value: object) -> str:
     return str(getattr(value, "__name__", type(value).__name__))
 
 
+_ELSEWHERE = {"swish": "silu", "gpu": "cuda", "float32": "fp32", "float16": "fp16"}
+
+
 def meant(value: object, names: tuple[str, ...]) -> str:
     """A question, where one of `names` is near: nn.LayerNorm is near "layer", F.gelu "gelu"."""
     word = value if isinstance(value, str) else _called(value)
     word = word.lower().removesuffix("1d").removesuffix("norm").strip("_- ")
-    near = get_close_matches(word, names, 1)
+    near = get_close_matches(_ELSEWHERE.get(word, word), names, 1)
     return f"did you mean {near[0]!r}? " if near else ""
 
 

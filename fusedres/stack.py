@@ -12,14 +12,16 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import backends, chain, checks
 from .checks import Backend
-from .functional import PLAIN, run
-from .layers import norm_kind
-from .links import LARGEST, too_large, unchained
+from .dtypes import typed, y_dtype
+from .functional import PLAIN, cast_for, run, update_running_statistics
+from .layers import activation_name, norm_kind
+from .links import LARGEST, autocast_dtype, too_large, unchained
 from .modules import FusedResidual
 from .operands import Operands
-from .reference import SETTINGS, Residual, spec_of
+from .reference import SETTINGS, Residual, rows_per_sample, spec_of
 from .spec import Gate, Norm, Spec, parse_order, spec_from
 
+_FIXED = ("features", "layers_per_block", "gate_kind")  # parameters have shapes by these
 _LAST_ONLY = ("gate", "droppath", "add")  # stages of a block's last layer
 
 
@@ -47,6 +49,7 @@ _PARAMETERS = (
     _Kind("norm_bias", "norm", "bias"),
     _Kind("gate", "", "gate"),
 )
+_GATE = 0b1000  # the fifth kind, as a bit: csrc/chain/links.h
 _BUFFERS = (
     _Kind("running_mean", "norm", "running_mean"),
     _Kind("running_var", "norm", "running_var"),
@@ -82,10 +85,11 @@ class FusedResidualStack(nn.Module):
     of whole blocks on views; both train the stack. `from_layers` and `to_layers` copy; a state_dict
     of an nn.Sequential of layers (``0.linear.weight``, ...) loads, too.
 
-    All layers are one call without dropout, drop-path and batch norm: on a CPU for N <= 512; on a
-    GPU for N = 16, 32, 64, 128 and 256 without a gate, in bfloat16 and float16 (float32: up to 64;
-    256 for no more rows than one wave of programs takes, from Hopper on), where it is one launch
-    forward and three backward. Else layers are called one by one. `why_not_joined` tells why.
+    All layers are one call on a CPU for N <= 512. On a GPU they are for N = 16, 32, 64, 128 and 256
+    without dropout, drop-path, batch norm, gate and autocast, in bfloat16 and float16 (float32: up
+    to 64; 256 for no more rows than one wave of programs takes, from Hopper on), where it is one
+    launch forward and three backward. Else layers are called one by one. `why_not_joined` tells
+    why.
 
     Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
     does not fit, NotImplementedError where a named backend cannot run a call.
@@ -186,6 +190,14 @@ class FusedResidualStack(nn.Module):
             if t is not None:
                 t.fill_(value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "depth" or (name in _FIXED and name in self.__dict__):
+            checks.refuse_assignment(type(self).__name__, name, "make another stack")
+        if name == "backend":
+            checks.check_backend_name(value)
+        value = activation_name(value) if name == "activation" else value
+        super().__setattr__(name, value)
+
     # ---- the call
 
     if TYPE_CHECKING:
@@ -197,10 +209,18 @@ class FusedResidualStack(nn.Module):
         checks.check_x(x, self.features, "features")
         given = self._given()
         if self._why_not(x, given) is None:
-            rows = x if x.dim() == 2 else x.reshape(-1, self.features)
+            rows, text = x if x.dim() == 2 else x.reshape(-1, self.features), self._text(x, given)
+            autocast = autocast_dtype(x.device.type)
+            if autocast:
+                given[:2] = [cast_for(t, autocast) for t in given[:2]]
             operands = [t for t in given if t is not None]
             try:
-                y = chain.run_stacked(rows, self._text(given), len(self), self.recompute, operands)
+                y, statistics = chain.run_stacked(
+                    rows, text, len(self), self.recompute, operands,
+                    self._seeds(), rows_per_sample(x),
+                )  # fmt: skip
+                if statistics is not None:
+                    self._update(statistics, rows.shape[0])
                 return y if x.dim() == 2 else y.view(x.shape)
             except RuntimeError as error:  # the layers one by one tell more
                 checks.check_memory(error)
@@ -225,42 +245,86 @@ class FusedResidualStack(nn.Module):
         return self._why_not(x, self._given())
 
     def _given(self) -> list[Any]:
-        """The parameters as torch looks them up: one of them may be computed."""
-        return [getattr(self, kind.name) for kind in _PARAMETERS]
+        """The operands as torch looks them up, since one of them may be computed: parameters, and
+        running statistics where the norm goes by them.
+        """
+        by_running = self.norm == "batch" and not self.training
+        return [getattr(self, k.name) for k in _PARAMETERS] + [
+            getattr(self, k.name) if by_running else None for k in _BUFFERS[:2]
+        ]
+
+    def _update(self, statistics: Tensor, M: int) -> None:
+        """The running statistics, by the batch's (L, 2, N)."""
+        mean, var = statistics.view(len(self), 2, self.features).unbind(1)
+        own: Any = (getattr(self, kind.name) for kind in _BUFFERS)
+        running_mean, running_var, tracked = own
+        update_running_statistics(
+            running_mean, running_var, (mean, var), M / (M - 1), M, self.momentum, tracked
+        )
 
     def _why_not(self, x: Tensor, given: list[Any]) -> str | None:
         reason = unchained(x, in_graphs=True)
         if reason is not None:
             return reason
-        last, inner = self._specs()
-        if last.random or inner.random:
-            return "layers drop at random"
-        if self.norm == "batch":
-            return "layers have a batch norm"
+        if self.norm == "batch" and self.training and x.numel() == x.shape[-1]:
+            return "a batch norm gets one row"
         N = self.features
         in_graph = is_dynamo_compiling() or is_exporting()  # where rows may be a symbol
         on_cpu = chain.backend_of(x) == "cpu"
         if on_cpu and (N * N > LARGEST or (not in_graph and too_large((N, N), x))):
             return f"weights of {N} x {N} are too large to be packed for x {tuple(x.shape)}"
-        for kind, t in zip(_PARAMETERS, given, strict=True):
+        for kind, t in zip((*_PARAMETERS, *_BUFFERS[:2]), given, strict=True):
             if t is None:
                 continue
             if t.device != x.device or not (is_exporting() or type(t) in PLAIN):
                 return f"{kind.name} is a {type(t).__name__} on {t.device}"
-            if kind.name in ("weight", "bias") and t.dtype != x.dtype:
-                return f"{kind.name} is {t.dtype}, x {x.dtype}"
+            if t.requires_grad and kind in _BUFFERS:
+                return f"{kind.name} asks for a gradient"
+            if t.dtype not in checks.DTYPES or (kind.name == "bias" and t.dtype != given[0].dtype):
+                return f"{kind.name} is {t.dtype}, weight {given[0].dtype}"
+        try:
+            before, text, product = self._typed(x, given[0].dtype)
+        except TypeError:
+            return f"weight is {given[0].dtype}, x {x.dtype}"
+        if before is None:
+            return f"a block makes another dtype of x's {x.dtype}"
         if not on_cpu:
-            return chain.why_not_triton(self.backend, self._text(given), x, N, N)
-        chosen = backends.choose(self.backend, last.text, x.dtype, x.device, N, N, False)
+            return chain.why_not_triton(self.backend, self._text(x, given), x, N, N)
+        chosen = backends.choose(self.backend, text, product, x.device, N, N, False)
         return None if chosen == "cpu" else f"the backend is '{chosen}'"
 
-    def _text(self, given: list[Any]) -> str:
-        """The links' lines."""
+    def _typed(self, x: Tensor, weight: torch.dtype) -> tuple[list[str] | None, str, Any]:
+        """The recipes' texts of a block's layers before the last and of the last one, where each
+        has its dtypes, and the product's dtype. None in place of the first: blocks differ.
+        """
         last, inner = self._specs()
+        kind = x.device.type
+        autocast = autocast_dtype(kind)
+        texts, dtype, product, before = [], x.dtype, weight, self.layers_per_block - 1
+        for spec, residual in [(inner, None)] * before + [
+            (last, x.dtype if before and last.adds else None)
+        ]:
+            text = spec.text
+            if autocast or dtype != weight or x.dtype != weight:
+                text, product = typed(text, dtype, weight, residual, autocast, kind)
+            texts.append(text)
+            dtype = y_dtype(text, product)
+        same = dtype == x.dtype or len(self) == before + 1
+        return texts[:-1] if same else None, texts[-1], product
+
+    def _seeds(self) -> int:
+        """How many layers drop at random."""
+        last, inner = self._specs()
+        B = self.layers_per_block
+        return len(self) // B * (last.random + (B - 1) * inner.random)
+
+    def _text(self, x: Tensor, given: list[Any]) -> str:
+        """The links' lines."""
+        inner, last, _ = self._typed(x, given[0].dtype)
         there = sum(1 << i for i, t in enumerate(given[1:]) if t is not None)
-        back = self.layers_per_block - 1
-        before = f"{chain.line_of(there & 0b111, 0, inner.text)}\n" * back
-        return before + chain.line_of(there, back if last.adds else 0, last.text)
+        before = [chain.line_of(there & ~_GATE, 0, text) for text in inner or ()]
+        back = len(before) if self._specs()[0].adds else 0
+        return "\n".join([*before, chain.line_of(there, back, last)])
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         """The layers as so many fused calls."""

@@ -51,14 +51,14 @@ class Route(NamedTuple):
 
 def routes(quick: bool) -> Iterator[Route]:
     readme, skipped = f"{TORCH}\n{INSTALL}", f"{TORCH}\nFUSEDRES_SKIP_EXT=1 {INSTALL}"
-    editable = INSTALL.removesuffix(".") + "--editable ."
+    copied = INSTALL.replace(" -e ", " ")
     build = "pip install -q build\npython -m build"
     from_sdist = f"{build} --sdist\nmv dist/*.tar.gz ..\nrm -r *\nmv ../*.tar.gz .\n"
     wheel = "pip install dist/*.whl"
     yield Route("README", readme, FUSED)
     yield Route("README, skipped", skipped, SILENT)
     yield Route("README, skipped, with wheel", f"pip install -q wheel\n{skipped}", SILENT)
-    yield Route("editable, skipped", f"{TORCH}\nFUSEDRES_SKIP_EXT=1 {editable}", SILENT)
+    yield Route("copied, skipped", f"{TORCH}\nFUSEDRES_SKIP_EXT=1 {copied}", SILENT)
     yield Route("isolated", "pip install .", WARNS)
     yield Route("build, isolated", f"{build}\n{wheel}", WARNS)
     if sys.version_info < (3, 12):  # newer ones bring none
@@ -66,13 +66,13 @@ def routes(quick: bool) -> Iterator[Route]:
     yield Route("no compiler", readme, "no C++ compiler c++", path="")
     if quick:
         return
-    yield Route("editable", f"{TORCH}\n{editable}", FUSED)
-    yield Route("sdist", f"{TORCH}\n{from_sdist}{INSTALL.removesuffix('.')}*.tar.gz", FUSED)
+    yield Route("copied", f"{TORCH}\n{copied}", FUSED)
+    yield Route("sdist", f"{TORCH}\n{from_sdist}{copied.removesuffix('.')}*.tar.gz", FUSED)
     here = f"{TORCH}\n{build} --wheel --no-isolation\n{wheel}"
     yield Route("build, not isolated", here, FUSED)
     # --no-deps: uv does not see the shared torch.
     yield Route("uv, isolated", "pip install -q uv\nuv pip install --no-deps .", WARNS)
-    uv = INSTALL.replace("pip", "uv pip", 1) + " --no-deps"
+    uv = copied.replace("pip", "uv pip", 1) + " --no-deps"
     yield Route("uv, not isolated", f"pip install -q uv\n{TORCH}\n{uv}", FUSED)
     for python in (f"python3.{minor}" for minor in range(10, 15)):
         if python != HERE and works(python):
@@ -142,7 +142,8 @@ def outcome(route: Route, folder: Path, source: Path, shared: Path) -> str:
 
     done = run(shutil.which("bash"), "-ec", route.command, cwd=tree)
     if done.returncode == 0:
-        done = run("python", "-c", CALLS, cwd=folder)
+        # Who has a copy starts elsewhere: in the tree Python takes the tree's package.
+        done = run("python", "-c", CALLS, cwd=tree if " -e " in route.command else folder)
         return done.stdout.strip()
     # pip tells how many lines a build said.
     said = re.search(r"\[1 lines of output\]\n *(fusedres: .*)", done.stdout)

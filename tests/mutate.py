@@ -40,6 +40,8 @@ SUITES = {
     "acts": ("native determinism accuracy", "(step and note and layer) or of_nan_inf or within"),
     "norms": ("accuracy", "(test_eps or mean_1e3) and fp32"),
     "batch": ("accuracy", "(trains_a_step and batch and gelu) or (batch_norm_in and fp32)"),
+    "donation": ("donation", "test"),
+    "running": ("modules", "running_statistics"),
     "masks": ("accuracy reference", "masks or philox or drop"),
     "gate": ("accuracy", "scalar_gate and fp32"),
     "layouts": ("shapes", "leading or strided or unwritten"),
@@ -53,10 +55,15 @@ SUITES = {
     "tools": ("graph_tools", "flops or exported"),
     "locale": ("errors", "decimal_comma"),
     "products": ("cpu_kernels", "(products and not instruction) or batch_norm or any_number"),
-    "chain": ("network", "scaled or each_gradient"),
+    "chain": (
+        "network",
+        "scaled or each_gradient or (batch_norm_is and False-training) "
+        "or (link_of_its_own and layer-False)",
+    ),
     "stack": (
         "stack",
-        "gates or turns or one_by_one or loads or double or recompute_keeps or (numbers and rms)",
+        "gates or masks or autocast or turns or one_by_one or loads or double or recompute_keeps "
+        "or (numbers and rms)",
     ),
     "settings": ("settings", ""),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
@@ -65,6 +72,9 @@ SUITES = {
     "triton layouts": ("triton", "layouts or nothing_outside or shortcuts"),
     "triton whole": ("triton", "dz_and_dx"),
     "triton sums": ("triton", "rows_past or many_programs or same_call"),
+    "triton widths": ("triton", "odd_width or alignment_is or every_alignment"),
+    "plan": ("plan", "narrower or powers_of_two or without_wgmma"),
+    "triton host": ("triton_host", "later_launch or once"),
     "triton mixed": ("triton_mixed", "inference or overflows or looks_at"),
     "triton chain": ("triton_chain", "numbers or other_settings or past_the_end or nobody or own"),
     "cuda": ("cuda_emulated", "test_shapes or residuals or parts or several_tiles or large_mean"),
@@ -99,26 +109,45 @@ TABLE = {
 "csrc/params.h": [
     ("ways", "kept elements are not scaled up", "p < 1 ? 1 / (1 - p) : 0", "1"),
 ],
-"csrc/chain.cpp": [
-    ("chain", "no residual_scale in a chain's backward", "last ? r.residual_scale : 1.0", "1.0"),
-    ("chain", "an add in the middle of a link sends nothing back",
-     "if (!last) walk.after->dresidual = memory;", ""),
+"csrc/chain/forward.h": [
+    ("chain", "a norm before linear surveys nothing in a chain",
+     "if (survey && statistics)", "if (false)"),
 ],
-"csrc/links.h": [
+"csrc/chain/backward.h": [
+    ("chain", "no residual_scale in a chain's backward", "reader.receive(skip, r.residual_scale)",
+     "reader.receive(skip, 1)"),
+    ("chain", "an add in the middle of a link sends nothing back",
+     "send_to(memory);\n    reader", "reader"),
+    ("chain", "an add after a batch norm sends back what came to the norm", "Rows skip = dy;",
+     "Rows skip = walk.pass.dy;"),
+    ("chain", "a shortcut's input has no gradient but the shortcut's",
+     "if (!first) links[wiring.reader[from]].receive(to, 1);", ""),
+],
+"fusedres/links.py": [
+    ("chain", "a batch norm's statistics are those of the first one", "        at += 2 * C\n", ""),
+],
+"csrc/chain/links.h": [
     ("stack", "every block has the first one's gate", "i == gate_ ? l / block : l",
      "i == gate_ ? 0 : l"),
-    ("stack", "a later block adds the first one's input", "source_[l - block] + block",
-     "source_[l - block]"),
-    ("stack", "an input's memory is taken while a later link needs it",
-     "std::max(lives[source(l)].end, l)", "lives[source(l)].end"),
+    ("stack", "the stream is kept where only its cast is read",
+     "prologue.empty() || !links[l].casts", "prologue.empty() || true"),
+    ("stack", "every link draws the first one's mask", "data_ptr())[seeded_]", "data_ptr())[0]"),
+],
+"csrc/chain/wiring.h": [
+    ("stack", "a later block adds the first one's input", "adds[l] < 0 ? -1 : adds[l] + block",
+     "adds[l]"),
+    ("stack", "a value's memory is taken while a later link needs it",
+     "std::max(lives[v].end, l)", "v < l ? lives[v].end : l"),
     ("stack", "a gradient's memory is taken while a source needs it",
-     "size() - 1 - source(l - 1)}", "size() - 1 - (l - 1)}"),
+     "std::min(v - 1, target(v - 1))", "(v - 1)"),
+],
+"csrc/chain/results.h": [
     ("stack", "a gradient of one link for all", "chain_.entry(i, l))", "0 * l)"),
 ],
 "fusedres/chain.py": [
     ("stack", "recompute keeps z", "keep = 2 if recompute else 1", "keep = 1"),
-    ("stack", "double backward adds a link's own input", "values[-1 - back] if back else None",
-     "values[-1] if back else None"),
+    ("stack", "double backward adds a link's own input",
+     "values[-1 - back] if back != input_back", "values[-1] if back != input_back"),
 ],
 "fusedres/stack.py": [
     ("stack", "a batch norm's batches are not counted", "tracked = count if tracks else None",
@@ -131,6 +160,15 @@ TABLE = {
 "fusedres/spec.py": [
     ("settings", "numbers of numpy are none", "isinstance(value, Real) and value == value",
      "isinstance(value, (int, float)) and value == value"),
+],
+"fusedres/donation.py": [
+    ("donation", "z is written over though the graph is kept", "or _keeps_graph() ", ""),
+    ("donation", "z is written over though somebody holds it", "references + 2", "references + 3"),
+],
+"csrc/running.cpp": [
+    ("running", "the biased variance is kept", "static_cast<double>(rows - 1) : 1",
+     "static_cast<double>(rows) : 1"),
+    ("running", "an average that forgets this batch", "*count + 1.0", "*count + 0.0"),
 ],
 "csrc/cpu/storage.h": [
     ("half", "bf16 is cut off, not rounded", "(u + 0x7FFF + ((u >> 16) & 1)) >> 16", "u >> 16"),
@@ -156,8 +194,14 @@ TABLE = {
      "drop_sample(t, n, p.seed, m"),
 ],
 "csrc/cpu/backward.h": [
-    ("batch", "batch norm's gradient divides by M - 1", "static_cast<A>(p.M)",
-     "static_cast<A>(p.M - 1)"),
+    ("batch", "batch norm's gradient divides by M - 1", "static_cast<A>(p.M);\n    for",
+     "static_cast<A>(p.M - 1);\n    for"),
+    ("batch", "the same where stages stand before it", "static_cast<A>(p.M);\n#pragma",
+     "static_cast<A>(p.M - 1);\n#pragma"),
+    ("batch", "the bias is no part of what batch norm saw", "p.bias ? p.mean[i] - p.bias[i] :",
+     "p.bias ? p.mean[i] :"),
+    ("donation", "dy is loaded over a z that is still needed",
+     "\n                        !(b.after && b.dz.data == b.after->program.input.data);", "true;"),
     ("step", "no gamma in backward", "if (p.gamma) scale_shift<A>(d, p.gamma, nullptr, d, n);", ""),
     ("gate", "no gate in backward", "d[i] *= p.gate[0]", "d[i] *= 1"),
     ("ways", "backward drops other elements",
@@ -168,7 +212,7 @@ TABLE = {
     ("ways", "a scaled skip of x goes back unscaled", "static_cast<A>(b.skip_scale)", "A(1)"),
     ("random", "the last block of rows is not added", "  after.flush();\n", ""),
     ("random", "no shortcut to x before the product",
-     "accumulate(row, dx_add(i), width_);", "{}"),
+     "add(d + i * stride, dx_add(i), width_);", ";"),
     ("products", "dweight of the last 128 rows only", "K, c, stride, m > first);",
      "K, c, stride, false);"),
     ("products", "a part of dweight is left out", "int64_t part = 1; part < count",
@@ -267,6 +311,8 @@ TABLE = {
     ("masks", "one digit of Philox", "0x9E3779B9u", "0x9E3779B1u"),
 ],
 "fusedres/kernels/stages.py": [
+    ("triton widths", "sizes are rounded down", "sizes[i] // ALIGN * ALIGN",
+     "sizes[i] // 16 * 16"),
     ("triton", "no mask over columns", "(column < columns)[None, :]", "(column >= 0)[None, :]"),
     ("triton layouts", "the width for the stride", "row[:, None] * stride_row",
      "row[:, None] * columns"),
@@ -363,7 +409,21 @@ TABLE = {
     ("triton mixed", "the skip of dx alone is not scaled", "dt += skip * other", "dt += other"),
 ],
 "fusedres/backends/triton.py": [
+    ("triton widths", "N is not asked for its alignment", "math.gcd(16, N, *(", "math.gcd(16, *("),
     ("triton", "the skip is added twice", "beta=int(late)", "beta=2 * int(late)"),
+],
+"fusedres/backends/launch.py": [
+    ("triton host", "pointers are not asked for their alignment", "t.data_ptr() & 15)", "0)"),
+    ("triton host", "calls are kept for ever", "_calls.clear()", "pass"),
+    ("triton host", "profilers miss a launch", "is not kernel or hooked()", "is not kernel"),
+],
+"fusedres/backends/vendor.py": [
+    ("triton widths", "odd rows go to Triton", "bool(N % 2 or K % 2)", "False"),
+],
+"fusedres/backends/plan.py": [
+    ("plan", "128 programs do not fill 132", "FULL = 0.9 ", "FULL = 1.0 "),
+    ("plan", "Ada reads no tiles of Ampere", '("sm_8", "sm_12")', '("sm_8x",)'),
+    ("plan", "single elements by as few warps", "16 if width == 2 else 64", "64"),
 ],
 "fusedres/functional.py": [
     ("surgery", "batches are not counted", "tracked.add_(1)", "tracked.add_(0)"),

@@ -13,6 +13,7 @@ with every log and junit XML.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tarfile
@@ -32,6 +33,7 @@ from .steps import RESULTS_FILE, SECONDS, STACKS_FILE, VERDICTS, Check, Found
 
 NO_GPU = 2
 TOTAL = sum(SECONDS.values())
+PREDICTIONS = results_file.ROOT / "bench" / "gpu-model.json"
 REPORT, SUMMARY, LOGS = "gpu-check.json", "summary.md", "logs.tar.gz"
 
 
@@ -56,6 +58,14 @@ def write(out: Path, work: Path, commit: str, found: Found) -> str:
     return summary
 
 
+def predictions(gpu: str) -> dict[tuple[str, str], float]:
+    """Of goals, by what they are of and their row: what `python -m bench gpu-model` wrote down."""
+    known = {"H100": "sm_90", "H200": "sm_90", "A100": "sm_80"}
+    architecture = next((sm for name, sm in known.items() if name in gpu), "")
+    found = json.loads(PREDICTIONS.read_text()).get(architecture, [])
+    return {(goal["goal"], goal["row"]): goal["value"] for goal in found}
+
+
 def text(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     found, steps = results["machine"] | results["clocks"], results["steps"]
@@ -68,7 +78,8 @@ def text(results: Results) -> str:
     failed = [f"* {name}" for s in steps for name in s.get("failed", [])]
     parts += ["\n".join(["Failed tests:", *failed])] if failed else []
     if results["rows"]:
-        parts.append(goal_table(results["goals"], full=True).markdown())
+        goals = goal_table(results["goals"], full=True, foretold=predictions(found["gpu"]))
+        parts.append(goals.markdown())
         lines = [f"* {line}" for line in losses(results["rows"])] or ["* nowhere"]
         parts.append("\n".join(["Where fused is slower than eager or torch.compile:", *lines]))
     return "\n\n".join(parts)

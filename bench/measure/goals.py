@@ -31,7 +31,7 @@ LOST = "rows lost"  # of all that were measured, so such a goal has no tasks
 @dataclass(frozen=True)
 class Goal:
     """For each of `tasks` what `pair` tells is at most `bound`; with `least`, at least. `pair`: one
-    of the constants above, "A / B" of a row's contenders, or one contender, for microseconds.
+    of the constants above, "A / B" of a row's contenders, or one contender, for us.
     `beyond` would be better still. `fast`: for machines alone whose product in the tasks' dtype
     is no slower than half of the one in fp32, or with False slower.
     """

@@ -44,7 +44,7 @@ PROTOCOL: dict[str, Any] = {
     "calm": f"false: fewer than {timing.MIN_ROUNDS} rounds were left, so all were kept",
     "sample": f"{timing.WARM_UP_CALLS} warm-up calls, then as many calls a sample as last "
     f"{timing.SAMPLE_SECONDS * 1e3:g} ms; garbage collection off",
-    "times_us": "microseconds a call, over rounds",
+    "times_us": "us a call, over rounds",
     "ratios": "contender / fused within a round, over rounds; above 1 fused is faster",
     "slower_than": f"if calm, of {', '.join(RIVALS)} those with median ratio < "
     f"{1 - timing.NOISE:g} and upper quartile < 1",

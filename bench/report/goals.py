@@ -8,11 +8,17 @@ VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
 DISTURBED = "disturbed"  # measured beside other processes, so not judged
 
 
-def goal_table(judged: list[Row], full: bool = False) -> Table:
-    """A line a goal, with its worst row; `full`: a line a row."""
+def goal_table(
+    judged: list[Row], full: bool = False, foretold: dict[tuple[str, str], float] | None = None
+) -> Table:
+    """A line a goal, with its worst row; `full`: a line a row, with what was predicted for it."""
     if full:
-        head = ["goal", "row", "bound", "beyond", "found", "quartiles", "verdict"]
-        body = [[g["goal"], g["row"], *_bounds(g), *_found(g), verdict(g)] for g in judged]
+        head = ["goal", "row", "bound", "beyond", "predicted", "found", "quartiles", "verdict"]
+        told = [digits((foretold or {}).get((g["goal"], g["row"])), ".2f") for g in judged]
+        body = [
+            [g["goal"], g["row"], *_bounds(g), before, *_found(g), verdict(g)]
+            for g, before in zip(judged, told, strict=True)
+        ]
         return Table("Every goal", head, body, left=4)
     goals: dict[tuple[str, str], list[Row]] = {}
     for row in judged:

@@ -152,7 +152,7 @@ def host(results: Results, found: list[Row]) -> Any:
         drawn = bars(axis, [row["host_us"].get(n, math.nan) for n in names], colours, 0.75)
         axis.bar_label(drawn, fmt="%.0f", padding=3)
         most = max(row["host_us"].values())
-        axis.set(title=row["mode"], xlabel="µs a call", xlim=(0, 1.2 * most))
+        axis.set(title=row["mode"], xlabel="us a call", xlim=(0, 1.2 * most))
     axes[0][0].set_yticks(range(len(names)), names)
     figure.suptitle(f"Host time of a call: nothing to compute, x is {shape(found[0])}")
     return figure

@@ -17,19 +17,33 @@ inline void accumulate(A* sums, const A* d, int64_t n) {
   if (sums) add(sums, d, n);
 }
 
+// sums += d, or d * t, down the rows of d, `stride` apart, and of t.
 template <class A>
-inline void accumulate_product(A* sums, const A* d, const A* t, int64_t n) {
+inline void add_rows(A* sums, const A* d, int64_t stride, const A* t, int64_t t_stride,
+                     int64_t rows, int64_t n) {
   if (!sums) return;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sums[i] += d[i] * t[i];
+  over_strips<A>(n, [&](int64_t i, auto v, auto strip) {
+    using T = decltype(v);
+    constexpr int kStrip = strip, kLanes = sizeof(T) / sizeof(A);
+    T s[kStrip];
+#pragma GCC unroll 4
+    for (int j = 0; j < kStrip; ++j) s[j] = at<T>(sums, i + j * kLanes);
+    for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+      for (int j = 0; j < kStrip; ++j) {
+        const int64_t where = i + j * kLanes;
+        const T& of_d = at<T>(d, row * stride + where);
+        s[j] += t ? of_d * at<T>(t, row * t_stride + where) : of_d;
+      }
+#pragma GCC unroll 4
+    for (int j = 0; j < kStrip; ++j) at<T>(sums, i + j * kLanes) = s[j];
+  });
 }
 
 template <class A>
 inline void norm_grad(const Walk<A>& w, const Tape<A>& tape, A* d) {
   const Program<A>& p = w.program;
   const int64_t n = p.width;
-  accumulate_product(w.dgamma, d, tape.c, n);
-  accumulate(w.dbeta, d, n);
   if (p.recipe->batch_stats) {  // the sums over all rows are known by now
     const A weight = A(1) / static_cast<A>(p.M);
 #pragma omp simd
@@ -57,7 +71,6 @@ inline void backward_stage(const Walk<A>& w, Stage stage, int64_t m, const Tape<
     case Stage::act:
       return activate_grad(r.act, d, tape.act, n);
     case Stage::gate:
-      accumulate_product(w.dgate, d, tape.gate, n);
       if (r.scalar_gate)
         for (int64_t i = 0; i < n; ++i) d[i] *= p.gate[0];
       else
@@ -84,9 +97,12 @@ inline void backward_stage(const Walk<A>& w, Stage stage, int64_t m, const Tape<
 template <class A>
 class Side {
  public:
-  // Of its width, in scratch: the sums, and for each row what `add` sends back and five values.
-  static constexpr int64_t kMostRows = 16, kSums = 4, kOfRow = 6;
-  static int64_t elements(int64_t width) { return (kSums + at_once(width) * kOfRow) * width; }
+  // Of its width, in scratch: the sums, a batch norm's coefficients, and for each row what `add`
+  // sends back and five values.
+  static constexpr int64_t kMostRows = 16, kSums = 4, kCoefficients = 4, kOfRow = 6;
+  static int64_t elements(int64_t width) {
+    return (kSums + kCoefficients + at_once(width) * kOfRow) * width;
+  }
 
   Side(const Walk<A>* given, Arena& arena) {
     if (!given) return;
@@ -104,6 +120,7 @@ class Side {
     replayed_ = replayed(*walk_.program.stages, walk_.last);
     takes_norm_ = walk_.first > 0;
     if (takes_norm_) replayed_ = std::max(replayed_, walk_.first);
+    if (walk_.dh_sum && walk_.last == 1) set_coefficients();
   }
 
   // Rows d, of m, m + 1, ..., become gradients of what stages[first] acted on: stage by stage, as in
@@ -124,19 +141,56 @@ class Side {
   void few_rows(int64_t m, int64_t count, A* d, int64_t stride) {
     const Program<A>& p = walk_.program;
     const std::vector<Stage>& stages = *p.stages;
+    if (scale_) return batch_norm_rows(m, count, d, stride);
     replay(m, count);
-    for (size_t stage = walk_.last; stage > walk_.first; --stage)
+    for (size_t stage = walk_.last; stage > walk_.first; --stage) {
+      sum_up(stages[stage - 1], count, d, stride);
       for (int64_t i = 0; i < count; ++i)
         backward_stage(walk_, stages[stage - 1], m + i, tapes_[i], d + i * stride, dx_add(i));
-    for (int64_t i = 0; i < count; ++i) {
-      A* const row = d + i * stride;
-      if (takes_norm_) {
-        accumulate_product(walk_.dgamma, row, tapes_[i].c, width_);
-        accumulate(walk_.dbeta, row, width_);
-      }
-      accumulate(walk_.dbias, row, width_);
-      if (p.residual_is_input && walk_.first == 0) accumulate(row, dx_add(i), width_);
     }
+    if (takes_norm_) sum_up(Stage::norm, count, d, stride);
+    sum_up(Stage::linear, count, d, stride);
+    if (p.residual_is_input && walk_.first == 0)
+      for (int64_t i = 0; i < count; ++i) add(d + i * stride, dx_add(i), width_);
+    if ((rows_ += count) >= kMostRows) flush();
+  }
+
+  // What the parameters of `stage` get from d, the gradient of its result.
+  void sum_up(Stage stage, int64_t count, const A* d, int64_t stride) {
+    const auto sum = [&](A* sums, const A* t) {
+      add_rows(sums, d, stride, t, kOfRow * width_, count, width_);
+    };
+    if (stage == Stage::norm) sum(walk_.dgamma, tapes_[0].c), sum(walk_.dbeta, nullptr);
+    if (stage == Stage::gate) sum(walk_.dgate, tapes_[0].gate);
+    if (stage == Stage::linear) sum(walk_.dbias, nullptr);
+  }
+
+  // A batch norm alone, whose sums are known: no value of a row needs another.
+  //
+  //   dz = gamma rstd (dh - mean(dh) - c mean(dh c)) = scale dh - offset - slope (z - center)
+  void set_coefficients() {
+    const Program<A>& p = walk_.program;
+    scale_ = memory_ + kSums * width_;
+    A *const offset = scale_ + width_, *const slope = offset + width_,
+             *const center = slope + width_;
+    const A weight = A(1) / static_cast<A>(p.M);
+    for (int64_t i = 0; i < width_; ++i) {
+      scale_[i] = p.gamma ? p.gamma[i] * p.rstd[i] : p.rstd[i];
+      offset[i] = scale_[i] * weight * walk_.dh_sum[i];
+      slope[i] = scale_[i] * weight * walk_.dhc_sum[i] * p.rstd[i];
+      center[i] = p.bias ? p.mean[i] - p.bias[i] : p.mean[i];
+    }
+  }
+  void batch_norm_rows(int64_t m, int64_t count, A* d, int64_t stride) {
+    const A *const scale = scale_, *const offset = scale + width_, *const slope = offset + width_,
+                   *const center = slope + width_;
+    for (int64_t row = 0; row < count; ++row)
+      with_row<A>(walk_.program.input, m + row, [&, n = width_, t = d + row * stride](auto* z) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i)
+          t[i] = scale[i] * t[i] - offset[i] - slope[i] * (to_float(z[i]) - center[i]);
+      });
+    sum_up(Stage::linear, count, d, stride);
     if ((rows_ += count) >= kMostRows) flush();
   }
 
@@ -152,7 +206,7 @@ class Side {
     return rows;
   }
 
-  A* dx_add(int64_t row) { return memory_ + (kSums + row * kOfRow) * width_; }
+  A* dx_add(int64_t row) { return memory_ + (kSums + kCoefficients + row * kOfRow) * width_; }
   A* value(int64_t row, int i) { return dx_add(row) + (1 + i) * width_; }  // of the forward
 
   // Fills the tapes, which keep up to three values of a row. The last stage's own result is not
@@ -181,14 +235,14 @@ class Side {
       else if (last == Stage::gate)
         tapes_[i].gate = t[i];
       else
-        forward_stage<A, true>(p, last, m + i, t[i], value(i, used[i] + 1), &tapes_[i]);
+        tapes_[i].rstd = norm_forward<A, true>(p, t[i], nullptr), tapes_[i].c = t[i];
     }
   }
 
   Walk<A> walk_;
   A* totals_[kSums] = {};  // where the caller wants the sums: dgamma, dbeta, dgate, dbias
   int64_t width_ = 0, rows_ = 0, at_once_ = 1;
-  A* memory_ = nullptr;
+  A *memory_ = nullptr, *scale_ = nullptr;
   size_t replayed_ = 0;
   bool takes_norm_ = false;
   Tape<A> tapes_[kMostRows];
@@ -205,19 +259,29 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
       (rows * step + rows * inner + rows * wide + Side<A>::elements(N) + Side<A>::elements(K)) *
       sizeof(A));
   Side<A> after(b.after, arena), before(b.before, arena);
-  A* const t = arena.take<A>(rows * step);
+  A* const scratch = arena.take<A>(rows * step);
   Unit* const left = arena.take<Unit>(rows * inner);
-  A* const product = multiplies ? arena.take<A>(rows * wide) : t;
-  const int64_t d_step = multiplies ? wide : step;
+  A* const of_product = multiplies ? arena.take<A>(rows * wide) : scratch;
+  // dz and dx are made where they are stored, if they can be and nothing is read there.
+  const bool dx_there = multiplies && can_hold<A>(b.dx, K) && b.dx.data != b.dy.data;
+  const bool dz_there = multiplies && can_hold<A>(b.dz, N) && b.product == b.dz.dtype &&
+                        b.dz.data != b.dy.data &&
+                        !(b.after && b.dz.data == b.after->program.input.data);
+  const Block<A> dz_block = dz_there ? Block<A>(b.dz) : Block<A>(scratch, step);
+  const Block<A> dx_block = dx_there     ? Block<A>(b.dx)
+                            : multiplies ? Block<A>(of_product, wide)
+                                         : Block<A>(scratch, step);
+  const int64_t t_step = dz_block.stride, d_step = dx_block.stride;
 
   for (int64_t first = begin; first < end; first += rows) {
     const int64_t count = std::min(rows, end - first);
+    A *const t = dz_block.at(first), *const product = dx_block.at(first);
     // dy -> back through the stages after -> dz
-    for (int64_t i = 0; i < count; ++i) load_row(b.dy, first + i, t + i * step, N);
-    if (b.after) after.rows(first, count, t, step);
+    for (int64_t i = 0; i < count; ++i) load_row(b.dy, first + i, t + i * t_step, N);
+    if (b.after) after.rows(first, count, t, t_step);
     for (int64_t i = 0; i < count; ++i) {
-      A* const d = t + i * step;
-      if (b.dz.data) store_row(d, b.dz, first + i, N);
+      A* const d = t + i * t_step;
+      if (b.dz.data && !dz_there) store_row(d, b.dz, first + i, N);
       if (!multiplies) continue;
       if (std::is_same_v<Unit, A>)
         round_row(d, b.product, N);
@@ -228,7 +292,7 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
     if (multiplies) {
       const Unit* a = left;
       int64_t stride = inner;
-      if constexpr (std::is_same_v<Unit, A>) a = t, stride = step;
+      if constexpr (std::is_same_v<Unit, A>) a = t, stride = t_step;
       multiply(row_major(a, stride), count, static_cast<const Unit*>(b.weight.data), inner, K,
                product, d_step, false);
     }
@@ -237,7 +301,7 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count && b.dx.data; ++i) {
       A* const d = product + i * d_step;
       if (b.skip.data) add_scaled(b.skip, first + i, static_cast<A>(b.skip_scale), d, K);
-      store_row(d, b.dx, first + i, K);
+      if (!dx_there) store_row(d, b.dx, first + i, K);
     }
   }
   after.flush();
@@ -248,8 +312,13 @@ void backward(const Backward<A>& b, int64_t begin, int64_t end) {
 template <class A, class Unit>
 void weight_gradient(const WeightGradient<A>& g, int64_t first, int64_t last, int64_t begin,
                      int64_t end) {
-  const int64_t block = g.right.data ? round_up(last - first, 2 * kAmx) : 128;
-  const int64_t K = g.x.features, wide = round_up(K, Vector<A>::kLanes), width = end - begin;
+  const int64_t K = g.x.features;
+  // Whole sums of the product, so that it is the same whether x is packed at once or block by block.
+  const int64_t sums = (std::is_same_v<Unit, Pair> ? 2 : 1) * kInner;
+  const int64_t block = g.right.data ? round_up(last - first, 2 * kAmx)
+                        : K > 256    ? sums
+                                     : 2 * kInner;
+  const int64_t wide = round_up(K, Vector<A>::kLanes), width = end - begin;
   const int64_t left_rows = round_up(width + kTileRows, kAmx);  // in tiles of either size
   Arena arena((block * ((g.right.data ? 0 : wide) + left_rows) + width * wide) * sizeof(A));
   Unit* const packed = g.right.data ? nullptr : arena.take<Unit>(block * wide);

@@ -28,22 +28,41 @@ inline size_t stages_before_norm(const std::vector<Stage>& stages) {
   return std::find(stages.begin(), stages.end(), Stage::norm) - stages.begin();
 }
 
+// Columns [i, i + kStrip T's) of t: the mean m down the rows, the sums of t - m and of (t - m)^2.
+template <class T, int kStrip, class A>
+FUSEDRES_INLINE void strip_statistics(const A* t, int64_t stride, int64_t rows, A* mean, A* rest,
+                                      A* square) {
+  constexpr int kLanes = sizeof(T) / sizeof(A);
+  T m[kStrip] = {}, d_sum[kStrip] = {}, d_square[kStrip] = {};
+  for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+    for (int j = 0; j < kStrip; ++j) m[j] += at<T>(t, row * stride + j * kLanes);
+#pragma GCC unroll 4
+  for (int j = 0; j < kStrip; ++j) m[j] /= static_cast<A>(rows);
+  for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+    for (int j = 0; j < kStrip; ++j) {
+      const T d = at<T>(t, row * stride + j * kLanes) - m[j];
+      d_sum[j] += d;
+      d_square[j] += d * d;
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < kStrip; ++j) {
+    at<T>(mean, j * kLanes) = m[j];
+    at<T>(rest, j * kLanes) = d_sum[j];
+    at<T>(square, j * kLanes) = d_square[j];
+  }
+}
+
 // Merges the rows t (rows, n) into the mean and squares of `seen` rows: two passes about the block's
 // own mean, whose rounding shows as the mean of what is left. Both begin as 0.
 template <class A>
 inline void merge_statistics(const A* t, int64_t stride, int64_t rows, int64_t n, int64_t seen,
                              double* mean, double* squares, A* sums) {
   A *const rest = sums + n, *const square = rest + n;
-  std::fill_n(sums, 3 * n, A(0));
-  for (int64_t m = 0; m < rows; ++m) add(sums, t + m * stride, n);
-  for (int64_t i = 0; i < n; ++i) sums[i] /= static_cast<A>(rows);
-  for (int64_t m = 0; m < rows; ++m)
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const A d = t[m * stride + i] - sums[i];
-      rest[i] += d;
-      square[i] += d * d;
-    }
+  over_strips<A>(n, [&](int64_t i, auto v, auto strip) {
+    strip_statistics<decltype(v), strip>(t + i, stride, rows, sums + i, rest + i, square + i);
+  });
   const double here = static_cast<double>(rows);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -88,21 +107,30 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
   Arena arena((rows * step + rows * inner + rows * wide + 3 * width) * sizeof(A));
   A* const t = arena.take<A>(rows * step);
   Unit* const left = arena.take<Unit>(rows * inner);
-  A* const z = multiplies ? arena.take<A>(rows * wide) : t;
+  A* const product = multiplies ? arena.take<A>(rows * wide) : t;
   A* const sums = arena.take<A>(3 * width);
-  const int64_t z_step = multiplies ? wide : step;
-  const bool plain = multiplies && !f.before && !f.operand.data && f.x.dtype == f.product;
-  const bool in_place =
-      plain && !apart && f.product != DType::bfloat16 && f.product != DType::float16;
-  const bool pairs_as_they_are = plain && apart;
   const auto stages_of = [&](const Program<A>* p) {
     if (!p) return size_t{0};
     return statistics && p == last ? stages_before_norm(*p->stages) : p->stages->size();
   };
   const size_t before_stages = stages_of(f.before), after_stages = stages_of(f.after);
 
+  // z becomes y where y is stored, if it can; with no y and no stages, z is made where it is stored
+  // and the mean gets the bias.
+  const bool z_stays = !f.y.data && after_stages == 0;
+  const Rows& stored = z_stays ? f.z : f.y;
+  const bool there = multiplies && can_hold<A>(stored, N) && f.product == stored.dtype;
+  const A* const bias = f.after ? f.after->bias : nullptr;
+  const Block<A> block = there ? Block<A>(stored) : Block<A>(product, multiplies ? wide : step);
+  const int64_t z_step = block.stride;
+  const bool plain = multiplies && !f.before && !f.operand.data && f.x.dtype == f.product;
+  const bool in_place =
+      plain && !apart && f.product != DType::bfloat16 && f.product != DType::float16;
+  const bool pairs_as_they_are = plain && apart;
+
   for (int64_t first = begin; first < end; first += rows) {
     const int64_t count = std::min(rows, end - first);
+    A* const z = block.at(first);
     // x -> stages before -> operand
     if (pairs_as_they_are) {
       for (int64_t i = 0; i < count; ++i) load_units(f.x, first + i, K, left + i * inner);
@@ -134,15 +162,18 @@ void forward(const Forward<A>& f, int64_t begin, int64_t end, double* statistics
       A* const row = z + i * z_step;
       if (f.early_bias) add(row, f.early_bias, N);
       if (multiplies) round_row(row, f.product, N);
-      if (f.z.data) store_row(row, f.z, first + i, N);
-      if (f.after && f.after->bias) add(row, f.after->bias, N);
+      if (f.z.data && !(there && z_stays)) store_row(row, f.z, first + i, N);
+      if (bias && !(there && z_stays)) add(row, bias, N);
     }
     run_stages(f.after, after_stages, first, count, z, z_step);
-    for (int64_t i = 0; i < count && f.y.data; ++i) store_row(z + i * z_step, f.y, first + i, N);
+    for (int64_t i = 0; i < count && f.y.data && !there; ++i)
+      store_row(z + i * z_step, f.y, first + i, N);
     if (statistics)
       merge_statistics(z, z_step, count, width, first - begin, statistics, statistics + width,
                        sums);
   }
+  if (statistics && bias && there && z_stays)
+    for (int64_t n = 0; n < width; ++n) statistics[n] += bias[n];
 }
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA

@@ -306,8 +306,7 @@ inline void pack_transposed(const Rows& matrix, int64_t inner, int64_t width, Un
   constexpr int64_t kLanes = V::kLanes;
   const int64_t count = units<Unit>(inner), stride = round_up(count, kLanes);
   Unit* const staged = Arena(kLanes * stride * sizeof(Unit)).template take<Unit>(kLanes * stride);
-  const bool as_it_is = std::is_same_v<Unit, Sum<Unit>> &&
-                        matrix.dtype == (sizeof(Unit) == 8 ? DType::float64 : DType::float32);
+  const bool as_it_is = is_exact<Unit>(matrix.dtype);
   for (int64_t n = begin * V::kPanel; n < std::min(width, end * V::kPanel); n += kLanes) {
     const int64_t first = n / V::kPanel * V::kPanel;
     const int64_t step = std::min(V::kPanel, round_up(width - first, kLanes));
@@ -332,23 +331,35 @@ inline void pack_transposed(const Rows& matrix, int64_t inner, int64_t width, Un
   }
 }
 
-// Panels [begin, end) of b (inner, width), b[k][n] = matrix[first + k][n].
+// Panels [begin, end) of b (inner, width), b[k][n] = matrix[row + k][n]. Few rows at a time, so that
+// both sides are met line after line.
 template <class Unit>
 inline void pack_rows(const Rows& matrix, int64_t row, int64_t inner, int64_t width, Unit* out,
                       int64_t begin, int64_t end) {
   using V = Vector<Sum<Unit>>;
+  constexpr int64_t kAtOnce = 8;
   const int64_t count = units<Unit>(inner);
   const Rows from = rows_from<Sum<Unit>>(matrix, row);
-  for (int64_t k = 0; k < count; ++k)
-    with_units_across<Unit>(from, k, inner, [&](auto get) {
-      for (int64_t n = begin * V::kPanel; n < std::min(width, end * V::kPanel); n += V::kPanel) {
-        const int64_t here = std::min(V::kPanel, width - n), step = round_up(here, V::kLanes);
-        Unit* const to = out + n * count + k * step;
+  const auto pack = [&](int64_t k, int64_t first, int64_t last, auto get) {
+    for (int64_t n = first * V::kPanel; n < std::min(width, last * V::kPanel); n += V::kPanel) {
+      const int64_t here = std::min(V::kPanel, width - n), step = round_up(here, V::kLanes);
+      Unit* const to = out + n * count + k * step;
 #pragma omp simd
-        for (int64_t j = 0; j < here; ++j) to[j] = get(n + j);
-        for (int64_t j = here; j < step; ++j) to[j] = Unit{};
-      }
-    });
+      for (int64_t j = 0; j < here; ++j) to[j] = get(n + j);
+      for (int64_t j = here; j < step; ++j) to[j] = Unit{};
+    }
+  };
+  if (is_exact<Unit>(matrix.dtype)) {
+    for (int64_t first = 0; first < count; first += kAtOnce)
+      for (int64_t panel = begin; panel < end; ++panel)
+        for (int64_t k = first; k < std::min(count, first + kAtOnce); ++k) {
+          const Unit* const in = static_cast<const Unit*>(from.data) + k * from.stride;
+          pack(k, panel, panel + 1, [in](int64_t n) { return in[n]; });
+        }
+  } else {
+    for (int64_t k = 0; k < count; ++k)
+      with_units_across<Unit>(from, k, inner, [&](auto get) { pack(k, begin, end, get); });
+  }
 }
 
 // The left side of a.T @ b, from columns [begin, end) of `matrix`: in tiles, or row by row for AMX.

@@ -68,6 +68,35 @@ inline Rows rows_from(const Rows& rows, int64_t m) {
   return rest;
 }
 
+// Whether `T` is what is stored.
+template <class T>
+inline bool is_exact(DType dtype) {
+  return std::is_same_v<T, double>  ? dtype == DType::float64
+         : std::is_same_v<T, float> ? dtype == DType::float32
+                                    : false;
+}
+
+// Whether rows of `n` elements may be worked on where they are stored: vectors do not reach over
+// their ends.
+template <class A>
+inline bool can_hold(const Rows& rows, int64_t n) {
+  return rows.data && is_exact<A>(rows.dtype) && n % Vector<A>::kLanes == 0;
+}
+
+// A block's rows: in scratch, or where they are stored in the end.
+template <class A>
+struct Block {
+  A* scratch;
+  int64_t stride;
+  const Rows* stored = nullptr;
+
+  Block(A* scratch, int64_t stride) : scratch(scratch), stride(stride) {}
+  Block(const Rows& rows) : scratch(nullptr), stride(rows.stride), stored(&rows) {}
+  A* at(int64_t first) const {
+    return stored ? static_cast<A*>(stored->data) + first * stride : scratch;
+  }
+};
+
 // Pieces of the scratch. There is one arena at a time in a thread.
 class Arena {
  public:

@@ -89,6 +89,25 @@ inline const T& at(const A* t, int64_t i) {
   return *reinterpret_cast<const T*>(t + i);
 }
 
+template <class T, class A>
+inline T& at(A* t, int64_t i) {
+  return *reinterpret_cast<T*>(t + i);
+}
+
+// f(i, T{}, strip) for [0, n) in strips of that many T's, vectors but for the last elements: what
+// goes down columns keeps a strip's sums in registers.
+template <class A, class F>
+inline void over_strips(int64_t n, const F& f) {
+  using V = Vector<A>;
+  constexpr int kStrip = 4;
+  int64_t i = 0;
+  for (; i + kStrip * V::kLanes <= n; i += kStrip * V::kLanes)
+    f(i, typename V::Anywhere{}, std::integral_constant<int, kStrip>{});
+  for (; i + V::kLanes <= n; i += V::kLanes)
+    f(i, typename V::Anywhere{}, std::integral_constant<int, 1>{});
+  for (; i < n; ++i) f(i, A{}, std::integral_constant<int, 1>{});
+}
+
 template <class A>
 inline A sum(const A* t, int64_t n) {
   return sum_of<A>(n, [&](int64_t i, auto v) { return at<decltype(v)>(t, i); });
@@ -219,31 +238,31 @@ struct Tape {
   A rstd = 0;
 };
 
-// out = h = gamma * c + beta; returns rstd. Where out is apart from t, for a tape, c stays in t.
+// out = h = gamma * c + beta, if it is not null; returns rstd. `kKeep`: c stays in t, which is not out.
 template <class A, bool kKeep>
 inline A norm_forward(const Program<A>& p, A* t, A* out) {
   const Recipe& r = *p.recipe;
   const int64_t n = p.width;
-  if (r.norm == Norm::batch) {
+  const auto normalize = [&](const auto& c_of, A rstd) {
+    if (p.gamma && p.beta && out) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) t[i] = (t[i] - p.mean[i]) * p.rstd[i];
-    scale_shift(t, p.gamma, p.beta, out, n);
-    return 0;
-  }
-  const auto [shift, rstd] = center(t, n, r.norm == Norm::layer, static_cast<A>(r.eps));
-  if (p.gamma && p.beta) {
+      for (int64_t i = 0; i < n; ++i) {
+        const A c = c_of(i);
+        if constexpr (kKeep) t[i] = c;
+        out[i] = p.gamma[i] * c + p.beta[i];
+      }
+    } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const A c = (t[i] - shift) * rstd;
-      if constexpr (kKeep) t[i] = c;
-      out[i] = p.gamma[i] * c + p.beta[i];
+      for (int64_t i = 0; i < n; ++i) t[i] = c_of(i);
+      if (out) scale_shift(t, p.gamma, p.beta, out, n);
     }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) t[i] = (t[i] - shift) * rstd;
-    scale_shift(t, p.gamma, p.beta, out, n);
-  }
-  return rstd;
+    return rstd;
+  };
+  if (r.norm == Norm::batch)
+    return normalize([&](int64_t i) { return (t[i] - p.mean[i]) * p.rstd[i]; }, A(0));
+  const auto [shift, rstd] = center(t, n, r.norm == Norm::layer, static_cast<A>(r.eps));
+  return normalize([t, shift = shift, rstd = rstd](int64_t i) { return (t[i] - shift) * rstd; },
+                   rstd);
 }
 
 // Runs one stage on t and returns where its result lies: t itself, or `next` where the tape keeps

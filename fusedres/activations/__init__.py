@@ -40,6 +40,16 @@ POINTWISE = {
 }
 
 
+# What torch says of a function that is none, and what it comes from.
+CAUSES = {
+    "numpy()": "it calls numpy, which has no derivative; use torch's functions",
+    "_local_scalar_dense": "it reads a number out of h (by if, float() or .item()) and computes "
+    "by it; use torch.where, and tensors",
+    "in-place operation": "it writes into h",
+    "must match the size": "a tensor of one shape meets h, which comes in any shape",
+}
+
+
 class Registered(NamedTuple):
     """What ``spec.REGISTERED`` holds."""
 
@@ -101,7 +111,8 @@ def register_activation(name: str, torch_function: Callable[[Tensor], Tensor]) -
             _check_elements(torch_function)
             lowered = _lower(name, graph)
     except Exception as error:  # whatever the function itself raises, too
-        raise ValueError(f"fusedres: activation {name!r} is refused: {error}") from error
+        told = next((why for words, why in CAUSES.items() if words in str(error)), error)
+        raise ValueError(f"fusedres: activation {name!r} is refused: {told}") from error
     ACTIVATION_FUNCTIONS[name] = torch_function
     REGISTERED[name] = lowered
 

@@ -78,8 +78,8 @@ CHAIN_WIDTHS = (16, 32, 64, 128, 256)  # features of which one launch takes rows
 def chain_limit(
     backend: str, links: str, dtype: torch.dtype, device: torch.device, N: int, K: int
 ) -> int | str:
-    """Up to how many rows Triton takes through the layers that `links` (csrc/links.h) describes in
-    one call, or why it takes none. The environment is read as in `choose`.
+    """Up to how many rows Triton takes through the layers that `links` (csrc/chain/wiring.h)
+    describes in one call, or why it takes none. The environment is read as in `choose`.
     """
     if one_of("backend", backend, BACKENDS) == "auto":
         backend = environment_backend()
@@ -116,10 +116,7 @@ def choose(
             if reason == native.missing and not native.skipped:
                 native.warn(reason)
     elif reason := why_not(backend, spec, dtype, device, N, K):
-        raise NotImplementedError(
-            f"fused_residual: {named_by}={backend!r} cannot run '{spec}' with {dtype}, N={N}, "
-            f"K={K}: {reason}; {named_by}='auto' falls back"
-        )
+        raise refusal(named_by, backend, spec, dtype, N, K, reason)
     if backend in ("triton", "vendor"):
         from . import triton
 
@@ -131,6 +128,16 @@ def choose(
     if environment_flag("FUSEDRES_LOG"):
         _log.warning("'%s' %s %s N=%d K=%d -> %s", spec, dtype, device, N, K, backend)
     return backend
+
+
+def refusal(
+    named_by: str, backend: str, spec: Spec, dtype: torch.dtype, N: int, K: int, reason: str | None
+) -> NotImplementedError:
+    """Of a backend that was named and cannot."""
+    return NotImplementedError(
+        f"fused_residual: {named_by}={backend!r} cannot run '{spec}' with {dtype}, N={N}, "
+        f"K={K}: {reason}; {named_by}='auto' falls back"
+    )
 
 
 def environment_flag(name: str) -> bool:

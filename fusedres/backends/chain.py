@@ -6,6 +6,7 @@ without dropout, gate and batch norm. Everything else runs layer by layer.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ SUMS = {"ROWS": 128, "COLUMNS": 16}
 MANY = 4096  # rows, from which on programs take more of them
 
 
+_HEAD = re.compile(r"(\d+)(?:<(\d+))? (.*)")  # a line without "^", another input: chain/wiring.h
+
+
 class Pattern(NamedTuple):
     """What the links of a chain have in common."""
 
@@ -50,33 +54,39 @@ class ChainTile(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def pattern_of(links: str) -> Pattern | str:
-    """Of the links' lines (csrc/links.h), or why there is none."""
+    """Of the links' lines (csrc/chain/wiring.h), or why there is none."""
     lines = links.split("\n")
-    heads = [line.partition(" ")[::2] for line in lines]
-    specs = [Spec.parse(recipe) for _, recipe in heads]
+    heads = [_HEAD.fullmatch(line) for line in lines]
+    if None in heads:
+        return "a link reads another value than the latest"
+    theres, backs, recipes = zip(*(head.groups() for head in heads if head), strict=True)
+    specs = [Spec.parse(recipe) for recipe in recipes]
+    for spec in specs:
+        if spec.random:
+            return "it drops at random"
+        if spec.norm == "batch":
+            return "it has a batch norm"
+        if spec.gate is not None:
+            return "it has a gate"
+        if "add" in spec.prologue:
+            return "it adds before linear"
+        if spec.dtypes:
+            return "it has several dtypes"
     block = next((i + 1 for i, spec in enumerate(specs) if spec.adds), 1)
     if len(lines) % block or lines != lines[:block] * (len(lines) // block):
         return "its links are not alike"
     *before, last = specs[:block]
-    there, _, back = heads[block - 1][0].partition("<")
+    there = int(theres[0])
     inner = tuple(stage for stage in last.stages if stage != "add")
-    for head, spec in zip(heads, before, strict=False):
+    for spec in before:
         alike = (spec.stages, spec.norm, spec.activation) == (inner, last.norm, last.activation)
-        if not alike or head[0] != there or (last.norm and spec.eps != last.eps):
+        if not alike or (last.norm and spec.eps != last.eps):
             return "its links are not alike"
-    if last.adds and int(back or 0) != block - 1:
+    if len(set(theres)) > 1 or there >> 3:
+        return "its links are not alike, or have more than weight, bias and a norm's two"
+    if last.adds and int(backs[block - 1] or 0) != block - 1:
         return "it adds another input than its block's"
-    if last.random:
-        return "it drops at random"
-    if last.norm == "batch":
-        return "it has a batch norm"
-    if last.gate is not None:
-        return "it has a gate"
-    if "add" in last.prologue:
-        return "it adds before linear"
-    if last.dtypes:
-        return "it has several dtypes"
-    return Pattern(last, block, tuple(bool(int(there) >> i & 1) for i in range(3)))
+    return Pattern(last, block, tuple(bool(there >> i & 1) for i in range(3)))
 
 
 def limit(links: str, dtype: torch.dtype, device: torch.device, N: int, K: int) -> int | str:

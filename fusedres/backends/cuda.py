@@ -19,14 +19,14 @@ WITH_TRITON = "cuda+triton"
 
 def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str | None:
     """None if these kernels can run a layer of N outputs and K inputs, else the reason."""
+    if device.type != "cuda":
+        return f"device is {device}"
     if native.missing:
         return native.missing
     if not native.has_cuda:
         return "the C++ extension is built without CUDA kernels (it needs nvcc and a CUDA torch)"
     if spec.activation in REGISTERED:
         return f"the C++ kernels know only the built-in activations, not {spec.activation!r}"
-    if device.type != "cuda":
-        return f"device is {device}"
     reason = _refusal(spec, dtype, device, N, K, False)
     if reason is None and _refusal(spec, dtype, device, N, K, True) is not None:
         from . import triton
@@ -42,16 +42,21 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
     return None
 
 
-def name(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str:
+def pair(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str:
     """WITH_TRITON where rows are too wide for the C++ backward, else "cuda"."""
+    return "cuda" if _refusal(spec, dtype, device, N, K, True) is None else WITH_TRITON
+
+
+def name(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str:
+    """The pair of ops that is about to run."""
     if native.hopper_missing and plan.device_of(device).architecture.startswith("sm_90"):
         native.warn(native.hopper_missing)
-    if _refusal(spec, dtype, device, N, K, True) is None:
-        return "cuda"
-    from . import triton
+    found = pair(spec, dtype, device, N, K)
+    if found == WITH_TRITON:
+        from . import triton
 
-    triton.prepare(device)
-    return WITH_TRITON
+        triton.prepare(device)
+    return found
 
 
 def _refusal(

@@ -5,17 +5,30 @@ from __future__ import annotations
 import importlib
 import warnings
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-NOTE = Path(__file__).parents[1] / "without_extension.txt"  # setup.py's: why it built none
+PACKAGE = Path(__file__).parents[1]
+NOTE = PACKAGE / "without_extension.txt"  # setup.py's: why it built none
+
+
+def _why_not_built(error: ModuleNotFoundError) -> str:
+    if NOTE.exists():
+        return NOTE.read_text()
+    for found in distributions(name="fusedres"):  # of a checkout that Python was started in
+        installed = Path(str(found.locate_file("fusedres")))
+        if (installed / "__init__.py").exists() and not installed.samefile(PACKAGE):
+            return f"{PACKAGE} hides the installed {installed}"
+    return str(error)
+
 
 extension: Any = None
 missing: str | None = None
 try:
     extension = importlib.import_module("fusedres._C")
 except ModuleNotFoundError as error:  # `python -m fusedres info` says so, "auto" falls back
-    missing = f"the C++ extension is not built ({NOTE.read_text() if NOTE.exists() else error})"
+    missing = f"the C++ extension is not built ({_why_not_built(error)})"
 except ImportError as error:
     missing = f"the C++ extension does not load ({error})"
 skipped = "FUSEDRES_SKIP_EXT=1" in str(missing)  # so nobody is surprised

@@ -18,6 +18,7 @@ tile whose grid fills the device.
 from __future__ import annotations
 
 import json
+import math
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +35,17 @@ MOST_COLUMNS = 1 << 20
 BACKWARD_TILE = 2048  # elements of a tile of the backward kernels
 BACKWARD_ROW = 2048  # the widest norm over rows whose backward takes a row at once
 BACKWARD_WARPS = 8
+BACKWARD_SHARED = 128 << 10  # bytes of three stages with four tensors in fp32, at most
 BACKWARD_WIDTH = 128  # columns of one where nothing needs whole rows
 BACKWARD_PROGRAMS = 512  # a constant, so that sums do not depend on the GPU
 MOST_WALKERS = 256
 WIDEST_PRODUCT = 512  # features of z for dz and dx in one launch
 REREADS = 5.6  # of the weight in L2 while memory moves what `plan_whole` says
+# Up to this K two programs with tiles of 128 columns, one's finish beside the other's product, beat
+# one of 256 that has a multiprocessor to itself, by `python -m bench gpu-model`: not measured.
+SHALLOW = 2048
+MOST_MOVES = 15  # of a thread for one step of a product: more, and 128 x 128 spills
+MOST_SINGLE = 4096  # elements of a tile that are moved one by one, in 16-bit types
 MOST_SPLITS = 32  # parts of the rows in the product dz.T @ x
 
 FAMILIES = {  # family -> (kernel, what it takes statistics over)
@@ -51,6 +58,8 @@ FAMILIES = {  # family -> (kernel, what it takes statistics over)
     "algebraic": ("residual_forward_kernel", "rows of x, algebraic"),
     "prebatch": ("residual_forward_prebatch_kernel", ""),
 }
+FULL = 0.9  # of a device's multiprocessors: 128 programs fill 132
+NARROW = 8  # bytes moved at once: with fewer, tiles are smaller
 COOPERATIVE = ("batch", "prebatch")
 COLLECTIVES = 32  # multiprocessors that NCCL's programs may hold
 
@@ -107,6 +116,20 @@ class Tile(NamedTuple):
         row = self.BLOCK_M * (4 if mixed else size) + self.BLOCK_N * size
         return self.num_stages * self.BLOCK_K * row
 
+    def narrowed(self, width: int, size: int) -> Tile:
+        """For elements of `size` bytes that are moved `width` bytes at once: with more warps, and
+        fewer columns of the operands in a step, where addresses would not leave enough registers.
+        """
+        if width >= 16:
+            return self
+        if width >= NARROW:
+            warps = max(self.num_warps, min(8, self.BLOCK_M * self.BLOCK_N // 1024))
+            return self._replace(num_warps=warps, maxnreg=None if size == 2 else self.maxnreg)
+        threads = self.BLOCK_M * self.BLOCK_N // (16 if width == 2 else 64)
+        tile = self._replace(num_warps=max(self.num_warps, threads // 32))
+        step = MOST_MOVES * 32 * tile.num_warps * width // (size * (self.BLOCK_M + self.BLOCK_N))
+        return tile._replace(BLOCK_K=min(self.BLOCK_K, max(16, 1 << step.bit_length() - 1)))
+
     def grid(self, M: int, N: int) -> int:
         return ceil_div(M, self.BLOCK_M) * ceil_div(N, self.BLOCK_N)
 
@@ -137,6 +160,11 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
+def moved_at_once(N: int, K: int, size: int) -> int:
+    """Bytes, of contiguous rows of N and of K elements of `size` bytes: a power of two."""
+    return min(16, size * math.gcd(16, N, K))
+
+
 def device_of(device: torch.device) -> Device:
     """What there is to know of `device`; for one that is not here, UNKNOWN."""
     return _device_of(device, dist.is_available() and dist.is_initialized())
@@ -159,10 +187,11 @@ def config_file(name: str) -> Path:
 @cache
 def config(name: str, architecture: str) -> dict[str, Any]:
     """The tables "tiles", "tuned" and "auto" for a device: its own file's lines before its
-    architecture's, those before generic.json's.
+    architecture's, those before its kin's and those before generic.json's.
     """
     found: dict[str, Any] = {"tiles": {}, "tuned": {}, "auto": {}}
-    for path in (config_file("generic"), config_file(architecture), config_file(name)):
+    kin = ["sm_80"] * architecture.startswith(("sm_8", "sm_12"))  # without wgmma, too
+    for path in map(config_file, dict.fromkeys(("generic", *kin, architecture, name))):
         if path.exists():
             read = json.loads(path.read_text())
             for table, lines in found.items():
@@ -202,19 +231,25 @@ def family_of(spec: Spec, size: int, M: int, N: int) -> str:
 
 
 def key_of(spec: Spec, size: int, M: int, N: int, K: int) -> str:
-    """What tuned tiles are filed under: family, bits, and sizes rounded up to a power of two."""
+    """What tuned tiles are filed under: family, bits, and sizes rounded up to a power of two;
+    "narrow" where little is moved at once.
+    """
     sizes = "x".join(str(power_of_two(n)) for n in (M, N, K))
     kind = " random" * spec.random + " mixed" * bool(spec.dtypes)
+    kind += " narrow" * (moved_at_once(N, K, size) < NARROW)
     return f"{family_of(spec, size, M, N)}{kind} {8 * size} {sizes}"
 
 
 def tiles_of(
-    family: str, random: bool, size: int, device: Device, mixed: bool = False
+    family: str, random: bool, size: int, device: Device, mixed: bool = False, width: int = 16
 ) -> list[Tile]:
     """The tiles of a family for elements of `size` bytes, largest first; `random`: for recipes with
     dropout or drop-path, `mixed`: with dtypes beside the product's. Stages are dropped to fit the
-    device's shared memory.
+    device's shared memory. `width`: bytes moved at once; with few, addresses take as many registers
+    as masks do.
     """
+    holds_most = family == "algebraic" or (family == "wide" and size == 4)
+    random = random or width < (16 if holds_most else NARROW)
     tiles = config(device.name, device.architecture)["tiles"]
     both = [" random mixed"] * (random and mixed)
     kinds = [*both, *[" random"] * random, *[" mixed"] * mixed, ""]
@@ -236,14 +271,26 @@ def can_compute(family: str, tile: Tile, M: int, N: int) -> bool:
 
 
 def choose_tile(
-    family: str, random: bool, size: int, M: int, N: int, device: Device, mixed: bool = False
+    family: str,
+    random: bool,
+    size: int,
+    M: int,
+    N: int,
+    device: Device,
+    mixed: bool = False,
+    width: int = 16,
+    K: int = MOST_COLUMNS,
 ) -> Tile:
     """The first tile within the matrix that fills the device, else the one of most programs."""
-    tiles = tiles_of(family, random, size, device, mixed)
+    tiles = tiles_of(family, random, size, device, mixed, width)
     tiles = [t for t in tiles if can_compute(family, t, M, N)]
+    if family == "wide" and (K <= SHALLOW or width < 16):  # narrow loads would spill, too
+        tiles = [t for t in tiles if t.BLOCK_N <= 128]
+    if width == 2:
+        tiles = [t for t in tiles if t.BLOCK_M * t.BLOCK_N <= MOST_SINGLE] or tiles[-1:]
     fitting = [t for t in tiles if power_of_two(N) >= t.BLOCK_N and power_of_two(M) >= t.BLOCK_M]
     fitting = fitting or tiles[-1:]
-    full = (t for t in fitting if t.grid(M, N) >= device.processors)
+    full = (t for t in fitting if t.grid(M, N) >= FULL * device.processors)
     return next(full, max(fitting, key=lambda t: (t.grid(M, N), t.BLOCK_M * t.BLOCK_N)))
 
 
@@ -267,7 +314,10 @@ def plan(
         tuned = config(device.name, device.architecture)["tuned"].get(key_of(spec, size, M, N, K))
         tile = Tile(*tuned) if tuned else None
         if tile is None or not can_compute(family, tile, M, N):
-            tile = choose_tile(family, spec.random, size, M, N, device, bool(spec.dtypes))
+            width = moved_at_once(N, K, size)
+            mixed = bool(spec.dtypes)
+            tile = choose_tile(family, spec.random, size, M, N, device, mixed, width, K)
+            tile = tile.narrowed(width, size)
     programs, walkers = tile.grid(M, N), 1
     if family in COOPERATIVE:
         columns = ceil_div(N, tile.BLOCK_N) if family == "batch" else ceil_div(K, tile.BLOCK_K)
@@ -287,6 +337,7 @@ class BackwardPlan(NamedTuple):
     tiles: int
     walkers: int
     wide: bool  # a norm over rows that go through in several tiles
+    stages: int  # of its loop over rows, if not wide
 
     def options(self) -> dict[str, int]:
         """As a kernel's keyword arguments."""
@@ -310,7 +361,8 @@ def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) ->
     tiles, blocks = ceil_div(C, width), ceil_div(M, height)
     programs = device.resident if over == "columns" else BACKWARD_PROGRAMS
     walkers = max(1, min(blocks, programs // (1 if wide else tiles), MOST_WALKERS))
-    return BackwardPlan(height, width, BACKWARD_WARPS, tiles, walkers, wide)
+    stages = 3 if device.shared >= BACKWARD_SHARED else 2
+    return BackwardPlan(height, width, BACKWARD_WARPS, tiles, walkers, wide, stages)
 
 
 class WholePlan(NamedTuple):
@@ -331,14 +383,15 @@ def plan_whole(
     4 M N elements that go to and from memory must hide it; L2 gives about 2.4 times what memory
     does, so K / BLOCK_M + 4 <= 2.4 * 4.
     """
-    tiles = tiles_of("whole", random, dtype.itemsize, device)
+    size, width = dtype.itemsize, moved_at_once(N, K, dtype.itemsize)
+    tiles = tiles_of("whole", random, size, device, width=width)
     tile = next((t for t in tiles if power_of_two(N) == t.BLOCK_N), None)
-    if tile is None or N > WIDEST_PRODUCT:
+    if tile is None or N > WIDEST_PRODUCT or width == 2:
         return None
     blocks = ceil_div(M, tile.BLOCK_M)
     if blocks > device.processors and K > REREADS * tile.BLOCK_M:
         return None
-    return WholePlan(tile, max(1, min(blocks, MOST_WALKERS)))
+    return WholePlan(tile.narrowed(width, size), max(1, min(blocks, MOST_WALKERS)))
 
 
 class ProductsPlan(NamedTuple):
@@ -365,15 +418,16 @@ def plan_products(
     """dweight (N, K) and, if `dx`, dx (M, K); `random`: masks before `linear`; `mixed`: as
     in `tiles_of`.
     """
-    tiles = tiles_of("products", random, dtype.itemsize, device, mixed)
+    size, width = dtype.itemsize, moved_at_once(N, K, dtype.itemsize)
+    tiles = tiles_of("products", random, size, device, mixed, width)
     fitting = [t for t in tiles if power_of_two(min(N, K)) >= t.BLOCK_M] or tiles[-1:]
-    full = (t for t in fitting if t.grid(M, K) >= device.processors)
-    tile = next(full, fitting[-1])
+    full = (t for t in fitting if t.grid(M, K) >= FULL * device.processors)
+    tile = next(full, fitting[-1]).narrowed(width, size)
     block, step = tile.BLOCK_M, tile.BLOCK_K
     of_weight = tile.grid(N, K)
     wanted = min(ceil_div(2 * device.processors, of_weight), MOST_SPLITS, ceil_div(M, 4 * step))
     rows = ceil_div(ceil_div(M, max(1, wanted)), step) * step
     splits = max(1, ceil_div(M, rows)) if rows else 1
     programs = of_weight * splits + dx * tile.grid(M, K)
-    options = {k: v for k, v in tile.options(dtype.itemsize).items() if not k.startswith("BLOCK")}
+    options = {k: v for k, v in tile.options(size).items() if not k.startswith("BLOCK")}
     return ProductsPlan(block, step, options, splits, rows, programs)

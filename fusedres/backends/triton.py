@@ -5,6 +5,7 @@ Importing this module imports Triton; without Triton it still imports, and `why_
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sysconfig
@@ -22,10 +23,12 @@ from ..checks import check_fits
 from ..operands import DIFFERENTIABLE, Operands, Outputs
 from ..spec import ACTIVATIONS, Spec
 from . import plan as planner
+from .launch import Call, call_of, key_of
 from .plan import Plan, WholePlan, ceil_div
 
 try:
     import triton
+    import triton.language as tl
 
     from ..kernels import backward, by_tanh, epilogue, forward, products
     from ..kernels.moments import GROUP
@@ -110,23 +113,36 @@ class Side(NamedTuple):
         return cls(stages[:at], True, stages[at + 1 :])
 
 
-def stage_operands(spec: Spec, o: Operands, stats: Tensor | None) -> StageOperands:
+def alignment(N: int, *matrices: Tensor | None) -> int:
+    """The largest power of two that divides N and their widths and row strides, for `aligned` of
+    kernels/stages.py: 1 from 16 on, which Triton asks of each argument itself.
+    """
+    found = (t for t in matrices if t is not None)
+    common = math.gcd(16, N, *(size for t in found for size in (t.shape[1], t.stride(0))))
+    return common if common < 16 else 1
+
+
+def stage_operands(
+    spec: Spec, o: Operands, stats: Tensor | None, align: int = 1, ready: Call | None = None
+) -> StageOperands:
     """What the stages read; `stats` (2, C) are this batch's mean and biased variance."""
     shortcut = (o.x if o.residual is None else o.residual) if spec.adds else None
     mean, var = o.running_mean, o.running_var
     if spec.batch_stats and stats is not None:
         mean, var = stats.unbind()
+    numbers = (ready or Call()).once("numbers", _stage_numbers, spec, o, shortcut, align)
+    return StageOperands(o.norm_weight, o.norm_bias, mean, var, o.gate, shortcut, o.seed, *numbers)
+
+
+def _stage_numbers(spec: Spec, o: Operands, shortcut: Tensor | None, align: int) -> tuple[Any, ...]:
+    """The fields of StageOperands from R on."""
     p, q = spec.dropout, spec.drop_path
-    return StageOperands(
-        o.norm_weight, o.norm_bias, mean, var, o.gate, shortcut, o.seed,
-        R=0 if shortcut is None else shortcut.shape[1],
-        stride_gate=0 if spec.gate == "scalar" else 1,
-        stride_rm=0 if shortcut is None else shortcut.stride(0),
-        stride_rn=0 if shortcut is None else shortcut.stride(1),
-        sample_rows=o.sample_rows, dropout=int(p * 2**32), droppath=int(q * 2**32),
-        dropout_scale=1 / (1 - p) if p < 1 else 0.0,
-        droppath_scale=1 / (1 - q) if q < 1 else 0.0,
-        residual_scale=spec.residual_scale, eps=spec.eps,
+    sizes = (0, 0, 0) if shortcut is None else (shortcut.shape[1], *shortcut.stride())
+    return (
+        sizes[0], int(spec.gate != "scalar"), *sizes[1:], o.sample_rows,
+        int(p * 2**32), int(q * 2**32),
+        1 / (1 - p) if p < 1 else 0.0, 1 / (1 - q) if q < 1 else 0.0,
+        spec.residual_scale, spec.eps, tl.constexpr(align),
     )  # fmt: skip
 
 
@@ -138,57 +154,63 @@ def residual_forward(*call: Any) -> list[Tensor]:
     """
     *operands, recipe, save = call
     spec, o = Spec.parse(recipe), Operands(*operands)
-    check_fits(spec, o)
-    (M, K), N = o.x.shape, o.weight.shape[0]
-    out = o.empty_outputs(spec, save, True)
+    device = planner.device_of(o.x.device)
+    exact = o.weight.dtype != torch.float32 or _precision()
+    ready = call_of((recipe, save, device, exact, o.sample_rows, *key_of(operands[:-1])))
+    ready.once("checked", check_fits, spec, o)
+    out = ready.outputs(o, spec, save)
     if out.y.numel():
-        chosen = planner.plan(spec, o.weight.dtype, M, N, K, planner.device_of(o.x.device))
-        _launch_forward(spec, chosen, o, out)
+        _launch_forward(spec, ready.once("plan", _plan, spec, o, device), o, out, ready)
     return out.list()
 
 
-def _launch_forward(spec: Spec, chosen: Plan, o: Operands, out: Outputs) -> None:
+def _plan(spec: Spec, o: Operands, device: planner.Device) -> Plan:
+    (M, K), N = o.x.shape, o.weight.shape[0]
+    return planner.plan(spec, o.weight.dtype, M, N, K, device)
+
+
+def _forward_constants(spec: Spec, chosen: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    side = Side.of(spec.prologue if "norm" in spec.prologue else spec.epilogue)
+    after = chosen.family in ("rows", "wide", "columns", "batch")
+    found = {
+        "PROLOGUE": spec.prologue, "BEFORE": () if chosen.over == "given" else side.before,
+        "EPILOGUE": ("norm", *side.after) if after else spec.epilogue,
+        "ACT": _functions(spec, dtype)[0], "PRECISION": _precision(),
+        **chosen.tile.options(dtype.itemsize),
+    }  # fmt: skip
+    if chosen.family not in planner.COOPERATIVE:
+        found["CENTRED"] = spec.norm != "rms"
+        found |= {} if chosen.family == "wide" else {"OVER": chosen.over}
+    return found
+
+
+def _launch_forward(
+    spec: Spec, chosen: Plan, o: Operands, out: Outputs, ready: Call | None = None
+) -> None:
+    ready = ready or Call()
     x, weight, (y, z, stats, operand) = o.x, o.weight, out
     (M, K), N = x.shape, weight.shape[0]
     tile, family = chosen.tile, chosen.family
-    strides = (*x.stride(), *weight.stride())
-    side = Side.of(spec.prologue if "norm" in spec.prologue else spec.epilogue)
-    before = () if chosen.over == "given" else side.before
-    epilogue = spec.epilogue
-    if family in ("rows", "wide", "columns", "batch"):
-        epilogue = ("norm", *side.after)
-    head = (x, weight, o.bias, stage_operands(spec, o, stats))
-    constants = {
-        "PROLOGUE": spec.prologue, "BEFORE": before, "EPILOGUE": epilogue,
-        "ACT": _functions(spec, weight.dtype)[0], "PRECISION": _precision(),
-        **tile.options(weight.dtype.itemsize),
-    }  # fmt: skip
+    constants = ready.once("constants", _forward_constants, spec, chosen, weight.dtype)
     kernel = getattr(forward, chosen.kernel)
+    align = ready.once("align", alignment, N, x, weight, o.residual)
+    p = stage_operands(spec, o, stats, align, ready)
+    meets = family in planner.COOPERATIVE
+    if z is None and family in ("wide", "batch"):
+        z = y  # until it is finished
+    results: tuple[Any, ...] = (z, y, stats, operand)
+    sizes = (M, N, K, *([chosen.walkers] if meets else []), *x.stride(), *weight.stride())
     with torch.cuda.device_of(x):
-        if family in planner.COOPERATIVE:
+        if meets:
             width, step = (N, tile.BLOCK_N) if family == "batch" else (K, tile.BLOCK_K)
             partial = x.new_empty((3, chosen.walkers, width), dtype=torch.float32)
-            arrived = _counters(x, 2 + ceil_div(width, step))
-            parked = y if z is None and family == "batch" else z
-            _launch_cooperative(
-                kernel, chosen.programs, *head, parked, y, stats, operand, partial, arrived,
-                M, N, K, chosen.walkers, *strides, **constants,
-            )  # fmt: skip
-            return
-        constants["CENTRED"] = spec.norm != "rms"
-        grid = (chosen.programs,)
-        if family == "wide":
+            results += (partial, _counters(x, 2 + ceil_div(width, step)))
+        elif family == "wide":
             partial = x.new_empty((3, ceil_div(N, tile.BLOCK_N), M), dtype=torch.float32)
-            arrived = _counters(x, ceil_div(M, tile.BLOCK_M))
-            kernel[grid](
-                *head, y if z is None else z, y, stats, operand, partial, arrived,
-                M, N, K, *strides, **constants,
-            )  # fmt: skip
-        else:
-            kernel[grid](
-                *head, z, y, stats, operand, M, N, K, *strides,
-                OVER=chosen.over, **constants,
-            )  # fmt: skip
+            results += (partial, _counters(x, ceil_div(M, tile.BLOCK_M)))
+        args = (x, weight, o.bias, p, *results, *sizes)
+        launch = _launch_cooperative if meets else Call.launch
+        launch(ready, kernel, chosen.programs, args, constants)
 
 
 def residual_backward(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tensor]:
@@ -200,16 +222,35 @@ def residual_backward(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tenso
     """
     *operands, recipe, needs = call
     spec, o = Spec.parse(recipe), Operands(*operands)
-    has_stats = spec.norm is not None and (spec.norm != "batch" or spec.batch_stats)
-    kept = Outputs.of_list(spec, (dy, *saved), has_stats)
-    check_fits(spec, o, dy, kept.z)
-    wanted = (i for i in range(len(DIFFERENTIABLE)) if needs >> i & 1)
-    grads = {DIFFERENTIABLE[i]: operands[i].new_empty(operands[i].shape) for i in wanted}
+    tensors = (dy, *saved, *operands[:-1])
+    device = planner.device_of(dy.device)
+    exact = o.weight.dtype != torch.float32 or _precision()
+    ready = call_of((recipe, needs, device, exact, o.sample_rows, *key_of(tensors)))
+    kept = Outputs(dy, *[i if i is None else saved[i] for i in ready.once("kept", _kept, spec)])
+    ready.once("checked", check_fits, spec, o, dy, kept.z)
+    new = torch.empty_like  # the faster way where it gives contiguous ones
+    grads = {
+        name: new(operands[i]) if contiguous else operands[i].new_empty(operands[i].shape)
+        for i, name, contiguous in ready.once("wanted", _wanted, needs, operands)
+    }
     if not dy.numel() or (not o.x.numel() and spec.prologue):
         return [grad.zero_() for grad in grads.values()]
     with torch.cuda.device_of(dy):
-        _Backward(spec, o, dy, kept, grads).run()
+        _Backward(spec, o, dy, kept, grads, device, ready).run()
     return list(grads.values())
+
+
+def _kept(spec: Spec) -> list[int | None]:
+    """Where z, stats and operand stand among what forward saved."""
+    has_stats = spec.norm is not None and (spec.norm != "batch" or spec.batch_stats)
+    there = (spec.saves_z, has_stats, spec.casts)
+    return [sum(there[:i]) if has else None for i, has in enumerate(there)]
+
+
+def _wanted(needs: int, operands: list[Any]) -> list[tuple[int, str, bool]]:
+    """Place, name and contiguity of the operands whose gradients are asked for."""
+    wanted = ((i, name) for i, name in enumerate(DIFFERENTIABLE) if needs >> i & 1)
+    return [(i, name, operands[i].is_contiguous()) for i, name in wanted]
 
 
 def plan_whole(
@@ -254,6 +295,19 @@ def backward_launches(
     return (*([after] if runs or (adds and not direct) else []), "residual_products_kernel", before)
 
 
+class RowsLaunch(NamedTuple):
+    """What does not change between launches of a row-major kernel of calls of one key."""
+
+    kernel: str
+    programs: int
+    walkers: int
+    counters: int
+    meet: bool  # programs meet whatever is asked for
+    batch: bool  # a norm over this batch, or
+    rows: bool  # over rows
+    constants: dict[str, Any]
+
+
 class _Backward:
     """One backward pass: which launches are needed, for the gradients in `grads`, and the launches.
 
@@ -261,26 +315,40 @@ class _Backward:
     it, which makes dx from the product's gradient dt and x.
     """
 
-    def __init__(self, spec: Spec, o: Operands, dy: Tensor, kept: Outputs, grads: Any) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        o: Operands,
+        dy: Tensor,
+        kept: Outputs,
+        grads: Any,
+        device: planner.Device,
+        ready: Call,
+    ) -> None:
         self.spec, self.inputs, self.grads = spec, o, grads
         self.dy, self.z, self.stats = dy, kept.z, kept.stats
         self.multiplied = o.x if kept.operand is None else kept.operand
         self.dtype = o.weight.dtype  # of the product and its gradients
-        self.device = planner.device_of(dy.device)
-        self.operands = stage_operands(spec, o, kept.stats)
+        self.device, self.ready = device, ready
+        matrices = (o.x, o.weight, o.residual, dy, kept.z)
+        self.align = ready.once("align", alignment, o.weight.shape[0], *matrices)
+        self.operands = stage_operands(spec, o, kept.stats, self.align, ready)
 
-    def asked(self, stages: tuple[str, ...]) -> dict[str, Tensor]:
-        """The gradients asked for of what `stages` read, but for x."""
-        names = {"norm": ("norm_weight", "norm_bias"), "gate": ("gate",)}
+    def asked(self, where: str) -> dict[str, Tensor]:
+        """The gradients asked for of what the stages `where` read, but for x."""
+        return {name: self.grads[name] for name in self.ready.once(where + "'s", self.names, where)}
+
+    def names(self, where: str) -> list[str]:
+        of_stage = {"norm": ("norm_weight", "norm_bias"), "gate": ("gate",)}
         if self.inputs.residual is not None:
-            names["add"] = ("residual",)
-        found = (name for stage in stages for name in names.get(stage, ()))
-        return {name: self.grads[name] for name in found if name in self.grads}
+            of_stage["add"] = ("residual",)
+        found = (name for stage in getattr(self.spec, where) for name in of_stage.get(stage, ()))
+        return [name for name in found if name in self.grads]
 
     def run(self) -> None:
         spec, inputs, grads, dy = self.spec, self.inputs, self.grads, self.dy
         x, weight, multiplied = inputs.x, inputs.weight, self.multiplied
-        before = spec.prologue != () and ("x" in grads or bool(self.asked(spec.prologue)))
+        before = spec.prologue != () and ("x" in grads or bool(self.asked("prologue")))
         needs_dt = before or "x" in grads
         needs_dz = needs_dt or "weight" in grads
         # dx = ... + skip: from dy itself where nothing follows the add, else through dx's memory
@@ -291,13 +359,15 @@ class _Backward:
         dskip = grads["x"] if late and not direct else grads.get("residual")
         if "add" not in spec.epilogue:
             dskip = None
-        own = self.asked(spec.epilogue) | {n: grads[n] for n in ("bias",) if n in grads}
+        own = self.asked("epilogue")
+        if "bias" in grads:
+            own["bias"] = grads["bias"]
 
-        dz = dy
+        dz, size = dy, (dy.shape, (dy.shape[1], 1))  # with its strides
         changes = any(stage != "add" for stage in spec.epilogue) or dy.dtype != self.dtype
         whole = self.whole() if late or dskip is not None or own or changes else None
         if whole is not None:
-            new = weight.new_empty(dy.shape) if changes and "weight" in grads else None
+            new = weight.new_empty_strided(*size) if changes and "weight" in grads else None
             if late and spec.epilogue[-1] == "add":
                 dskip, skip = None, (dy, spec.residual_scale)
             saved = self.z
@@ -306,7 +376,7 @@ class _Backward:
                 torch.mm((dy if new is None else new).t(), multiplied, out=grads["weight"])
             return
         if dskip is not None or own or (changes and needs_dz):
-            new = weight.new_empty(dy.shape) if changes and needs_dz else None
+            new = weight.new_empty_strided(*size) if changes and needs_dz else None
             self.rows("epilogue", dy, self.z, new, dskip, own)
             dz = dy if new is None else new
         if not spec.prologue:
@@ -325,14 +395,14 @@ class _Backward:
         if dt is not None:
             early = grads.get("residual") if "add" in spec.prologue else None
             adds = adds_to_x and "add" in spec.prologue
-            self.rows(
-                "prologue", dt, x, grads.get("x"), early, self.asked(spec.prologue), skip, adds
-            )
+            self.rows("prologue", dt, x, grads.get("x"), early, self.asked("prologue"), skip, adds)
 
     def whole(self) -> WholePlan | None:
         """How one launch makes dz and dx, if it does."""
         spec, (M, K), N = self.spec, self.inputs.x.shape, self.dy.shape[1]
-        return plan_whole(spec, self.dtype, M, N, K, self.device) if "x" in self.grads else None
+        if "x" not in self.grads:
+            return None
+        return self.ready.once("whole", plan_whole, spec, self.dtype, M, N, K, self.device)
 
     def rows(
         self,
@@ -349,62 +419,65 @@ class _Backward:
         """One launch of a row-major kernel: dz from dy and z, dshortcut, and sums over the rows;
         with `whole` also dx = dz @ weight, to which then `skip` is added.
         """
-        spec, (M, C) = self.spec, dy.shape
+        M, C = dy.shape
+        cut = self.ready.once(where, self.cut_rows, where, M, C, add, whole)
+        gate = sums.get("gate")
+        total = None
+        if gate is not None and self.spec.gate == "scalar":
+            total, gate = gate, dy.new_empty(C, dtype=torch.float32)
+        outs = (gate, sums.get("bias"), sums.get("norm_weight"), sums.get("norm_bias"))
+        partial = arrived = None
+        if cut.meet or any(t is not None for t in outs):
+            size, stride = (len(outs), cut.walkers, C), (cut.walkers * C, C, 1)
+            partial = dy.new_empty_strided(size, stride, dtype=torch.float32)
+            arrived = _counters(dy, cut.counters)
+        other, scale = (None, 0.0) if skip is None else skip
+        stats = self.stats if cut.rows else None
+        if cut.batch:
+            stats = dy.new_empty((2, C), dtype=torch.float32)  # totals of the two phases
+        args: tuple[Any, ...] = (
+            dy, z, self.operands, stats, other, dz, dshortcut, outs, total, partial, arrived,
+            M, C, cut.walkers, scale, *dy.stride(), *_strides(z), *_strides(other),
+        )  # fmt: skip
+        if whole is not None:
+            weight, dx = self.inputs.weight, self.grads["x"]
+            args += (weight, dx, dx.shape[1], *weight.stride())
+        kernel = getattr(backward, cut.kernel)
+        launch = _launch_cooperative if cut.batch else Call.launch
+        launch(self.ready, kernel, cut.programs, args, cut.constants, where)
+
+    def cut_rows(
+        self, where: str, M: int, C: int, add: bool, whole: WholePlan | None
+    ) -> RowsLaunch:
+        """How `rows` launches its kernel."""
+        spec = self.spec
         side = Side.of(getattr(spec, where))
         batch = side.norm and spec.batch_stats
         rows = side.norm and spec.norm != "batch"
         over = "columns" if batch else "rows" if rows else None
         chosen = planner.plan_backward(M, C, over, self.device)
+        options = chosen.options()
         if whole is not None:
             chosen = chosen._replace(tiles=1, walkers=whole.walkers, wide=False)
-        gate = total = sums.get("gate")
-        if spec.gate == "scalar" and gate is not None:
-            gate = dy.new_empty(C, dtype=torch.float32)
-        else:
-            total = None
-        outs = (gate, sums.get("bias"), sums.get("norm_weight"), sums.get("norm_bias"))
-        partial = arrived = None
-        if batch or chosen.wide or any(t is not None for t in outs):
-            partial = dy.new_empty((len(outs), chosen.walkers, C), dtype=torch.float32)
-            arrived = _counters(dy, 2 + chosen.tiles * (GROUP.value + 1) + 1)
-        other, scale = (None, 0.0) if skip is None else skip
+            options = whole.tile.options(self.dtype.itemsize)
         act, act_grad = _functions(spec, self.dtype)
-        strides = [*dy.stride()]
-        for t in (z, other):
-            strides += (0, 0) if t is None else t.stride()
-        constants = {
-            "BEFORE": side.before,
-            "AFTER": side.after,
-            "ACT": act,
-            "ACT_GRAD": act_grad,
-            **(chosen.options() if whole is None else whole.tile.options(self.dtype.itemsize)),
-        }
-        sizes = (M, C, chosen.walkers, scale, *strides)
-        results = (dz, dshortcut, outs, total, partial, arrived)
-        if batch:
-            totals = dy.new_empty((2, C), dtype=torch.float32)
-            kernel = backward.residual_backward_batch_kernel
-            _launch_cooperative(
-                kernel, chosen.tiles * chosen.walkers, dy, z, self.operands, totals, other,
-                *results, *sizes, ADD=add, **constants,
-            )  # fmt: skip
-            return
-        norm = spec.norm if rows else "given" if side.norm else None
-        if whole is not None:
-            weight, dx = self.inputs.weight, self.grads["x"]
-            backward.residual_backward_product_kernel[(whole.walkers,)](
-                dy, z, self.operands, self.stats if rows else None, other, *results, *sizes,
-                weight, dx, dx.shape[1], *weight.stride(), NORM=norm, PRECISION=_precision(),
-                **constants,
-            )  # fmt: skip
-            return
-        kernel, programs = backward.residual_backward_kernel, chosen.tiles * chosen.walkers
-        if chosen.wide:
-            kernel, programs = backward.residual_backward_wide_kernel, chosen.walkers
-        kernel[(programs,)](
-            dy, z, self.operands, self.stats if rows else None, other, *results, *sizes,
-            NORM=norm, ADD=add, **constants,
-        )  # fmt: skip
+        constants = {"BEFORE": side.before, "AFTER": side.after, "ACT": act, "ACT_GRAD": act_grad}
+        constants |= {"PRECISION": _precision()} if whole else {"ADD": add}
+        if not batch:
+            constants["NORM"] = spec.norm if rows else "given" if side.norm else None
+        if whole is None and not chosen.wide:
+            constants["STAGES"] = chosen.stages
+        kind = "batch_" if batch else "product_" if whole else "wide_" if chosen.wide else ""
+        return RowsLaunch(
+            f"residual_backward_{kind}kernel",
+            chosen.walkers if chosen.wide else chosen.tiles * chosen.walkers,
+            chosen.walkers,
+            2 + chosen.tiles * (GROUP.value + 1) + 1,
+            batch or chosen.wide,
+            batch,
+            rows,
+            constants | options,
+        )
 
     def products(self, dz: Tensor, dt: Tensor | None) -> None:
         """dt = dz @ weight, if asked for, and dweight = dz.T @ prologue(x): one launch."""
@@ -419,14 +492,18 @@ class _Backward:
             partial = x.new_empty((chosen.splits, N, K), dtype=torch.float32)
             arrived = _counters(x, ceil_div(N, chosen.BLOCK) * ceil_div(K, chosen.BLOCK))
         rows = "norm" in spec.prologue and spec.norm != "batch"
-        products.residual_products_kernel[(chosen.programs,)](
+        args = (
             dz, x, weight, self.operands, self.stats if rows else None, dt, self.grads["weight"],
             partial, arrived, M, N, K, chosen.splits, chosen.rows,
             *dz.stride(), *x.stride(), *weight.stride(),
-            PROLOGUE=spec.prologue, ACT=_functions(spec, self.dtype)[0],
-            PRECISION=_precision(), BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R,
-            **chosen.options,
         )  # fmt: skip
+        constants = {
+            "PROLOGUE": spec.prologue, "ACT": _functions(spec, self.dtype)[0],
+            "PRECISION": _precision(), "BLOCK": chosen.BLOCK, "BLOCK_R": chosen.BLOCK_R,
+            **chosen.options,
+        }  # fmt: skip
+        kernel = products.residual_products_kernel
+        self.ready.launch(kernel, chosen.programs, args, constants, "products")
 
     def dx(self, dz: Tensor, skip: tuple[Tensor, float] | None) -> None:
         """dx = dz @ weight + skip: one launch."""
@@ -435,23 +512,34 @@ class _Backward:
         chosen = planner.plan_products(self.dtype, M, N, K, True, False, self.device)
         other, scale = (None, 0.0) if skip is None else skip
         programs = ceil_div(M, chosen.BLOCK) * ceil_div(K, chosen.BLOCK)
-        products.residual_dx_kernel[(programs,)](
-            dz, weight, dx, other, M, N, K, scale, *dz.stride(), *weight.stride(),
-            *((0, 0) if other is None else other.stride()), PRECISION=_precision(),
-            BLOCK=chosen.BLOCK, BLOCK_R=chosen.BLOCK_R, **chosen.options,
+        args = (
+            dz, weight, dx, other, M, N, K, scale,
+            *dz.stride(), *weight.stride(), *_strides(other),
         )  # fmt: skip
+        constants = {
+            "ALIGN": self.align, "PRECISION": _precision(), "BLOCK": chosen.BLOCK,
+            "BLOCK_R": chosen.BLOCK_R, **chosen.options,
+        }  # fmt: skip
+        self.ready.launch(products.residual_dx_kernel, programs, args, constants, "dx")
 
 
-def _launch_cooperative(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+def _strides(t: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if t is None else t.stride()
+
+
+def _launch_cooperative(
+    ready: Call, kernel: Any, programs: int, args: tuple[Any, ...], constants: Any, name: str = ""
+) -> None:
     """One launch whose programs are all resident and may wait for each other.
 
     The interpreter runs one program after another, so there the phases are launches of their own.
     """
     if interpreting():
-        kernel[(programs,)](*args, PHASE=1, **constants)
-        kernel[(programs,)](*args, PHASE=2, **constants)
+        for phase in (1, 2):
+            kernel[(programs,)](*args, PHASE=phase, **constants)
     else:
-        kernel[(programs,)](*args, PHASE=0, launch_cooperative_grid=True, **constants)
+        constants = {**constants, "PHASE": 0, "launch_cooperative_grid": True}
+        ready.launch(kernel, programs, args, constants, name)
 
 
 SLOT = 1 << 16  # counters for one stream

@@ -1,7 +1,9 @@
 """The vendor's product, then one pass: two launches, for what one launch would make slower.
 
 That is true fp32: tensor cores have no such form, and on plain cores the library's product is the
-better one. Backward is the Triton backend's.
+better one. And 16-bit types of odd width, whose rows begin anywhere: what is copied ahead takes
+four bytes at least, so Triton's product would wait for every load. Backward is the Triton
+backend's.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ TILE = 4096  # elements of a tile of the pass
 
 def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int) -> str | None:
     """None if a layer of N outputs and K inputs runs this way, and should; else the reason."""
-    if dtype != torch.float32 or triton._precision() != "ieee":
+    odd = dtype.itemsize == 2 and bool(N % 2 or K % 2)
+    if not odd and (dtype != torch.float32 or triton._precision() != "ieee"):
         return "tensor cores multiply within the one launch"
     if spec.x_dtype:
         return "the library's product takes x in its own dtype"
@@ -46,12 +49,14 @@ def residual_forward(*call: Any) -> list[Tensor]:
     if not out.y.numel():
         return out.list()
     with torch.cuda.device_of(o.x):
-        to = out.y if out.z is None else out.z
+        to = out.z
+        if to is None:
+            to = out.y if out.y.dtype == o.weight.dtype else o.weight.new_empty(out.y.shape)
         if o.bias is None:
             torch.mm(o.x, o.weight.t(), out=to)
         else:
             torch.addmm(o.bias, o.x, o.weight.t(), out=to)
-        if spec.epilogue:
+        if spec.epilogue or to is not out.y:
             _finish(spec, o, to, out.y, out.stats)
     return out.list()
 
@@ -64,7 +69,7 @@ def _finish(spec: Spec, o: Operands, z: Tensor, y: Tensor, stats: Any) -> None:
     height = max(1, TILE // width)
     residual_finish_kernel[(plan.ceil_div(M, height),)](
         z,
-        triton.stage_operands(spec, o, None),
+        triton.stage_operands(spec, o, None, triton.alignment(N, o.residual, o.x)),
         y,
         stats,
         M,
@@ -73,7 +78,7 @@ def _finish(spec: Spec, o: Operands, z: Tensor, y: Tensor, stats: Any) -> None:
         EPILOGUE=("norm", *side.after) if rows else spec.epilogue,
         ROWS=rows,
         CENTRED=spec.norm != "rms",
-        ACT=triton.activation_functions(spec.activation, y.dtype)[0],
+        ACT=triton._functions(spec, z.dtype)[0],
         BLOCK_M=height,
         BLOCK_N=width,
         num_warps=8,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .moments import grow_sums, meet, store_sums, wait_for_all
-from .stages import load_tile, load_vector, normalise, run_stages, walk_back
+from .stages import aligned, load_tile, load_vector, normalise, run_stages, walk_back
 
 
 @triton.jit
@@ -105,6 +105,7 @@ def residual_backward_kernel(
     M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
     BEFORE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, ADD: tl.constexpr,
     ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dh = AFTER'(dy) ; g = norm_weight * dh ; dt = rstd * (g - mean_n g - c * mean_n (g * c))
     dz = BEFORE'(dt) + skip * (the tensor of skip_ptr) ; dshortcut = residual_scale * (its gradient)
@@ -114,8 +115,12 @@ def residual_backward_kernel(
     (2, M): mean, rstd of rows ; dz (M, C) and dshortcut (M, R) contiguous ; ADD: dshortcut counts
     as part of dz. sums, each (C) or None: dgate, sum_m dz, dnorm_weight = sum_m dh * c,
     dnorm_bias = sum_m dh ; dgate_total = sum_n dgate. Each of `walkers` programs of a column tile
-    takes every walkers-th row block; a norm over rows needs C <= BLOCK_N.
+    takes every walkers-th row block, whose loads begin STAGES - 1 blocks ahead; a norm over rows
+    needs C <= BLOCK_N.
     """
+    C, R, stride_dym, stride_zm, stride_skip_m = aligned(
+        (C, p.R, stride_dym, stride_zm, stride_skip_m), p.ALIGN
+    )
     tiles = tl.cdiv(C, BLOCK_N)
     tile = tl.program_id(0) % tiles
     walker = tl.program_id(0) // tiles
@@ -125,14 +130,14 @@ def residual_backward_kernel(
     sum_dhc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-    for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+    for block in tl.range(walker, tl.cdiv(M, BLOCK_M), walkers, num_stages=STAGES):
         m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         dz, dshortcut, sums = gradient_of_rows(
             dy_ptr, z_ptr, p, stats_ptr, m, n, M, C, stride_dym, stride_dyn, stride_zm, stride_zn,
             BEFORE, NORM, AFTER, ACT, ACT_GRAD, BLOCK_M, BLOCK_N,
         )
         store_gradients(
-            dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
+            dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
             stride_skip_m, stride_skip_n, ADD,
         )
         sum_gate += sums[0]
@@ -165,6 +170,8 @@ def residual_backward_product_kernel(
     weight (C, K) ; dx (M, K) contiguous ; dz may be None. dshortcut may be what skip_ptr has.
     The product is dx.T = weight.T @ dz.T: see product.py on left operands in registers.
     """
+    C, R, stride_dym, stride_zm = aligned((C, p.R, stride_dym, stride_zm), p.ALIGN)
+    K, stride_wn, stride_skip_m = aligned((K, stride_wn, stride_skip_m), p.ALIGN)
     GROW: tl.constexpr = BLOCK_N > 256  # sums of wide rows stay in memory: no registers are left
     walker = tl.program_id(0)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -180,7 +187,7 @@ def residual_backward_product_kernel(
             BEFORE, NORM, AFTER, ACT, ACT_GRAD, BLOCK_M, BLOCK_N,
         )
         store_gradients(
-            dz, dshortcut, 0.0, None, dz_ptr, dshortcut_ptr, m, n, M, C, p.R, 0, 0, False
+            dz, dshortcut, 0.0, None, dz_ptr, dshortcut_ptr, m, n, M, C, R, 0, 0, False
         )
         if not GROW:
             sum_gate += sums[0]
@@ -224,6 +231,9 @@ def residual_backward_wide_kernel(
     of g and g * c, once more for the gradients. Its sums over rows grow in its own lines of partial
     (4, walkers, C), which must not be None.
     """
+    C, R, stride_dym, stride_zm, stride_skip_m = aligned(
+        (C, p.R, stride_dym, stride_zm, stride_skip_m), p.ALIGN
+    )
     walker = tl.program_id(0)
     tiles = tl.cdiv(C, BLOCK_N)
     for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
@@ -260,7 +270,7 @@ def residual_backward_wide_kernel(
                 d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD
             )
             store_gradients(
-                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
+                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
                 stride_skip_m, stride_skip_n, ADD,
             )
             sums = (
@@ -283,6 +293,7 @@ def residual_backward_batch_kernel(
     M, C, walkers, skip, stride_dym, stride_dyn, stride_zm, stride_zn, stride_skip_m, stride_skip_n,
     BEFORE: tl.constexpr, AFTER: tl.constexpr, ADD: tl.constexpr, PHASE: tl.constexpr,
     ACT: tl.constexpr, ACT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """As `residual_backward_kernel`, with batch norm over all M rows: means over m, not n.
 
@@ -290,6 +301,9 @@ def residual_backward_batch_kernel(
     have met: the rest. p has the statistics as mean and var. partial (4, walkers, C) ; arrived
     (2 + tiles * (GROUP + 1) + 1). Cooperative launch; walkers * column tiles programs.
     """
+    C, R, stride_dym, stride_zm, stride_skip_m = aligned(
+        (C, p.R, stride_dym, stride_zm, stride_skip_m), p.ALIGN
+    )
     tiles = tl.cdiv(C, BLOCK_N)
     tile = tl.program_id(0) % tiles
     walker = tl.program_id(0) // tiles
@@ -297,7 +311,7 @@ def residual_backward_batch_kernel(
     if PHASE != 2:
         sum_dhc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         sum_dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+        for block in tl.range(walker, tl.cdiv(M, BLOCK_M), walkers, num_stages=STAGES):
             m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
             inside = (m < M)[:, None] & (n < C)[None, :]
             dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
@@ -321,7 +335,7 @@ def residual_backward_batch_kernel(
         mean_dhc = tl.load(totals_ptr + C + n, n < C, 0.0, cache_modifier=".cg")[None, :] / M
         sum_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         sum_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for block in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+        for block in tl.range(walker, tl.cdiv(M, BLOCK_M), walkers, num_stages=STAGES):
             m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
             inside = (m < M)[:, None] & (n < C)[None, :]
             dy = load_tile(dy_ptr, m, n, M, C, stride_dym, stride_dyn).to(tl.float32)
@@ -334,7 +348,7 @@ def residual_backward_batch_kernel(
                 d, dgate, dshortcut, before, p, m, n, C, BEFORE, ACT_GRAD
             )
             store_gradients(
-                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, p.R,
+                dz, dshortcut, skip, skip_ptr, dz_ptr, dshortcut_ptr, m, n, M, C, R,
                 stride_skip_m, stride_skip_n, ADD,
             )
             sum_gate += tl.where(inside, dgate, 0.0)

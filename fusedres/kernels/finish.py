@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .forward import finish, store_rows
 from .moments import row_moments
-from .stages import row_rstd
+from .stages import aligned, row_rstd
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -21,6 +21,7 @@ def residual_finish_kernel(
     z, y (M, N) contiguous, z may be y itself ; stats (2, M), mean and rstd, or None. A program owns
     BLOCK_M rows: once over their columns for the statistics, once more for y.
     """
+    (N,) = aligned((N,), p.ALIGN)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mean = None
     rstd = None

@@ -20,7 +20,7 @@ from .moments import (
     wait_for_all,
 )
 from .product import product, product_of_norm
-from .stages import load_tile, row_rstd, rstd_of, run_stages, store_tile
+from .stages import aligned, load_tile, row_rstd, rstd_of, run_stages, store_tile
 
 
 @triton.jit
@@ -90,6 +90,7 @@ def residual_forward_kernel(
     "rows of x, algebraic": the same for PROLOGUE = norm alone, see product.py.
     stats: (2, M), mean and rstd, for rows; (2, N), mean and biased variance, for columns.
     """
+    N, K, stride_xm, stride_wn = aligned((N, K, stride_xm, stride_wn), p.ALIGN)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_n = tl.program_id(0) % tiles_n
     m = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -159,8 +160,9 @@ def residual_forward_wide_kernel(
     row block to arrive merges these in a fixed order, reads the rows of z back and finishes them.
     z may be y itself. partial (3, column tiles, M) ; arrived (row blocks) ; stats (2, M) as above.
     """
-    # A whole tile beside a residual and a mask would not fit in registers: finish narrower ones.
-    CHUNK: tl.constexpr = BLOCK_N if BLOCK_M * BLOCK_N <= 8192 else 8192 // BLOCK_M
+    N, K, stride_xm, stride_wn = aligned((N, K, stride_xm, stride_wn), p.ALIGN)
+    # As many columns at once as registers hold beside a residual and a mask.
+    CHUNK: tl.constexpr = 4096 // BLOCK_M
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_n = tl.program_id(0) % tiles_n
     block = tl.program_id(0) // tiles_n
@@ -183,7 +185,7 @@ def residual_forward_wide_kernel(
         mean, m2 = load_merged(partial_ptr, m, M, tiles_n, N, BLOCK_N, BLOCK_M)
         rstd = row_rstd(m2 / N, p.eps, CENTRED)
         store_rows(stats_ptr, mean, rstd, m, M, 0)
-        for first in range(0, N, CHUNK):
+        for first in tl.range(0, N, CHUNK, num_stages=2):
             at = first + tl.arange(0, CHUNK).to(tl.int64)
             finish(
                 z_ptr, y_ptr, p, m, at, M, N, mean[:, None], rstd[:, None], BEFORE, EPILOGUE, ACT
@@ -205,6 +207,7 @@ def residual_forward_batch_kernel(
     variance, which p has as mean and var. Phase 2, after all programs have met: y from z, which may
     be y itself. partial (3, walkers, N) ; arrived (2 + column tiles). Cooperative launch.
     """
+    N, K, stride_xm, stride_wn = aligned((N, K, stride_xm, stride_wn), p.ALIGN)
     tiles_n = tl.cdiv(N, BLOCK_N)
     if PHASE != 2:
         for item in range(tl.program_id(0), walkers * tiles_n, tl.num_programs(0)):
@@ -257,6 +260,7 @@ def residual_forward_prebatch_kernel(
     `residual_forward_batch_kernel`: stats (2, K), partial (3, walkers, K), arrived (2 + K tiles).
     Phase 2, after all programs have met: the product and what follows. Cooperative launch.
     """
+    N, K, stride_xm, stride_wn = aligned((N, K, stride_xm, stride_wn), p.ALIGN)
     tiles_k = tl.cdiv(K, BLOCK_K)
     if PHASE != 2:
         for item in range(tl.program_id(0), walkers * tiles_k, tl.num_programs(0)):

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .moments import last_to_arrive
-from .stages import load_tile, run_stages, store_tile
+from .stages import aligned, load_tile, run_stages, store_tile
 
 
 @triton.jit
@@ -88,6 +88,9 @@ def residual_products_kernel(
     dweight's M rows are cut into `splits` parts of `rows` rows, which meet in partial
     (splits, N, K), fp32, and are added in order by the last to arrive. arrived (dweight's tiles).
     """
+    N, K, stride_dzm, stride_xm, stride_wn = aligned(
+        (N, K, stride_dzm, stride_xm, stride_wn), p.ALIGN
+    )
     tiles = tl.cdiv(N, BLOCK) * tl.cdiv(K, BLOCK)
     program = tl.program_id(0)
     if program < tiles * splits:
@@ -107,12 +110,15 @@ def residual_products_kernel(
 def residual_dx_kernel(
     dz_ptr, weight_ptr, dx_ptr, skip_ptr, M, N, K, skip,
     stride_dzm, stride_dzn, stride_wn, stride_wk, stride_skip_m, stride_skip_n,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """dx = dz @ weight + skip * (the tensor of skip_ptr), where dx has another type than weight
 
     dz (M, N) ; weight (N, K) ; dx (M, K) contiguous. skip_ptr may be dx_ptr, or None.
+    ALIGN: as in StageOperands.
     """
+    N, K = aligned((N, K), ALIGN)
+    stride_dzm, stride_wn, stride_skip_m = aligned((stride_dzm, stride_wn, stride_skip_m), ALIGN)
     dt_tile(
         dz_ptr, weight_ptr, dx_ptr, skip_ptr, tl.program_id(0), M, N, K, skip,
         stride_dzm, stride_dzn, stride_wn, stride_wk, stride_skip_m, stride_skip_n,

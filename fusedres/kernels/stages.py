@@ -34,6 +34,23 @@ class StageOperands(NamedTuple):
     droppath_scale: float
     residual_scale: float
     eps: float
+    ALIGN: Any = tl.constexpr(1)  # divides all widths and row strides, if it is not 1
+
+
+@triton.jit
+def aligned(sizes, ALIGN: tl.constexpr):
+    """The same sizes, each a multiple of ALIGN, which the compiler then knows.
+
+    Of a kernel's argument it knows whether 16 divides it and no more; what is to be copied ahead,
+    or stored by many bytes at once, must begin at multiples of them.
+    """
+    if ALIGN == 1:
+        return sizes
+    else:
+        found = ()
+        for i in tl.static_range(len(sizes)):
+            found = found + (sizes[i] // ALIGN * ALIGN,)
+        return found
 
 
 @triton.jit
@@ -130,7 +147,8 @@ def run_stages(t, p, m, n, M, C, mean, rstd, STAGES: tl.constexpr, ACT: tl.const
             t = drop_path(t, p, m)
         else:
             tl.static_assert(STAGES[i] == "add")
-            r = load_tile(p.residual, m, n, M, p.R, p.stride_rm, p.stride_rn).to(tl.float32)
+            R, stride_rm = aligned((p.R, p.stride_rm), p.ALIGN)
+            r = load_tile(p.residual, m, n, M, R, stride_rm, p.stride_rn).to(tl.float32)
             t = t + p.residual_scale * r
         values = values + (t,)
     return values

@@ -103,11 +103,11 @@ def _differs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
     """Whether a converted module gives something else than its own forward, in evaluation."""
     with _evaluation(module):
         ours = tree_leaves(module(*args, **kwargs))
-        kind, module.__class__ = type(module), module._fusedres_kind
+        plans = module.__dict__.pop("_fusedres_plans")
         try:
             plain = tree_leaves(module(*args, **kwargs))
         finally:
-            module.__class__ = kind
+            module.__dict__["_fusedres_plans"] = plans
     for a, b in zip(ours, plain, strict=True):
         if not isinstance(b, Tensor) or not b.is_floating_point():
             continue
@@ -123,9 +123,11 @@ def _convert_owner(
     """Lets a module's forward go by plans if one for these arguments fuses something."""
     if isinstance(module, (Residual, ConvertedSequential)) or "forward" in module.__dict__:
         return [Add(name, False, "its forward was replaced")] if "forward" in vars(module) else []
-    become(module, planned_kind(type(module)))
+    if not isinstance(module, Planned):
+        become(module, planned_kind(type(module)))
     plans = module.__dict__["_fusedres_plans"] = Plans(when)
-    plan = plans.find(module, args, kwargs)
+    made = plans.make(module, args, kwargs)
+    plan = None if made is None else made[0]
     reason = "it is given a subclass of torch.Tensor" if plan is None else plan.why_not
     fused = plan is not None and plan.call is not None
     if fused:
@@ -143,8 +145,11 @@ def _convert_owner(
 
 
 def _unplan(module: Any) -> None:
-    become(module, module._fusedres_kind)
+    """Lets its own forward run; its class stays where it was changed since, by FSDP2 say."""
     module.__dict__.pop("_fusedres_plans", None)
+    kind = module._fusedres_kind
+    if type(module) is planned_kind(kind):
+        become(module, kind)
 
 
 def _convert_sums(model: nn.Module, example_inputs: tuple[Any, ...], when: str) -> list[Add]:
@@ -167,8 +172,8 @@ def convert(
       torch.fx, and what of the order grammar ends in that add runs fused, see
       ``torch.compile(model, backend="fusedres")``, which reads more. The model is run once with
       them, in evaluation.
-    * A :class:`fusedres.Residual` becomes a :class:`fusedres.FusedResidual`.
-    * An nn.Sequential with residual layers in a row becomes a :class:`fusedres.FusedSequential`.
+    * A ``fusedres.Residual`` becomes a ``fusedres.FusedResidual``.
+    * An nn.Sequential with residual layers in a row becomes a ``fusedres.FusedSequential``.
     * With `linear_stacks` (default: without example inputs), neighbours in an nn.Sequential that
       the order grammar can say (linear with a norm, an activation, a dropout, in any order) run as
       one fused layer without `add`.
@@ -236,10 +241,7 @@ def revert(model: nn.Module) -> ConversionReport:
         elif type(module) is FusedSequential and module.__dict__.pop("_converted", False):
             become(module, nn.Sequential)
             changes.append(Change(name, True, "an nn.Sequential again"))
-        elif isinstance(module, Planned):
-            if type(module) is not planned_kind(module._fusedres_kind):
-                changes.append(Change(name, False, "its class was changed since"))
-                continue
+        elif is_planned(module):
             _unplan(module)
             changes.append(Change(name, True, f"{type(module).__name__}: its own forward again"))
         elif type(module) is FusedResidual and module.__dict__.pop("_converted", False):

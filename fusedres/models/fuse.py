@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from .block import Block
 from .gain import loss
-from .match import Block, Matcher
+from .match import Matcher
 from .proof import Pair, disproof
 from .report import Add
 from .rewrite import replace, spec_of

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dataflow import written
 from .proof import Pair
 from .reading import value
 
@@ -31,9 +32,15 @@ def _runs(pair: Pair) -> tuple[Callable[[], None], Callable[[], None]]:
         if isinstance(t, Tensor) and need and records:
             t.requires_grad_()
 
+    changed = {n for node in pair.block.nodes for n in written(node)}
+    copied = [i for i, node in enumerate(pair.inputs) if node in changed]
+
     def call(module: Callable[..., Tensor]) -> None:
+        given = list(numbers)
+        for i in copied:  # in both, since a leaf must not be written into
+            given[i] = numbers[i].clone()
         with pair.autocast:
-            y = module(*numbers)
+            y = module(*given)
         if records:
             learn = [t for t in numbers if isinstance(t, Tensor) and t.requires_grad]
             torch.autograd.grad(y, learn, y.detach(), allow_unused=True)

@@ -121,7 +121,17 @@ def _mask(node: Node) -> tuple[float, tuple[Node, ...]] | None:
     keep = drawn[0].args[1]
     if not isinstance(keep, float) or [n.args[1] for n in scaled] != [keep]:
         return None
-    return 1.0 - keep, tuple(nodes)
+    return 1.0 - keep, (*nodes, *_sizes(root))
+
+
+def _sizes(node: Node) -> list[Node]:
+    """Questions for sizes that only `node` asks, x.shape[0] say: who asks them reads no value."""
+    asked: list[Node] = []
+    for source in node.all_input_nodes:
+        alone = all(user is node for user in source.users)
+        if alone and not isinstance(value(source), Tensor):
+            asked += [source, *_sizes(source)]
+    return asked
 
 
 def _read_drop_path(node: Node) -> Op | None:

@@ -1,98 +1,24 @@
 """The matcher: residual adds of a graph, and the layers of the grammar that end in them.
 
 From an add backwards, along the branch, through every stage that the grammar has, to the matmul
-that it must contain; and on through the stages before it, to a second matmul if there is one. What
-is found is proved by the graph: nobody else reads a value in between, nobody writes into what is
-read, all of it runs in one state of autocast.
+that it must contain; and on through the stages before it, to a second matmul if there is one. A
+branch may be the sum of two. What is found is proved by the graph: nobody else reads a value in
+between, nobody writes into what is read, all of it runs in one state of autocast.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..checks import DTYPES
-from .dataflow import Dataflow, is_transformed
-from .identify import read_long
-from .reading import Op, read, shape, value
-
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d")
-_HEAVY = {
-    *("linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "__matmul__", "lstm", "gru"),
-    *("scaled_dot_product_attention", "multi_head_attention_forward", "scatter_add", "index_add"),
-    *_CONVOLUTIONS,
-}
-
-
-@dataclass
-class Layer:
-    """One fused call: stages in order, its input and operands, and the nodes it stands for."""
-
-    x: Node
-    stages: list[str] = field(default_factory=list)
-    tensors: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    nodes: list[Node] = field(default_factory=list)
-    passing: dict[Node, Node] = field(default_factory=dict)  # what is its input but for chance
-    last: Node | None = None  # whose value the call returns
-    rows: bool = False  # leading dimensions change on the way
-
-    def put(self, op: Op, node: Node, first: bool = False) -> None:
-        """Joins a stage, as the first one or the last."""
-        if op.kind not in ("same", "rows"):
-            kind = "gate" if op.kind == "factor" else op.kind
-            self.stages.insert(0 if first else len(self.stages), kind)
-            self.tensors |= op.tensors
-            self.settings |= op.settings
-        self.rows |= op.kind == "rows"
-        self.nodes += [node, *op.inside]
-        if op.kind in ("same", "rows", "dropout", "droppath"):
-            self.passing |= dict.fromkeys((node, *op.inside), op.x)
-        if first or not self.stages:
-            self.x = op.x
-        if self.last is None or not first:
-            self.last = node
-
-    @property
-    def order(self) -> str:
-        return "-".join(self.stages)
-
-
-@dataclass
-class Block:
-    """One residual add with the layers that lead to it."""
-
-    add: Node
-    layers: list[Layer]
-    residual: Node
-
-    @property
-    def rows(self) -> bool:
-        """Whether rows are cut into leading dimensions otherwise somewhere inside."""
-        return any(layer.rows for layer in self.layers)
-
-    @property
-    def out(self) -> Node:
-        last = self.layers[-1].last
-        assert last is not None
-        return last
-
-    @property
-    def nodes(self) -> set[Node]:
-        return {node for layer in self.layers for node in layer.nodes}
-
-    @property
-    def inputs(self) -> list[Node]:
-        """What the block reads, in order of appearance."""
-        inside = self.nodes
-        first = self.layers[0].x
-        found = dict.fromkeys([first, self.residual])
-        for node in sorted(inside):
-            found |= dict.fromkeys(n for n in node.all_input_nodes if n not in inside)
-        return list(found)
+from .block import Block, Layer, cut
+from .dataflow import is_transformed
+from .describe import describe
+from .reading import Op, value
+from .sums import CONVOLUTIONS, Sums, alpha
 
 
 @dataclass
@@ -118,83 +44,48 @@ class Matcher:
     """Finds the residual adds of a graph; see the module."""
 
     def __init__(self, graph: Graph) -> None:
-        self.flow = Dataflow(graph)
+        self.sums = Sums(graph)
+        self.flow = self.sums.flow
         self.taken: set[Node] = set()
-        self._known: dict[Any, Op | None] = {}
 
     def find(self) -> list[ResidualAdd]:
-        found = []
+        found: dict[Node, ResidualAdd] = {}
         for node in self.flow.nodes:
-            sides = self._sides(node)
+            sides = None if node in found else self.sums.sides(node)
             if sides is None:
                 continue
-            add = self._residual_add(node, *sides)
+            add = self._parallel(node) or self._residual_add(node, *sides)
             if add is not None:
-                found.append(add)
-        return found
+                found[add.node] = add
+        return list(found.values())
 
-    def _read(self, node: Any) -> Op | None:
-        if node not in self._known:
-            self._known[node] = read_long(node, self.flow.order)
-        return self._known[node]
-
-    def _sides(self, node: Node) -> tuple[Node, Node] | None:
-        """Both operands of a sum of equals, the one made later first."""
-        op = read(node)
-        if op is None or op.kind != "add" or "other" not in op.tensors:
+    def _parallel(self, node: Node) -> ResidualAdd | None:
+        """x + (a + m), of which `node` is a + m, where all of it can be fused."""
+        outer = next(iter(node.users), node)
+        sides = self.sums.sides(outer) or ()
+        if node not in sides or len(node.users) > 1 or is_transformed(node) or alpha(outer) != 1:
             return None
-        x, other = op.x, op.tensors["other"]
-        if x is other or shape(x) != shape(other) or len(shape(x)) < 2:
+        (skip,) = (side for side in sides if side is not node)
+        if self.sums.weighed(node, skip) is None:
             return None
-        if "get_attr" in (x.op, other.op) or value(x).device.type == "meta":
+        block = self._block(outer, node, skip)
+        if isinstance(block, str) or len(block.branches) == 1:
             return None
-        return (x, other) if self.flow.order[x] > self.flow.order[other] else (other, x)
-
-    def _stream(self, node: Node) -> set[Node]:
-        """Sums that a skip carries on, and what a projection of it projects."""
-        stream, todo = set(), [node]
-        while todo:
-            n = todo.pop()
-            if n in stream:
-                continue
-            stream.add(n)
-            op = self._read(n)
-            name = getattr(n.target, "__name__", n.target)
-            if op is not None and op.kind == "add":
-                todo += [op.x, op.tensors["other"]]
-            elif op is not None and op.kind not in ("act", "droppath"):
-                todo.append(op.x)
-            elif name in (*_CONVOLUTIONS, "batch_norm", "avg_pool2d", "max_pool2d"):
-                todo += [a for a in n.args[:1] if isinstance(a, Node)]
-        return stream
-
-    def _heavy(self, branch: Node, stream: set[Node]) -> Node | None:
-        """The last op with weights or attention of a branch, before it leaves the stream."""
-        todo, seen = [branch], set(stream)
-        while todo:
-            n = max(todo, key=self.flow.order.__getitem__)
-            todo.remove(n)
-            if n in seen:
-                continue
-            seen.add(n)
-            name = getattr(n.target, "__name__", n.target)
-            if name in _HEAVY or n.op == "call_module":
-                return n
-            todo += n.all_input_nodes
-        return None
+        self.taken |= block.nodes
+        return ResidualAdd(outer, False, block)
 
     def _residual_add(self, node: Node, later: Node, sooner: Node) -> ResidualAdd | None:
         for branch, skip in ((later, sooner), (sooner, later)):
-            stream = self._stream(skip)
-            if not any(self.flow.leads_to(s, branch) or _comes_in(s) for s in stream):
-                continue
-            heavy = self._heavy(branch, stream)
+            heavy = self.sums.weighed(branch, skip)
             if heavy is None:
                 continue
             name = getattr(heavy.target, "__name__", "")
-            add = ResidualAdd(node, name in _CONVOLUTIONS)
+            add = ResidualAdd(node, name in CONVOLUTIONS)
             if is_transformed(node):
                 add.why_not = "it runs inside a torch.func transform"
+                return add
+            if alpha(node) != 1:
+                add.why_not = f"it adds {alpha(node)} times its second operand"
                 return add
             for b, s in ((branch, skip), (skip, branch)):
                 found = self._block(node, b, s)
@@ -221,10 +112,34 @@ class Matcher:
 
     def _block(self, add: Node, branch: Node, skip: Node) -> Block | str:
         """The block that ends in `add`, or why there is none."""
+        sides = self.sums.sides(branch)
+        if sides is None or alpha(branch) != 1 or set(branch.users) != {add}:
+            return self._joined(add, skip, [(branch, add)])
+        later, sooner = sides
+        both = self._joined(add, skip, [(sooner, branch), (later, add)])
+        return both if isinstance(both, Block) else f"its branch ends in {describe(branch)}"
+
+    def _joined(self, add: Node, skip: Node, branches: list[tuple[Node, Node]]) -> Block | str:
+        """The block of these branches, each with the sum that it ends in."""
+        sums, found = {end for _, end in branches}, []
+        for branch, end in branches:
+            layers = self._branch(branch, _Reads(add, skip, set(sums)))
+            if isinstance(layers, str):
+                return layers
+            if any(layer.rows for layer in layers) and "droppath" in layers[-1].stages:
+                return "its rows are cut into other samples before it adds"
+            layers[-1].put(Op("add", branch), end)
+            found.append(layers)
+        block = Block(add, found, skip)
+        self._scaled_skip(block)
+        self._after(block)
+        return self._unsafe(block) or block
+
+    def _branch(self, branch: Node, reads: _Reads) -> list[Layer] | str:
+        """The layers of a branch, or why there are none."""
         tail, n, kind = Layer(branch), branch, ""
-        reads = _Reads(add, skip, {add})
         while kind != "linear":
-            op = self._read(n)
+            op = self.sums.read(n)
             if op is None or op.kind == "add":
                 return f"its branch ends in {describe(n)}"
             reason = self._blocked(n, op, reads)
@@ -236,23 +151,14 @@ class Matcher:
             tail.put(op, n, first=True)
             reads.nodes |= {n, *op.inside}
             n = op.x
-        layers = self._before(tail, reads)
-        block = Block(add, layers, skip)
-        if block.rows and "droppath" in tail.stages:
-            return "its rows are cut into other samples before it adds"
-        sum_op = self._read(add)
-        assert sum_op is not None
-        tail.put(Op("add", branch), add)
-        self._scaled_skip(block)
-        self._after(block)
-        return self._unsafe(block, sum_op) or block
+        return self._before(tail, reads)
 
     def _before(self, tail: Layer, reads: _Reads) -> list[Layer]:
         """The layers of the block: stages before the matmul, and the matmul before them."""
         steps: list[tuple[Op, Node]] = []
         n, linears = tail.x, 0
         while True:
-            op = self._read(n)
+            op = self.sums.read(n)
             if op is None or op.kind in ("add", "gate", "factor", "droppath"):
                 break
             if self._blocked(n, op, reads) is not None or (op.kind == "linear" and linears):
@@ -261,15 +167,15 @@ class Matcher:
             steps.append((op, n))
             reads.nodes |= {n, *op.inside}
             n = op.x
-        return _cut(tail, steps)
+        return cut(tail, steps)
 
     def _scaled_skip(self, block: Block) -> None:
         """c * r + branch, where nobody else reads c * r."""
-        op = self._read(block.residual)
+        op = self.sums.read(block.residual)
         if op is not None and op.kind == "factor" and set(block.residual.users) == {block.add}:
             if op.writes or block.residual in self.taken:
                 return
-            tail = block.layers[-1]
+            tail = block.branches[0][-1]
             tail.nodes.insert(0, block.residual)
             tail.settings["residual_scale"] = op.settings["factor"]
             block.residual = op.x
@@ -279,7 +185,7 @@ class Matcher:
         tail = block.layers[-1]
         while len(block.out.users) == 1:
             (n,) = block.out.users
-            op = self._read(n)
+            op = self.sums.read(n)
             if op is None or op.x is not block.out or op.inside or n in self.taken:
                 return
             if op.kind not in ("norm", "act") or op.kind in tail.stages:
@@ -288,16 +194,20 @@ class Matcher:
                 return
             tail.put(op, n)
 
-    def _unsafe(self, block: Block, sum_op: Op) -> str | None:
+    def _unsafe(self, block: Block) -> str | None:
         inside, inputs = block.nodes, block.inputs
         for node in inside:
-            op = self._read(node)
+            op = self.sums.read(node)
             if op is not None and op.writes and op.x not in inside:
                 reason = self.flow.seen_later(op.x, node)
-                if node is not block.add or reason is not None:
-                    return reason or "a stage writes into what it reads"
-        tensors = [block.layers[0].x, block.residual]
+                if reason is not None:
+                    return reason
+        tensors: list[Any] = [*block.data, block.residual]
         tensors += [t for layer in block.layers for t in layer.tensors.values() if t is not None]
+        for layer in block.layers:  # autograd would see torch's own statistics change under it
+            mean = layer.tensors.get("running_mean") if layer.settings.get("batch_stats") else None
+            if mean is not None and len(mean.users) > 1:
+                return "its batch norm is called more than once"
         devices = {value(t).device for t in tensors if isinstance(t, Node)}
         if len(devices) != 1:
             return "its operands are on several devices"
@@ -309,72 +219,3 @@ class Matcher:
         if later:
             return f"{later[0].name} is made later"
         return self.flow.disturbed(inside, block.out, inputs)
-
-
-def _cut(tail: Layer, steps: list[tuple[Op, Node]]) -> list[Layer]:
-    """Cuts what stands before the last matmul (`steps`, nearest first) into layers.
-
-    Stages between two matmuls join the first layer's end where it has a norm, or off a CPU: else
-    that layer would gain nothing, and they are the second one's beginning.
-    """
-    kinds = [op.kind for op, _ in steps]
-    at = kinds.index("linear") if "linear" in kinds else len(steps)
-    between, before = steps[:at], steps[at + 1 :]
-    cpu = value(tail.x).device.type == "cpu"
-    first: Layer | None = None
-    if at < len(steps):
-        first = Layer(steps[at][0].x)
-        first.put(*steps[at], first=True)
-        for op, node in reversed(between):
-            if op.kind in first.stages:
-                break
-            first.put(op, node)
-        for op, node in before:
-            if op.kind in first.stages:
-                break
-            first.put(op, node, first=True)
-        if "norm" not in first.stages and (cpu or first.stages == ["linear"]):
-            first = None
-    taken = set() if first is None else set(first.nodes)
-    for op, node in between:
-        if node in taken or op.kind in tail.stages:
-            break
-        tail.put(op, node, first=True)
-    return [tail] if first is None or tail.x is not first.last else [first, tail]
-
-
-def _comes_in(node: Node) -> bool:
-    """Whether it is an activation that was made outside the graph: who knows from what."""
-    v = value(node)
-    return node.op == "placeholder" and isinstance(v, Tensor) and not isinstance(v, nn.Parameter)
-
-
-_MOVING = {
-    "transpose": "a transpose, so that its rows are not those of the sum",
-    "permute": "a transpose, so that its rows are not those of the sum",
-    "roll": "windows that are put back in their places",
-    "getitem": "a part of a larger value",
-}
-_ENDS = {
-    "multi_head_attention_forward": "the attention output projection inside nn.MultiheadAttention",
-    "add": "a sum",
-    "iadd": "a sum",
-    "mul": "a product of two activations",
-    "batch_norm": "batch norm over another dimension than the last",
-}
-
-
-def describe(node: Node) -> str:
-    """What a branch ends in, in the words of its model."""
-    name, source = _name(node), node
-    while _name(source) in (*_MOVING, "view", "reshape") and source.all_input_nodes:
-        source = source.all_input_nodes[0]
-    if _name(source) == "multi_head_attention_forward":
-        name = _name(source)
-    if node.op == "placeholder":
-        return "a value from outside the graph"
-    return _ENDS.get(name) or _MOVING.get(name) or f"'{name}'"
-
-
-def _name(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target)).strip("_")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .match import Block
+from .block import Block
 from .reading import value
 from .rewrite import emit
 
@@ -57,7 +57,7 @@ class Pair:
         v = value(node)
         if not isinstance(v, Tensor):
             return v
-        data, size = (self.block.layers[0].x, self.block.residual), list(map(_hint, v.shape))
+        data, size = (*self.block.data, self.block.residual), list(map(_hint, v.shape))
         if node in data:
             rows = [2] * (len(size) - 2) + [3] if small else size[:-1]
             size = [*([6] if small and self.block.rows else rows), size[-1]]

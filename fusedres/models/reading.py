@@ -162,8 +162,8 @@ def _div(writes: bool) -> Callable[..., Op | None]:
 
 
 def _add(writes: bool) -> Callable[..., Op | None]:
-    def read_sum(input: Any, other: Any, *, alpha: float = 1) -> Op | None:
-        if alpha != 1 or not (is_float(input) and is_float(other)):
+    def read_sum(input: Any, other: Any, *, alpha: float = 1) -> Op | None:  # matcher asks alpha
+        if not (is_float(input) and is_float(other)):
             return None
         return Op("add", input, {"other": other}, writes=writes)
 

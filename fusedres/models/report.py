@@ -1,10 +1,11 @@
-"""What became of a model's residual adds."""
+"""What became of a model's residual adds, and of its modules."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,47 @@ class Add:
 
 
 @dataclass(frozen=True)
-class Report:
+class Change:
+    """What became of one module: `name` is its path in the model, `what` tells it or the reason."""
+
+    name: str
+    fused: bool
+    what: str
+
+    @property
+    def where(self) -> str:
+        return self.name
+
+
+Entry = TypeVar("Entry", Add, Change)
+
+
+class _Told(Generic[Entry]):
+    """Entries, each of which was fused or left."""
+
+    @property
+    def _entries(self) -> tuple[Entry, ...]:
+        raise NotImplementedError
+
+    @property
+    def fused(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self._entries if entry.fused)
+
+    @property
+    def left(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self._entries if not entry.fused)
+
+    def _lines(self, done: str) -> list[str]:
+        width = max((len(entry.where) for entry in self._entries), default=0)
+        verbs = (done if entry.fused else "left" for entry in self._entries)
+        return [
+            f"  {verb:{len(done)}}  {entry.where:{width}}  {entry.what}"
+            for verb, entry in zip(verbs, self._entries, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Report(_Told[Add]):
     """The residual adds of a model, in the order in which it runs them; ``print(report)``.
 
     `convolutional` ones, whose branch ends in a convolution, are counted apart: the grammar has
@@ -44,25 +85,18 @@ class Report:
         return Report(title, tuple(adds.values()))
 
     @property
+    def _entries(self) -> tuple[Add, ...]:
+        return self.adds
+
+    @property
     def found(self) -> int:
         return sum(not add.convolutional for add in self.adds)
-
-    @property
-    def fused(self) -> tuple[Add, ...]:
-        return tuple(add for add in self.adds if add.fused)
-
-    @property
-    def left(self) -> tuple[Add, ...]:
-        return tuple(add for add in self.adds if not add.fused)
 
     def __str__(self) -> str:
         convolutional = len(self.adds) - self.found
         more = f"; {convolutional} of convolutions" if convolutional else ""
         lines = [f"{self.title}: {len(self.fused)} of {self.found} residual adds fused{more}"]
-        width = max((len(add.where) for add in self.adds), default=0)
-        for add in self.adds:
-            verb = "fused" if add.fused else "left"
-            lines.append(f"  {verb:5}  {add.where:{width}}  {add.what}")
+        lines += self._lines("fused")
         reasons = Counter(add.what for add in self.left)
         if len(self.adds) > 8 and reasons:
             lines.append("left, by reason:")
@@ -71,16 +105,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Change:
-    """What became of one module: `name` is its path in the model, `what` tells it or the reason."""
-
-    name: str
-    fused: bool
-    what: str
-
-
-@dataclass(frozen=True)
-class ConversionReport:
+class ConversionReport(_Told[Change]):
     """What `convert` or `revert` did, module by module; ``print(report)`` is readable."""
 
     title: str
@@ -88,24 +113,17 @@ class ConversionReport:
     adds: tuple[Add, ...] = ()
 
     @property
+    def _entries(self) -> tuple[Change, ...]:
+        return self.changes
+
+    @property
     def residual_adds(self) -> Report:
         """What became of the residual adds that example inputs showed."""
         return Report(self.title, self.adds)
 
-    @property
-    def fused(self) -> tuple[Change, ...]:
-        return tuple(change for change in self.changes if change.fused)
-
-    @property
-    def left(self) -> tuple[Change, ...]:
-        return tuple(change for change in self.changes if not change.fused)
-
     def __str__(self) -> str:
-        width = max((len(change.name) for change in self.changes), default=0)
-        lines = [f"{self.title}: {len(self.fused)} changed, {len(self.left)} left alone"]
-        for change in self.changes:
-            verb = "changed" if change.fused else "left"
-            lines.append(f"  {verb:7}  {change.name:{width}}  {change.what}")
+        head = f"{self.title}: {len(self.fused)} changed, {len(self.left)} left alone"
+        lines = [head, *self._lines("changed")]
         if self.adds:
             lines = [str(self.residual_adds), *(lines if self.changes else [])]
         return "\n".join(lines)

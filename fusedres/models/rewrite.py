@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..functional import run
 from ..operands import Operands
 from ..spec import Spec, make_spec
-from .match import Block, Layer
+from .block import Block, Layer
 from .reading import shape, value
 
 Look = Callable[[Any], Any]  # from a node of the model's graph to the one that has its value
@@ -70,27 +70,39 @@ def _gate(graph: Graph, owner: GraphModule, layer: Layer, look: Look) -> Any:
 
 def emit(graph: Graph, owner: GraphModule, block: Block, look: Look, chance: bool = True) -> Node:
     """Appends the block's fused calls to the graph, where it inserts now. Returns y's node."""
-    y, residual, original = look(block.layers[0].x), look(block.residual), look(block.residual)
+    original = residual = look(block.residual)
     if block.rows:
-        y, residual = (graph.call_method("flatten", (t, 0, -2)) for t in (y, residual))
-    names = ("weight", "bias", "norm_weight", "norm_bias")
-    for layer in block.layers:
-        last = layer is block.layers[-1]
-        t = layer.tensors
-        operands = [look(t.get(name)) for name in names]
-        if layer.settings.get("transposed"):
-            operands[0] = graph.call_method("t", (operands[0],))
-        operands += [_gate(graph, owner, layer, look), residual if last else None]
-        operands += [look(t.get(name)) for name in ("running_mean", "running_var")]
-        while operands[-1] is None:
-            operands.pop()
-        head = (spec_of(layer, chance).text, layer.settings.get("momentum"), y)
-        y = graph.call_function(fused_layer, (*head, *operands))
-        if layer.last is not None:
-            y.meta = dict(layer.last.meta)
+        residual = graph.call_method("flatten", (residual, 0, -2))
+    for branch in block.branches:
+        y = look(branch[0].x)
+        if block.rows:
+            y = graph.call_method("flatten", (y, 0, -2))
+        for layer in branch:
+            last = residual if layer is branch[-1] else None
+            y = _call(graph, owner, layer, y, last, look, chance)
+        residual = y
     if block.rows:
         meta, y = y.meta, graph.call_method("view_as", (y, original))
         y.meta = dict(meta)
+    return y
+
+
+def _call(
+    graph: Graph, owner: GraphModule, layer: Layer, x: Node, residual: Any, look: Look, chance: bool
+) -> Node:
+    """Appends one fused call."""
+    t = layer.tensors
+    operands = [look(t.get(name)) for name in ("weight", "bias", "norm_weight", "norm_bias")]
+    if layer.settings.get("transposed"):
+        operands[0] = graph.call_method("t", (operands[0],))
+    operands += [_gate(graph, owner, layer, look), residual]
+    operands += [look(t.get(name)) for name in ("running_mean", "running_var")]
+    while operands[-1] is None:
+        operands.pop()
+    head = (spec_of(layer, chance).text, layer.settings.get("momentum"), x)
+    y = graph.call_function(fused_layer, (*head, *operands))
+    if layer.last is not None:
+        y.meta = dict(layer.last.meta)
     return y
 
 

@@ -65,11 +65,17 @@ class _Proxy(Proxy):
         return float(value(self.node))
 
 
+# Private to torch, hence the getattr.
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
 def current_state() -> tuple[Any, ...]:
     """Gradients and autocast: what else a forward goes by."""
-    kinds = ("cpu", "cuda")
+    if not _any_autocast():
+        return torch.is_grad_enabled(), False, False
     return torch.is_grad_enabled(), *(
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in kinds
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        for kind in ("cpu", "cuda")
     )
 
 

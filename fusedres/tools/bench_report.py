@@ -29,7 +29,7 @@ def head(found: dict[str, Any]) -> Iterator[str]:
     yield f"{found['machine']}; threads: {found['threads']}; torch {found['torch']}"
     yield f"{found['dtype']} on {found['device']}; fused runs backend {backends}"
     yield "eager: torch's own layers, called one after another, on the same parameters"
-    yield "eager, fused: microseconds a call, medians of rounds that take turns"
+    yield "eager, fused: us a call, medians of rounds that take turns"
     yield "eager / fused: above 1 fused is faster; half of the rounds lie within the brackets"
     yield "saved: bytes kept for backward, fused / eager"
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from .. import backends, checks, ops
+from .. import checks, ops
 from ..backends import native, plan
 from ..dtypes import typed
 from ..operands import Operands
 from ..spec import Spec
+from .choice import Choice, choose
 
-_ABSENT = "this device is not here"
 _NORM_NAMES = {"layer": "layer_norm", "rms": "rms_norm", "batch": "batch_norm"}
 
 
@@ -27,6 +27,7 @@ class Call:
     recipe: str  # str(spec)
     formula: str
     backend: str  # "eager": the layer's own submodules, one by one
+    why: str  # it was chosen
     why_not: dict[str, str]  # the other backends that cannot run this call, with the reason
     kernel: str
     tiles: dict[str, Any]
@@ -48,6 +49,7 @@ class Call:
             f"{self.name}: {self.formula}",
             f"  recipe    {self.recipe}",
             f"  backend   {self.backend}",
+            f"  chosen    {self.why}",
             *(f"    not {name}: {reason}" for name, reason in self.why_not.items()),
             f"  kernel    {self.kernel}{tiles}",
             f"  {counted:8}  {launches}",
@@ -137,21 +139,23 @@ class Context:
         M = math.prod(self.rows)
         _check(spec, (*self.rows, K), self.x_dtype, self.weight_dtype, N, residual, pad)
         spec, dtype, _ = self.typed(spec, residual is not None)
-        names = checks.BACKENDS[1:] + ("vendor",) * (self.device.type == "cuda")
-        reasons = {b: _why_not(b, spec, dtype, self.device, N, K) for b in names}
-        chosen = "reference"
-        if not self.composite:
-            chosen = self._choose(backend, spec, dtype, N, K, reasons)
-        chosen = "eager" if eager else chosen
+        if eager:
+            choice = Choice("eager", "by the layer, which calls its submodules", {})
+        elif self.composite:
+            told = "under a function transform or for a tensor subclass torch's own operations run"
+            choice = Choice("reference", told, {})
+        else:
+            choice = choose(backend, spec, dtype, self.device, M, N, K)
+        chosen = choice.backend
         size, exact = dtype.itemsize, 8 if dtype == torch.float64 else 4
         reads_x = not spec.casts or (residual is None and spec.saves_residual)
         third = self.residual_dtype or self.x_dtype
         kernel, tiles = _kernel(chosen, spec, dtype, M, N, K, self.device)
         saved: dict[str, int] | None = None
         forward = backward = None
-        if chosen in ops.FORWARD or chosen in ("triton", "cuda", "vendor"):
+        if chosen in ops.FORWARD:
             own, sizes = residual is not None, (dtype, M, N, K)
-            forward = 1 + (chosen == "vendor" and bool(spec.epilogue))
+            forward = 1 + (chosen == "vendor" and bool(spec.epilogue or spec.y_dtype))
             backward = _backward_launches(chosen, spec, bias, own, *sizes, self.device)
             saved = {
                 "x": M * K * self.x_dtype.itemsize if reads_x else 0,
@@ -164,37 +168,8 @@ class Context:
                 "seed": 8 if spec.random else 0,
             }
             saved = {what: n for what, n in saved.items() if n} if self.grad else {}
-        reasons.pop("vendor", None)  # nobody asks for it by name
-        others = {b: reason for b, reason in reasons.items() if reason and b != chosen}
         text = formula(spec, bias, shortcut)
-        return Call(name, str(spec), text, chosen, others, kernel, tiles, forward, backward, saved)
-
-    def _choose(
-        self,
-        backend: str,
-        spec: Spec,
-        dtype: torch.dtype,
-        N: int,
-        K: int,
-        reasons: dict[str, str | None],
-    ) -> str:
-        M = math.prod(self.rows)
-        small = backends.is_small(self.device, dtype, M, N, K)
-        if _ABSENT in reasons.values():  # what a machine that has the device would run
-            if backend == "auto":
-                backend = backends.environment_backend()
-            names = backends.candidates(self.device, small) if backend == "auto" else (backend,)
-            return next((b for b in names if reasons[b] in (None, _ABSENT)), "reference")
-        return backends.choose(backend, spec.text, dtype, self.device, N, K, small)
-
-
-def _why_not(
-    backend: str, spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
-) -> str | None:
-    try:
-        return backends.why_not(backend, spec, dtype, device, N, K)
-    except (AssertionError, RuntimeError):  # asking a GPU that is not here about itself
-        return _ABSENT
+        return Call(name, str(spec), text, *choice, kernel, tiles, forward, backward, saved)
 
 
 def _check(
@@ -237,7 +212,9 @@ def _kernel(
     if backend.startswith("cuda") and native.extension is not None:
         from ..backends import cuda
 
-        return cuda.kernel(spec, dtype, M, N, K, device)
+        name, tiles = cuda.kernel(spec, dtype, M, N, K, device)
+        shared: Any = tiles.pop("shared")
+        return name, tiles | {"shared memory": readable_size(shared)}
     if backend == "vendor":
         return "the library's product, then residual_finish_kernel", {}
     if backend == "cpu" and native.extension is not None:

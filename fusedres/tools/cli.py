@@ -6,15 +6,16 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..checks import BACKENDS
 from ..mlp import MLP_ORDERS
-from ..spec import ACTIVATIONS, GATES, NORMS, ORDERS
+from ..spec import ACTIVATIONS, GATES, NORMS, ORDERS, REGISTERED, meant
 from . import bench, commands, selftest, tune
 
 Commands = argparse._SubParsersAction
@@ -72,8 +73,30 @@ exit codes: 0 done, 1 a tile or backend is wrong or there is no GPU, 2 wrong arg
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """One that asks, at a name it does not know, whether another was meant."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        names = tuple(map(str, action.choices))
+        own = "; one of your own: fusedres.explain, in Python" * (action.dest == "activation")
+        told = f"unknown {value!r}; {meant(value, names)}known: {', '.join(names)}{own}"
+        raise argparse.ArgumentError(action, told)
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Arguments that are none of this command's."""
+        near = [get_close_matches(word, self._option_string_actions, 1, 0.75) for word in unknown]
+        asked = "".join(f"; did you mean {name}?" for names in near[:1] for name in names)
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{asked}")
+
+
+def activations() -> tuple[str, ...]:
+    return ("none", *ACTIVATIONS, *REGISTERED)
+
+
+def parser() -> Parser:
+    main = Parser(
         prog="python -m fusedres",
         description="Residual layers, y = act(norm(x @ W.T + b)) + x, in one fused call.",
         epilog=EPILOG,
@@ -97,6 +120,13 @@ def parser() -> argparse.ArgumentParser:
     demo = _add(every, "demo", "plain against residual nets, a minute", DEMO_EPILOG)
     demo.add_argument("--quick", action="store_true", help="4 and 56 layers only, a minute")
     demo.add_argument(
+        "--seeds",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="train each net N times; lines are medians then, bands worst to best; default: 1",
+    )
+    demo.add_argument(
         "--out",
         type=Path,
         default=Path("degradation.png"),
@@ -107,15 +137,15 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def _add(every: Commands, name: str, short: str, epilog: str) -> argparse.ArgumentParser:
-    one: argparse.ArgumentParser = every.add_parser(
+def _add(every: Commands, name: str, short: str, epilog: str) -> Parser:
+    one: Parser = every.add_parser(
         name,
         help=short,
         description=getdoc(getattr(commands, name)),
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    one.set_defaults(refuse=one.error)
+    one.set_defaults(refuse=one.refuse)
     return one
 
 
@@ -133,7 +163,7 @@ def _add_explain(every: Commands) -> None:
     one.add_argument("--norm", choices=("none", *NORMS), default="layer", help="default: layer")
     one.add_argument(
         "--activation",
-        choices=("none", *ACTIVATIONS),
+        choices=activations(),
         default="relu",
         metavar="NAME",
         help=f"default: relu; known: none, {', '.join(ACTIVATIONS)}",
@@ -162,7 +192,7 @@ def _add_bench(every: Commands) -> None:
     one.add_argument("--norm", choices=("none", *NORMS), help="default: layer")
     one.add_argument(
         "--activation",
-        choices=("none", *ACTIVATIONS),
+        choices=activations(),
         metavar="NAME",
         help=f"default: gelu; known: none, {', '.join(ACTIVATIONS)}",
     )
@@ -197,7 +227,7 @@ def _add_tune(every: Commands) -> None:
     for name, known, default in (
         ("--order", None, "note"),
         ("--norm", ("none", *NORMS), "layer"),
-        ("--activation", ("none", *ACTIVATIONS), "relu"),
+        ("--activation", activations(), "relu"),
         ("--dtype", ("bf16", "fp16", "fp32"), "bf16"),
     ):
         one.add_argument(
@@ -258,8 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top = parser()
     args, unknown = top.parse_known_args(arguments)
     if unknown:  # said with the command's own usage
-        refuse: Any = getattr(args, "refuse", top.error)
-        refuse(f"unrecognized arguments: {' '.join(unknown)}")
+        getattr(args, "refuse", top.refuse)(unknown)
     if args.command is None:
         top.print_help(sys.stderr)
         return commands.USAGE

@@ -200,7 +200,8 @@ def demo(args: argparse.Namespace) -> int:
             why = "its folder does not exist or cannot be written to"
         console.error(f"--out {args.out}: {why}")
         return USAGE
-    return FAILED if demo.run(args.out, demo.QUICK if args.quick else demo.DEPTHS) else OK
+    depths = demo.QUICK if args.quick else demo.DEPTHS
+    return FAILED if demo.run(args.out, depths, args.seeds) else OK
 
 
 def tune(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ is installed (extra `cli`). Nothing else knows rich.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,17 +46,26 @@ def error(text: str) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Cell]], left: int = 1) -> None:
-    """The first `left` columns start at the left, the others end at the right."""
+    """The first `left` columns start at the left, the others end at the right. On a terminal that
+    is too narrow for whole numbers: a line for each cell.
+    """
     console = _rich(sys.stdout)
     split = [[cell if isinstance(cell, tuple) else (cell, "") for cell in row] for row in rows]
+    texts = [list(header), *([text for text, _ in row] for row in split)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    gaps = 2 * (len(widths) - 1)
     if console is None:
-        lines = [list(header), *([text for text, _ in row] for row in split)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths])
-        for line in lines:
+        if sys.stdout.isatty() and sum(widths) + gaps > shutil.get_terminal_size().columns:
+            return _cells(header, split, left)
+        texts.insert(1, ["-" * width for width in widths])
+        for line in texts:
             cells = [f"{c:{'<' if i < left else '>'}{widths[i]}}" for i, c in enumerate(line)]
             print("  ".join(cells).rstrip(), flush=True)
         return
+    for i in range(left):  # these may be broken between words
+        widths[i] = max(len(word) for line in texts for word in (line[i] or " ").split(" "))
+    if sum(widths) + gaps > console.width:
+        return _cells(header, split, left)
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -67,6 +77,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Cell]], left: int = 1) 
     for row in split:
         drawn.add_row(*(Text(text, STYLES.get(style, "")) for text, style in row))
     console.print(drawn)
+
+
+def _cells(header: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]], left: int) -> None:
+    """A row's first cells as a heading, each other one below it with its column's name."""
+    for row in rows:
+        out(" ".join(text for text, _ in row[:left] if text), "head")
+        for name, (text, style) in zip(header[left:], row[left:], strict=True):
+            if text:
+                out(f"  {name}: {text}", style)
 
 
 @contextmanager
@@ -103,6 +122,7 @@ def _plain_progress(total: float, what: str) -> Iterator[Callable[[float, str], 
         nonlocal width
         line = f"{what} [{'#' * round(BAR * done / total):<{BAR}}] {done / total:4.0%}  {text}"
         if terminal:
+            line = line[: shutil.get_terminal_size().columns - 1]  # else \r is no way back
             print(f"\r{line:<{width}}", end="", file=sys.stderr, flush=True)
             width = len(line)
         else:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 from time import perf_counter
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import FusedResidualStack, Residual
-from . import console
+from . import console, interrupted
 from .timing import interleave
 
 WIDTH = 64
@@ -45,7 +45,7 @@ NETS: dict[str, dict[str, Any]] = {
 }
 
 Accuracy = tuple[float, float]  # train and test, in percent
-Results = dict[tuple[str, int], Accuracy]  # by net and depth
+Results = dict[tuple[str, int], list[Accuracy]]  # by net and depth, of each seed
 
 
 class Net(nn.Module):
@@ -88,8 +88,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def train(kind: str, depth: int) -> Net:
-    torch.manual_seed(depth)
+def train(kind: str, depth: int, seed: int = 0) -> Net:
+    torch.manual_seed(depth + 1000 * seed)
     x, _, labels, _ = digits()
     net = Net(kind, depth)
     gates = [p for name, p in net.named_parameters() if name.endswith("gate")]
@@ -110,39 +110,54 @@ def train(kind: str, depth: int) -> Net:
     return net
 
 
-def train_and_score(kind: str, depth: int) -> Accuracy:
+def train_and_score(kind: str, depth: int, seed: int = 0) -> Accuracy:
     x, x_test, labels, labels_test = digits()
-    net = train(kind, depth)
+    net = train(kind, depth, seed)
     return net.accuracy(x, labels), net.accuracy(x_test, labels_test)
 
 
-def run_grid(depths: Sequence[int]) -> Results:
+def run_grid(depths: Sequence[int], seeds: int = 1) -> Results:
     """Train every net at every depth, one process a core with one thread each, deepest first."""
-    start, results = perf_counter(), {}
-    layers, total_layers = 0, len(NETS) * sum(depths)
-    workers = min(os.cpu_count() or 1, len(NETS) * len(depths))
+    start, done, layers = perf_counter(), 0, 0
+    results: Results = {(kind, depth): [] for kind in NETS for depth in depths}
+    total_layers = seeds * len(NETS) * sum(depths)
+    workers = min(os.cpu_count() or 1, seeds * len(results))
     spawn = multiprocessing.get_context("spawn")
     with (
         console.progress(total_layers, "training") as show,
         ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool,
     ):
-        tasks = {
-            pool.submit(train_and_score, kind, depth): (kind, depth)
-            for depth in sorted(depths, reverse=True)
-            for kind in NETS
-        }
-        for task in as_completed(tasks):
-            results[tasks[task]] = task.result()
-            layers += tasks[task][1]
-            show(layers, f"{len(results)} of {len(tasks)} nets, {perf_counter() - start:.0f} s")
+        with interrupted.held_back():
+            tasks = {
+                pool.submit(train_and_score, kind, depth, seed): (kind, depth)
+                for depth in sorted(depths, reverse=True)
+                for kind in NETS
+                for seed in range(seeds)
+            }
+        try:
+            for done, task in enumerate(as_completed(tasks), 1):
+                results[tasks[task]].append(task.result())
+                layers += tasks[task][1]
+                show(layers, f"{done} of {len(tasks)} nets, {perf_counter() - start:.0f} s")
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return results
 
 
+def middle(scores: Sequence[Accuracy]) -> Accuracy:
+    """The median seed by accuracy in training, and that seed's test."""
+    return median_low(scores)
+
+
 def print_table(results: Results, depths: Sequence[int]) -> None:
-    console.out("\nAccuracy on the digits, train / test %:\n")
+    seeds = len(results[next(iter(NETS)), depths[0]])
+    of = f", the median of {seeds} seeds" * (seeds > 1)
+    console.out(f"\nAccuracy on the digits, train / test %{of}:\n")
     rows: list[list[console.Cell]] = []
     for kind in NETS:
-        scores = [results[kind, depth] for depth in depths]
+        scores = [middle(results[kind, depth]) for depth in depths]
         styles = ["good" if score[0] > TRAINED else "bad" for score in scores]
         cells = ["{:.0f} / {:.0f}".format(*score) for score in scores]
         rows.append([kind, *zip(cells, styles, strict=True)])
@@ -181,26 +196,31 @@ def step_times(depth: int) -> tuple[float, float]:
 
     calls: dict[str, Callable[[], None]] = {name: partial(step, net) for name, net in nets.items()}
     rounds, _ = interleave(calls, torch.device("cpu"), 2.0)
-    fused, eager = (1e3 * median(each[name] for each in rounds) for name in nets)
+    fused, eager = (1e3 * median_low(each[name] for each in rounds) for name in nets)
     return fused, eager
 
 
 def check(results: Results, difference: float) -> list[str]:
-    """What differs from the finding; with margin, as accuracies of plain deep nets are chaotic."""
+    """What differs from the finding, whatever the seed; with margin, as accuracies of plain deep
+    nets are chaotic.
+    """
     wrong = [] if difference == 0 else [f"identity layers changed the logits by {difference}"]
-    shallow, deep = (results["plain, LayerNorm", depth][0] for depth in QUICK)
+    trained = ([train for train, _ in results["plain, LayerNorm", depth]] for depth in QUICK)
+    shallow, deep = min(next(trained)), max(next(trained))
     if shallow <= 97:
         wrong.append(f"a plain net of {QUICK[0]} layers should train, got {shallow:.1f} %")
     if deep >= 60:
         wrong.append(f"a plain net of {QUICK[1]} layers should fail to train, got {deep:.1f} %")
-    for (kind, depth), (train_accuracy, test_accuracy) in results.items():
-        if kind.startswith("residual") and not (train_accuracy > TRAINED and test_accuracy > 93):
-            got = f"{train_accuracy:.1f} / {test_accuracy:.1f} %"
-            wrong.append(f"{kind} at {depth} layers should train, got {got}")
+    for (kind, depth), scores in results.items():
+        for train_accuracy, test_accuracy in scores if kind.startswith("residual") else ():
+            if not (train_accuracy > TRAINED and test_accuracy > 93):
+                got = f"{train_accuracy:.1f} / {test_accuracy:.1f} %"
+                wrong.append(f"{kind} at {depth} layers should train, got {got}")
     return wrong
 
 
 def draw(results: Results, depths: Sequence[int], picture: Path) -> None:
+    """Lines through the medians of the seeds, and bands from the worst to the best."""
     from matplotlib.figure import Figure
 
     colours = ("#d62728", "#ff7f0e", "#1f77b4", "#17becf", "#2ca02c", "#9467bd")
@@ -208,9 +228,11 @@ def draw(results: Results, depths: Sequence[int], picture: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, part, title in zip(axes, (0, 1), ("training digits", "test digits"), strict=True):
         for kind, colour in zip(NETS, colours, strict=True):
+            each = [[score[part] for score in results[kind, depth]] for depth in depths]
+            axis.fill_between(depths, [*map(min, each)], [*map(max, each)], color=colour, alpha=0.2)
             axis.plot(
                 depths,
-                [results[kind, depth][part] for depth in depths],
+                [*map(median_low, each)],
                 "o-" if kind.startswith("residual") else "s--",
                 color=colour,
                 label=kind,
@@ -223,6 +245,9 @@ def draw(results: Results, depths: Sequence[int], picture: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(loc="lower left")
+    seeds = len(results[next(iter(NETS)), depths[0]])
+    if seeds > 1:
+        figure.suptitle(f"lines: median of {seeds} seeds; bands: worst to best", fontsize=10)
     figure.tight_layout()
     figure.savefig(picture, dpi=130)
 
@@ -236,12 +261,13 @@ def lacks(module: str) -> str | None:
     return None
 
 
-def run(picture: Path, depths: Sequence[int] = DEPTHS) -> list[str]:
+def run(picture: Path, depths: Sequence[int] = DEPTHS, seeds: int = 1) -> list[str]:
     """Trains, prints, draws; returns what differs from the finding."""
+    of = f", each from {seeds} seeds," * (seeds > 1)
     console.out(
-        f"Training {len(NETS)} kinds of net at {len(depths)} depths on scikit-learn's digits"
+        f"Training {len(NETS)} kinds of net at {len(depths)} depths{of} on scikit-learn's digits"
     )
-    results = run_grid(depths)
+    results = run_grid(depths, seeds)
     print_table(results, depths)
     difference = identity_padding_difference()
     console.out(

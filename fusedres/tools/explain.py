@@ -16,7 +16,7 @@ from .. import checks
 from ..backends import environment_backend, plan
 from ..functional import composite_only, fused_residual
 from ..layers import customised, first_parameter, watched
-from ..links import links_of, unchained
+from ..links import AUTOCAST, links_of, unchained
 from ..mlp import FusedResidualMLP
 from ..modules import FusedResidual
 from ..network import FusedSequential
@@ -76,13 +76,14 @@ def explain(
         residual: (..., R), if the call has one.
         device: explain the call as if on this device, for example "cuda" on a machine without one.
 
-    Returns an :class:`Explanation`; print it, or read ``.backend``, ``.calls``, ``.saved_bytes``.
+    Returns an ``Explanation``; print it, or read ``.backend``, ``.calls``, ``.saved_bytes``.
 
     Raises TypeError for anything else than these calls, and what the call itself would raise for
     arguments that do not fit or a backend that cannot run it.
     """
     call = layer_or_call
     checks.check_tensor("x", x)
+    checks.check_dense("x", x)
     checks.check_tensor("residual", residual, optional=True)
     if isinstance(call, partial) and call.func is fused_residual:
         keywords = {**call.keywords, **({} if residual is None else {"residual": residual})}
@@ -163,11 +164,16 @@ def _not_joined_on_a_gpu(stack: FusedResidualStack, x: Tensor, device: torch.dev
 
     N, M = x.shape[-1], math.prod(x.shape[:-1])
     if torch.is_autocast_enabled("cuda"):
-        return "autocast is on"
+        return AUTOCAST
     backend = environment_backend() if stack.backend == "auto" else stack.backend
     if backend not in ("auto", "triton"):
         return f"the backend is '{backend}'"
-    text = stack._text(stack._given())
+    plain = torch.empty((), dtype=x.dtype)
+    with torch.autocast("cpu", enabled=False):  # which is another device's
+        try:
+            text = stack._text(plain, stack._given())
+        except TypeError:
+            return f"weight is {stack.weight.dtype}, x {x.dtype}"
     most = triton_chain.most_rows(text, x.dtype, N, N, plan.device_of(device))
     if isinstance(most, str):
         return most

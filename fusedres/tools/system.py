@@ -35,7 +35,7 @@ PACKAGES = {  # optional ones, name to install: name to import, what it is for
     "matplotlib": ("matplotlib", "the demo's picture"),
     "numpy": ("numpy", "the demo, and Triton's interpreter (which wants numpy<2.4)"),
 }
-BUILD = "in the source repository: `pip install --no-build-isolation .`"
+BUILD = "in the source repository: `pip install --no-build-isolation -e .`"
 GPU = "`nvidia-smi` must list one, and CUDA_VISIBLE_DEVICES must not hide it"
 CPU_BUILD = f"this torch is a build without CUDA, install one with it; {GPU}"
 

@@ -243,8 +243,11 @@ def update(path: Path, device: Device, change: Callable[[dict[str, Any]], None])
     change(found)
     text = json.dumps(found, indent=2) + "\n"
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(re.sub(r"\[[\d\s,]+\]", lambda row: json.dumps(json.loads(row[0])), text))
-    part.replace(path)
+    try:
+        part.write_text(re.sub(r"\[[\d\s,]+\]", lambda row: json.dumps(json.loads(row[0])), text))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # interrupted, or no room
     planner.config.cache_clear()
     planner.plan.cache_clear()
     backends.most_rows.cache_clear()

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,8 +202,11 @@ REFUSED = {
     "fixed_type": (lambda h: h.float(), "returns torch.float32 for torch.float64"),
     "pair": (lambda h: (h, h), "returns tuple, expected a tensor"),
     "number": (lambda h: 3.0, "returns float, expected a tensor"),
-    "in_place": (lambda h: h.relu_(), "in-place"),
-    "branch": (lambda h: h if h.sum() > 0 else -h, "is refused"),
+    "in_place": (lambda h: h.relu_(), "it writes into h"),
+    "branch": (lambda h: h if h.sum() > 0 else -h, "it reads a number out of h"),
+    "item": (lambda h: h * h.max().item(), "it reads a number out of h"),
+    "of_numpy": (lambda h: torch.from_numpy(np.tanh(h.numpy())), "it calls numpy"),
+    "one_shape": (lambda h: h * torch.ones(7), "a tensor of one shape meets h"),
     "broken": (lambda h: h.no_such_method(), "no_such_method"),
     "two_arguments": (lambda h, k: h, "missing 1 required positional argument"),
 }

@@ -145,7 +145,7 @@ def test_registered_activations_are_not_for_these_kernels():
 
     fusedres.register_activation("cubed_for_cuda", lambda h: h * h * h)
     spec = make_spec(activation="cubed_for_cuda")
-    assert "built-in activations" in backends.why_not("cuda", spec, F32, CPU, 8, 8)
+    assert "built-in activations" in backends.why_not("cuda", spec, F32, torch.device("cuda"), 8, 8)
 
 
 def test_both_backends_of_gpus_save_the_same():

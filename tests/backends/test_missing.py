@@ -124,6 +124,20 @@ def test_why_there_is_no_extension(load):
     assert told.missing == "the C++ extension does not load (bad symbol)" and not told.skipped
 
 
+def test_a_checkout_that_hides_the_installed_package(load, tmp_path, monkeypatch):
+    """Python takes what lies in the folder where it was started."""
+    absent, site = ModuleNotFoundError("No module named 'fusedres._C'"), tmp_path / "site"
+    metadata = site / "fusedres-0.1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Name: fusedres\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(site)
+    assert str(absent) in load(absent).missing, "an editable one hides nothing"
+    (site / "fusedres").mkdir()
+    (site / "fusedres/__init__.py").touch()
+    told = load(absent).missing
+    assert f"({tmp_path / 'fusedres'} hides the installed {site / 'fusedres'})" in told
+
+
 @pytest.mark.parametrize(
     "cuda, hopper, missing",
     [

@@ -127,10 +127,9 @@ def test_family(order, norm, training, dtype, M, N, family, over):
     assert (chosen.family, chosen.over) == (family, over)
     assert chosen.kernel == planner.FAMILIES[family][0]
     assert chosen.cooperative == (family in ("batch", "prebatch"))
-    assert planner.key_of(spec_of(order, norm, training), dtype.itemsize, M, N, 64).split()[:2] == [
-        family,
-        str(8 * dtype.itemsize),
-    ]
+    key = planner.key_of(spec_of(order, norm, training), dtype.itemsize, M, N, 64)
+    narrow = " narrow" * (planner.moved_at_once(N, 64, dtype.itemsize) < 8)
+    assert key.startswith(f"{family}{narrow} {8 * dtype.itemsize} ")
 
 
 # What every plan must be
@@ -259,17 +258,59 @@ def test_several_dtypes_get_tiles_of_their_own():
     spec = spec_of("note", "layer")
     mixed = replace(spec, x_dtype="float32", y_dtype="float32")
     one, several = (planner.plan(s, BF16, 65536, 128, 512) for s in (spec, mixed))
-    assert one.tile[:2] == (128, 128) and several.tile[:2] == (64, 128)
+    assert one.tile[:4] == (64, 128, 64, 4) and several.tile[:4] == (64, 128, 64, 8)
     assert several.shared == 3 * 64 * (64 * 4 + 128 * 2)
-    assert planner.key_of(mixed, 2, 9, 9, 9) == "rows mixed 16 16x16x16"
+    assert planner.key_of(mixed, 2, 9, 12, 12) == "rows mixed 16 16x16x16"
+    assert planner.key_of(mixed, 2, 9, 9, 9) == "rows mixed narrow 16 16x16x16"
     # The algebraic form multiplies x as it comes.
     mixed = replace(spec_of("prenorm", "layer"), x_dtype="float32")
     assert planner.plan(mixed, BF16, 64, 64, 64).family == "prologue"
 
 
 def test_hopper_has_tiles_of_its_own():
-    hopper, other = (of_family("wide", 65536, 4096, device=d).tile for d in DEVICES[:2])
+    hopper, other = (of_family("wide", 65536, 4096, 4096, device=d).tile for d in DEVICES[:2])
     assert hopper[:2] == (128, 256) and other[:2] == (128, 128)
+    two_programs = of_family("wide", 65536, 4096, planner.SHALLOW).tile
+    assert two_programs[:2] == (128, 128) and two_programs.num_warps == 4
+    narrow = of_family("wide", 65536, 4004, 4004).tile
+    assert narrow[:2] == (128, 128) and narrow.num_warps == 8
+
+
+def test_architectures_without_wgmma_read_the_tiles_of_ampere():
+    for name in ("sm_86", "sm_89", "sm_120"):
+        assert planner.config("any", name) == planner.config("any", "sm_80")
+    assert planner.config("any", "sm_100") != planner.config("any", "sm_80")
+
+
+def test_powers_of_two_fill_a_device_of_132():
+    """128 programs are enough."""
+    for family, M, N, tile in (
+        ("tile", 256, 512, (16, 64)),
+        ("rows", 8192, 64, (64, 64)),
+        ("rows", 8192, 128, (64, 128)),
+        ("wide", 2048, 1024, (128, 128)),
+        ("algebraic", 1024, 512, (64, 64)),
+    ):
+        assert of_family(family, M, N).tile[:2] == tile, family
+    assert planner.plan_products(F16, 8192, 256, 256, True, False).BLOCK == 128
+
+
+@pytest.mark.parametrize("align", (1, 2, 4, 8))
+def test_what_cannot_be_moved_by_8_bytes_gets_narrower_tiles(align):
+    """Up to 15 moves a thread and step; in ones, 16 elements of a tile a thread."""
+    for family, dtype in itertools.product(FAMILIES, (F16, F32)):
+        if family == "algebraic" and dtype == F32:
+            continue
+        order, norm, _, M, N = FAMILIES[family]
+        spec, size = spec_of(order, norm), dtype.itemsize
+        usual, tile = (uncached(spec, dtype, M, n, 512).tile for n in (N, N - 16 + align))
+        width, threads = min(16, align * size), 32 * tile.num_warps
+        assert width == planner.moved_at_once(N - 16 + align, 512, size)
+        moves = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K / (align * threads)
+        assert moves <= 15 or tile.BLOCK_K == 16 or width >= 8, (family, tile)
+        assert width > 2 or 16 * threads >= tile.BLOCK_M * tile.BLOCK_N
+        fewer = width == 8 and family in ("algebraic", "rows", "wide")
+        assert tile == usual or width < 8 or fewer, (family, tile)
 
 
 def test_a_tile_asked_for_is_taken():
@@ -301,6 +342,7 @@ def test_backward(over, processors, collectives):
         # Arrival counters are in groups of 16 of at most 16 groups.
         assert chosen.walkers <= planner.MOST_WALKERS == 16**2
         assert chosen.wide == (over == "rows" and C > planner.BACKWARD_ROW)
+        assert chosen.stages == (3 if device.shared > 100 << 10 else 2)
         assert chosen.wide or over != "rows" or chosen.tiles == 1
         if over == "columns":
             assert programs <= device.resident  # they wait for each other
@@ -461,13 +503,14 @@ def test_a_tuned_row_is_for_its_key_only(configs):
         return planner.plan(spec, dtype, M, N, K, device).tile == tile
 
     assert taken() and taken(dtype=BF16) and taken(spec_of("resnet-v1", "rms"))
-    assert taken(M=2049) and taken(N=129) and taken(K=257)
+    assert taken(M=2049) and taken(N=132) and taken(K=260)
     for other in (
         {"dtype": F32},
         {"M": 4097},
         {"M": 2048},
         {"N": 128},
         {"N": 257},
+        {"N": 130},
         {"K": 256},
         {"K": 513},
         {"spec": batch},

@@ -21,7 +21,7 @@ def test_a_net_is_measured_and_judged(monkeypatch, native, capsys):
 
 
 def test_a_wrong_net_is_not_timed(monkeypatch, native):
-    found = stacks._contenders(stacks.Net("wrong", 8, 8, 2), torch.device("cpu"))
+    found = stacks.contenders(stacks.Net("wrong", 8, 8, 2))
     with torch.no_grad():
         found["fused"].weight.mul_(1.1)
     with pytest.raises(ArithmeticError, match="fused differs from eager"):
@@ -30,7 +30,7 @@ def test_a_wrong_net_is_not_timed(monkeypatch, native):
 
 def test_in_16_bits_fused_is_held_to_what_eager_errs(native):
     net = stacks.Net("wrong", 64, 32, 6, activation="silu", dtype="bf16")
-    found = stacks._contenders(net, torch.device("cpu"))
+    found = stacks.contenders(net)
     x = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
     stacks._check(found, x)
     with torch.no_grad():

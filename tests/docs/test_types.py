@@ -31,6 +31,7 @@ class Net(nn.Module):
 net: nn.Sequential = FusedSequential(Net(64), nn.Linear(64, 10))
 y: Tensor = fusedres.fused_residual(torch.randn(4, 64), torch.randn(64, 64), shortcut="identity")
 layer: FusedResidual = FusedResidual.from_layers(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU())
+block: FusedResidualMLP = FusedResidualMLP.from_layers(nn.Linear(8, 9), nn.Linear(9, 8))
 part: list[FusedResidual] = FusedResidualStack(8, 4).to_layers()
 print(fusedres.explain(layer, torch.randn(2, 8)).backend, fusedres.ORDERS["note"])
 """
@@ -67,15 +68,24 @@ def test_mypy_finds_a_bad_script_s_errors(tmp_path):
     assert code == 1 and told.count("error:") >= 4, told
 
 
-def test_pyright_is_content_with_a_good_script(tmp_path):
+def pyright(tmp_path, text):
     beside = str(Path(sys.executable).parent)
-    pyright = shutil.which("pyright", path=beside) or shutil.which("pyright")
-    if pyright is None:
+    command = shutil.which("pyright", path=beside) or shutil.which("pyright")
+    if command is None:
         pytest.skip("pyright is not installed")
     script = tmp_path / "script.py"
-    script.write_text(GOOD)
-    code, told = run(pyright, "--pythonpath", sys.executable, script, cwd=ROOT)
+    script.write_text(f"# pyright: strict\n{text}")
+    return run(command, "--pythonpath", sys.executable, script, cwd=ROOT)
+
+
+def test_pyright_strict_is_content_with_a_good_script(tmp_path):
+    code, told = pyright(tmp_path, GOOD)
     assert code == 0, told
+
+
+def test_pyright_finds_a_bad_script_s_errors(tmp_path):
+    code, told = pyright(tmp_path, BAD)
+    assert code == 1 and told.count("error:") >= 4, told
 
 
 def test_the_package_says_that_it_has_types():

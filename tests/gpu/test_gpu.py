@@ -755,7 +755,9 @@ def chain_results(stack, x, dy, dtype=None):
         named = dict(zip(names, leaves[1:], strict=True))
         y = torch.func.functional_call(stack, named, (leaves[0],))
     else:
-        y = composite_chain(stack._text(given[1:]), len(stack), leaves[0], tuple(leaves[1:]))
+        y = composite_chain(
+            stack._text(x, stack._given()), len(stack), None, 1, leaves[0], tuple(leaves[1:])
+        )
     grads = torch.autograd.grad(y, leaves, dy.to(y.dtype))
     return dict(enumerate([y.detach(), *grads]))
 

@@ -6,6 +6,7 @@ runs this file that way. The interpreter computes bf16 wrongly, so bf16 is left 
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -329,6 +330,56 @@ def test_the_library_s_product_and_one_pass(order, norm, monkeypatch):
     assert_close(ours(case), eager(case), exact(case), terms=10 * (M + K + N))
     with torch.no_grad():
         assert_close(ours(case, ()), eager(case, ()), exact(case, ()), terms=10 * (M + K + N))
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": None}, {"order": "linear"}], ids=str)
+def test_the_library_s_product_of_16_bit_rows_of_odd_width(settings, monkeypatch):
+    device = torch.device(DEVICE)
+    monkeypatch.setitem(ops.FORWARD, "triton", ops.FORWARD["vendor"])
+    for N, K in ((33, 33), (32, 33), (33, 32)):
+        residual = None if "order" in settings else N
+        case = make(37, K, N, dtype=F16, activation="gelu", residual=residual, **settings)
+        assert vendor.why_not(case.spec, F16, device, N, K) is None
+        check(case)
+        recipe = str(replace(case.spec, y_dtype="float32"))
+        operands = (case.tensors.get(name) for name in NAMES)
+        (y,) = vendor.residual_forward(*operands, None, None, None, 1, recipe, False)
+        assert y.dtype == F32 and torch.equal(y.half(), ours(case, ())["y"])
+    assert "tensor cores" in vendor.why_not(case.spec, F16, device, 32, 32)
+
+
+# Alignment
+
+
+def test_alignment_is_what_widths_and_row_strides_share():
+    """1 where Triton sees for itself that 16 divides all of them."""
+    x = torch.empty(5, 96)
+    assert backend.alignment(64, x, None) == backend.alignment(64, x[:1].expand(7, 96)) == 1
+    assert backend.alignment(64, x[:, :40]) == backend.alignment(40, x) == 8
+    assert backend.alignment(64, x, torch.empty(5, 68)) == 4
+    assert backend.alignment(66, x) == 2
+    assert backend.alignment(64, torch.empty(5, 33)[:, :32]) == 1
+    assert backend.alignment(64, torch.empty(96, 5).t()) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("features", [40, 36, 34])
+def test_sizes_of_every_alignment(features, family, monkeypatch):
+    """Widths of 8, 4 and 2, with shortcuts wider and narrower than x."""
+    check(make_family(family, monkeypatch, 19, 48, features, residual=features))
+    check(make_family(family, monkeypatch, 19, features, 48, residual=features - 8, pad=True))
+
+
+@pytest.mark.parametrize("features", [33, 34])
+@pytest.mark.parametrize("family", ["rows", "wide", "prologue"])
+def test_tiles_for_narrow_loads(family, features, monkeypatch):
+    case = make_family(family, monkeypatch, 19, features, features, dtype=F16)
+    call = (case.spec, F16, 4096, features, features)
+    usual = planner.plan(*call).tile
+    monkeypatch.undo()
+    force(monkeypatch, 2, **FAMILIES[family][1])
+    assert planner.plan(*call).tile.BLOCK_K < usual.BLOCK_K
+    check(case)
 
 
 def test_the_library_s_product_is_for_true_fp32():

@@ -1,19 +1,15 @@
 """Every shipped tile compiled without a GPU: no spills, little shared memory, wgmma on Hopper.
 
-A driver that only knows a target stands in for the GPU: the backend launches on meta tensors, and
-what it would launch is compiled for that target instead. All of that in processes of its own, which
-it leaves with that driver.
+bench/compiled/aot.py says how. All of that in processes of its own, which it leaves with a driver
+that cannot launch.
 """
 
+import math
 import os
-import re
-import subprocess
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +17,8 @@ import torch
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
+from bench.compiled import aot  # noqa: E402
+from bench.compiled.aot import SHARED, compiled, operands  # noqa: E402
 from fusedres.backends import plan as planner  # noqa: E402
 from fusedres.backends import triton as backend  # noqa: E402
 from fusedres.spec import ACTIVATIONS, make_spec  # noqa: E402
@@ -35,8 +30,6 @@ pytestmark = [
     ),
 ]
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, by architecture
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 PLAN_WHOLE = planner.plan_whole  # which `whole` replaces
 EVERYTHING = {"gate": "channel", "dropout": 0.1, "drop_path": 0.1}
@@ -54,83 +47,6 @@ RECIPES = {
 }
 
 
-class Target:
-    """A driver for a GPU that is not here."""
-
-    def __init__(self, sm):
-        self.sm = sm
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.sm, 32)
-
-    def get_current_device(self):
-        return self.sm
-
-    def get_current_stream(self, device):
-        return 0
-
-
-def properties(binary):
-    """What a compiled kernel needs and contains."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    ptx, ttir = binary.asm["ptx"], binary.asm["ttir"]
-    offsets = re.findall(
-        r"tt\.addptr [^:]*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+x(\w+)>", ttir
-    )
-    return {
-        "kernel": binary.metadata.name,
-        "stack": sum(int(count) for count in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "shared": binary.metadata.shared,
-        "cooperative": binary.metadata.launch_cooperative_grid,
-        "wgmma": ptx.count("wgmma.mma_async"),
-        "register_a": len(re.findall(r"wgmma\.mma_async[^;]*?\}\s*,\s*\{", ptx)),
-        "async_copies": ptx.count("cp.async.c"),
-        "tanh": ptx.count("tanh.approx.f32"),
-        "offsets": sorted(set(offsets)),
-    }
-
-
-def compiled(sm, launch, *args):
-    """The properties of every kernel that `launch(*args)` launches, compiled instead of run."""
-    triton.runtime.driver.set_active(Target(sm))
-    found, run = [], JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **constants):
-        found.append(properties(run(self, *args, grid=grid, warmup=True, **constants)))
-
-    JITFunction.run = compile_only
-    try:
-        launch(*args)
-    finally:
-        JITFunction.run = run
-    return found
-
-
-def operands(spec, dtype, M, N, K):
-    """Meta tensors for a call."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    C, width = spec.width("norm", K, N), spec.width("add", K, N)
-    vector = empty(C, dtype=F32)
-    norm = (vector, vector) if spec.norm else (None, None)
-    running = (vector, vector) if spec.norm == "batch" and not spec.batch_stats else (None, None)
-    gates = {None: None, "scalar": 1, "channel": spec.width("gate", K, N)}
-    gate = gates[spec.gate] and empty(gates[spec.gate], dtype=F32)
-    residual = None
-    if spec.adds and (width != K or spec.residual_dtype):
-        residual = empty(M, width, dtype=getattr(torch, spec.residual_dtype or str(dtype)[6:]))
-    seed = empty(1, dtype=torch.int64) if spec.random else None
-    x = empty(M, K, dtype=getattr(torch, spec.x_dtype or str(dtype)[6:]))
-    return (x, empty(N, K), empty(N), *norm, gate, residual, *running, seed)
-
-
 def forward(dtype, precision, family, tile, random, activation):
     """Launches the family's kernel with this tile."""
     planner.choose_tile = lambda *_: tile
@@ -146,10 +62,8 @@ def forward(dtype, precision, family, tile, random, activation):
     backend.residual_forward(*operands(spec, dtype, M, N, 512), 1, str(spec), True)
 
 
-def backward(sm, dtype, norm, random, width):
+def backward(dtype, norm, random, width):
     """Launches the backward kernels of both sides, and the products between them."""
-    device = planner.Device("any", 132, SHARED_LIMIT[sm], f"sm_{sm}")
-    planner.device_of = lambda _: device
     plain = RECIPES["prebatch" if norm == "batch" else "prologue"]
     settings = {"order": plain[1] if random else "norm-linear-act-add", "norm": norm}
     settings |= {"activation": "silu", "training": True} | (EVERYTHING if random else {})
@@ -177,12 +91,11 @@ def whole(sm, dtype, tile, random, activation, order):
     backend.residual_backward(dy, saved, *tensors, 1, str(spec), needs)
 
 
-def mixed(sm, family, tile, x_dtype, random):
+def mixed(family, tile, x_dtype, random):
     """Launches a family's forward, by this tile, and its backward, weight in bf16 and the residual
     and y in fp32; x in `x_dtype`, None: in bf16.
     """
-    device = planner.Device("any", 132, SHARED_LIMIT[sm], f"sm_{sm}")
-    planner.device_of, planner.plan_whole = lambda _: device, PLAN_WHOLE
+    planner.plan_whole = PLAN_WHOLE
     planner.choose_tile = lambda *_: tile
     planner.plan.cache_clear()
     plain, everything, norm = RECIPES[family]
@@ -198,7 +111,7 @@ def mixed(sm, family, tile, x_dtype, random):
 
 
 def mixed_job(job):
-    return job, compiled(job[0], mixed, *job)
+    return job, compiled(job[0], mixed, *job[1:])
 
 
 def whole_job(job):
@@ -211,8 +124,8 @@ def forward_job(job):
 
 
 def backward_job(job):
-    sm = job[0]
-    return job, compiled(sm, backward, *job)
+    sm, *rest = job
+    return job, compiled(sm, backward, *rest)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +166,7 @@ def wrong(sm, found, tensor_cores):
     """What is wrong with a compiled kernel, None if nothing."""
     checks = {
         "spills": found["stack"] > 0,
-        "takes too much shared memory": found["shared"] > SHARED_LIMIT[sm],
+        "takes too much shared memory": found["shared"] > SHARED[sm],
         "has offsets of 32 bits": found["offsets"] != ["i64"],
         "takes A from registers, which is miscompiled": found["register_a"] > 0,
         "is (not) cooperative": found["cooperative"] != ("batch" in found["kernel"]),
@@ -262,7 +175,7 @@ def wrong(sm, found, tensor_cores):
     return ", ".join(what for what, is_so in checks.items() if is_so)
 
 
-@pytest.mark.parametrize("sm", SHARED_LIMIT)
+@pytest.mark.parametrize("sm", SHARED)
 def test_every_shipped_tile(sm, pool):
     count, told = 0, []
     for job, found in pool.map(forward_job, forward_jobs(sm), chunksize=4):
@@ -281,7 +194,7 @@ def test_every_shipped_tile(sm, pool):
     assert count >= 80
 
 
-@pytest.mark.parametrize("sm", SHARED_LIMIT)
+@pytest.mark.parametrize("sm", SHARED)
 def test_backward(sm, pool):
     told, jobs = (
         [],
@@ -300,14 +213,14 @@ def test_backward(sm, pool):
         for found in kernels:
             products = found["kernel"] == "residual_products_kernel"
             what = wrong(sm, found, products and job[1] == BF16 and job[-1] >= 256)
-            if products and not found["async_copies"]:
+            if not found["async_copies"] and "wide" not in found["kernel"]:
                 what += ", loads without a pipeline"
             if what:
                 told.append(f"{job} {what}: {found}")
     assert not told, "\n".join(told)
 
 
-@pytest.mark.parametrize("sm", SHARED_LIMIT)
+@pytest.mark.parametrize("sm", SHARED)
 def test_backward_of_whole_rows(sm, pool):
     told, jobs = [], []
     for i, (family, random, size, tile) in enumerate(shipped(sm)):
@@ -325,12 +238,12 @@ def test_backward_of_whole_rows(sm, pool):
     assert len(jobs) >= 10 and not told, "\n".join(told)
 
 
-@pytest.mark.parametrize("sm", SHARED_LIMIT)
+@pytest.mark.parametrize("sm", SHARED)
 def test_several_dtypes(sm, pool):
     """Of each family the largest tiles; with what backward launches, the dz and dx of whole rows
     and products that convert among it.
     """
-    device, told, jobs = planner.Device("any", 132, SHARED_LIMIT[sm], f"sm_{sm}"), [], []
+    device, told, jobs = planner.Device("any", 132, SHARED[sm], f"sm_{sm}"), [], []
     for family in RECIPES:
         for x_dtype, random in (("float32", False), (None, False), ("float32", True)):
             if x_dtype and family == "algebraic":
@@ -367,6 +280,81 @@ def test_every_activation(pool):
     for name, (found,) in pool.map(activation_job, ACTIVATIONS, chunksize=2):
         assert found["stack"] == (32 if name == "sin" else 0), f"{name}: {found}"
         assert (found["tanh"] > 0) == (name in ("silu", "gelu_tanh", "tanh")), f"{name}: {found}"
+
+
+# Widths and row strides that 16 does not divide.
+
+CHOOSE_TILE = planner.choose_tile  # which `forward` replaces
+WIDTHS = (  # family, dtype, width, elements from row to row where they are more, architectures
+    ("tile", BF16, 339, None, (90,)),
+    ("tile", F16, 1000, None, (80,)),
+    ("rows", F16, 168, None, (90,)),
+    ("rows", BF16, 200, None, (80,)),
+    ("wide", BF16, 1000, None, (90,)),
+    ("wide", F16, 1004, None, (80, 90)),
+    ("wide", BF16, 1004, None, (90,)),
+    ("wide", BF16, 466, None, (90,)),
+    ("wide", BF16, 1024, 1032, (90,)),
+    ("wide", F32, 466, None, (80, 90)),
+    ("prologue", F16, 1004, None, (80,)),
+    ("algebraic", BF16, 1004, None, (90,)),
+    ("columns", BF16, 466, None, (90,)),
+    ("batch", F16, 1004, None, (90,)),
+    ("prebatch", BF16, 1000, None, (80,)),
+)
+
+
+BACKWARD_WIDTHS = (  # family, dtype, rows, width, elements from row to row, architectures
+    ("rows", BF16, 2048, 200, None, (90,)),  # dz and dx in one launch
+    ("prologue", BF16, 65536, 1004, None, (90,)),
+    ("prologue", F16, 65536, 466, None, (80,)),
+    ("prologue", BF16, 65536, 1024, 1032, (90,)),
+    ("prebatch", F16, 65536, 339, None, (90,)),
+)
+
+
+def of_width(direction, family, dtype, M, width, stride):
+    """Launches a family as the planner cuts it."""
+    planner.choose_tile, planner.plan_whole = CHOOSE_TILE, PLAN_WHOLE
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    order, _, norm = RECIPES[family]
+    spec = make_spec(order, norm, "silu", training=True)
+    assert planner.family_of(spec, dtype.itemsize, M, width) == family
+    getattr(aot, direction)(spec, dtype, M, width, width, stride)
+
+
+def width_job(job):
+    sm, *rest = job
+    return job, compiled(sm, of_width, *rest)
+
+
+def test_widths_and_strides(pool):
+    """Copies run ahead, and products are stored by as many bytes as rows allow."""
+    told, count = [], 0
+    jobs = [
+        (sm, "forward", family, dtype, 512 if family == "columns" else 65536, *sizes)
+        for family, dtype, *sizes, architectures in WIDTHS
+        for sm in architectures
+    ]
+    jobs += [
+        (sm, "backward", *case) for *case, architectures in BACKWARD_WIDTHS for sm in architectures
+    ]
+    for job, kernels in pool.map(width_job, jobs):
+        sm, direction, family, dtype, _, width, _ = job
+        at_once = min(16, dtype.itemsize * math.gcd(16, width))
+        for found in kernels:
+            count += 1
+            multiplies = direction == "forward" or "product" in found["kernel"]
+            large = family != "columns" and dtype != F32 and at_once >= 8
+            what = wrong(sm, found, multiplies and large)
+            if multiplies and at_once >= 4 and not found["async_copies"]:
+                what += ", loads without a pipeline"
+            if multiplies and max(found["stores"]) < 8 * at_once:
+                what += ", stores by fewer bytes than it could"
+            if what:
+                told.append(f"{job} {what}: {found}")
+    assert not told, "\n".join(told)
+    assert count == len(jobs) + 2 * (len(BACKWARD_WIDTHS) - 1)
 
 
 # The measures themselves must be able to tell.

@@ -30,7 +30,8 @@ class Case:
             if t is not None:
                 torch.nn.init.normal_(t, 1.0 if name == "norm_weight" else 0.0, 0.3)
         given = stack._given()
-        self.depth, self.links, self.what = depth, stack._text(given), f"{stack}, {dtype}"
+        self.depth, self.what = depth, f"{stack}, {dtype}"
+        self.links = stack._text(torch.empty(()), given)
         self.names = ["x", *(n for n, _ in stack.named_parameters())]
         operands = [torch.randn(M, N), *(t.detach() for t in given if t is not None)]
         self.tensors = [t.to(DEVICE, dtype) for t in operands]
@@ -62,7 +63,7 @@ class Case:
 
     def plain(self, dtype):
         x, *operands = leaves = [t.to(dtype).requires_grad_() for t in self.tensors]
-        y = composite_chain(self.links, self.depth, x, tuple(operands))
+        y = composite_chain(self.links, self.depth, None, 1, x, tuple(operands))
         grads = torch.autograd.grad(y, leaves, self.dy.to(dtype))
         return {"y": y.detach(), **{f"d{n}": g for n, g in zip(self.names, grads, strict=True)}}
 
@@ -115,7 +116,7 @@ def test_what_is_kept():
     x, *operands = (t.double() for t in case.tensors)
     for link, got in enumerate(kept[1][1]):
         first = tuple(t[:link] for t in operands)
-        before = composite_chain(case.links, link, x, first) if link else x
+        before = composite_chain(case.links, link, None, 1, x, first) if link else x
         torch.testing.assert_close(got.double(), before, atol=1e-5, rtol=1e-5)
 
 
@@ -192,6 +193,9 @@ def test_launches(depth, monkeypatch):
     ]
 
 
+_LINKS = {"_forward": 1, "_backward": 3}  # where the links stand after the first argument
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How many links each call of the ops has; on a CPU, too, they are Triton's."""
@@ -199,8 +203,9 @@ def calls(monkeypatch):
     for name in ("_forward", "_backward"):
         run = getattr(chain, name)
 
-        def counted(t, *call, run=run):
-            found.append(call[-2] or call[-3].count("\n") + 1)
+        def counted(t, *call, run=run, at=_LINKS[name]):
+            links, depth = call[at : at + 2]
+            found.append(depth or links.count("\n") + 1)
             return run(t, *call)
 
         monkeypatch.setattr(chain, name, counted)
@@ -291,6 +296,36 @@ def test_what_runs_layer_by_layer_says_why(way, calls):
     x = torch.randn(18, stack.features, device=DEVICE)
     assert reason in stack.why_not_joined(x)
     assert stack(x).shape == x.shape and not calls
+
+
+def test_under_autocast_layers_run_one_by_one(calls):
+    stack, x = FusedResidualStack(32, 2, device=DEVICE), torch.randn(18, 32, device=DEVICE)
+    net = FusedSequential(*stack.to_layers())
+    assert stack.why_not_joined(x) is None and net.chains(x) == ["0 to 1: one call"]
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert "autocast is on" in stack.why_not_joined(x)
+        assert all("autocast is on" in line for line in net.chains(x))
+        assert stack(x).dtype is net(x).dtype and not calls
+
+
+@pytest.mark.parametrize(
+    "links, reason",
+    [
+        ("1 linear\n1^1 linear-act-add activation=silu", "another value than the latest"),
+        ("0 linear-act\n0<1 linear-act-add\n1 linear-act\n0<1 linear-act-add", "not alike"),
+        ("0 linear-act\n0<2 linear-act-add", "another input than its block's"),
+        ("1 linear-dropout-add dropout=0.5", "drops at random"),
+        ("0 linear-dropout dropout=0.5\n0<1 linear-add", "drops at random"),
+        ("55 linear-norm-add norm=batch", "batch norm"),
+        ("48 linear-act-add", "more than weight, bias"),
+        ("0 linear-add x_dtype=float32", "several dtypes"),
+    ],
+)
+def test_links_that_are_refused(links, reason):
+    assert reason in backend.pattern_of(links)
+    x = torch.randn(18, 32, device=DEVICE)
+    with pytest.raises(RuntimeError, match=reason):
+        backend.chain_forward(x, [x], links, 0, 0)
 
 
 def test_rows_of_a_wide_stack(calls, monkeypatch):

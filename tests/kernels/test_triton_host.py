@@ -1,6 +1,7 @@
 """What the Triton backend does before a launch: threads, streams' counters, tools it needs, export.
 
-Kernels run by the interpreter in processes of their own, so that nothing here needs a GPU.
+Kernels run by the interpreter, or by a driver that does nothing, in processes of their own, so that
+nothing here needs a GPU.
 """
 
 import os
@@ -12,8 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from fusedres.backends import launch, why_not
 from fusedres.backends import triton as backend
-from fusedres.backends import why_not
 from fusedres.spec import make_spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -80,6 +81,85 @@ def test_an_exported_program_loads_in_another_process(tmp_path):
     files = tmp_path / "layer.pt2", tmp_path / "values.pt"
     in_the_interpreter(SAVE, *files)
     in_the_interpreter(LOAD, *files)
+
+
+LAUNCH_AGAIN = """
+import sys, tempfile, torch
+sys.path.insert(0, sys.argv[1])
+import stub_driver
+stub, given = stub_driver.install(tempfile.mkdtemp(), record=True)
+from triton import knobs
+from triton.runtime.jit import JITFunction
+from fusedres.backends import launch, triton as backend
+from fusedres.spec import make_spec
+
+through, run = [], JITFunction.run
+def counted(self, *args, **kwargs):
+    through.append(self)
+    return run(self, *args, **kwargs)
+JITFunction.run = counted
+
+def told(value):
+    if isinstance(value, tuple):
+        return tuple(map(told, value))
+    return (value.dtype, value.shape, value.stride()) if isinstance(value, torch.Tensor) else value
+
+def launched(call):
+    "What is launched: whether through Triton, and with which arguments past hooks and stream."
+    through.clear(), given.clear()
+    before = stub.stub_launches()
+    call()
+    assert stub.stub_launches() - before == len(given) > 0
+    return len(through), [(args[:3], told(args[9:])) for args in given]
+
+for settings in ({}, {"M": 520, "norm": "batch"}, {"order": "preact"}, {"N": 300, "K": 300}):
+    for call in stub_driver.layer(**{"M": 64, "N": 32, "K": 32, **settings}):
+        call()
+        launch._calls.clear()
+        first, again = launched(call), launched(call)
+        assert first[0] == len(first[1]) and again[0] == 0, (settings, first[0], again[0])
+        assert first[1] == again[1], settings
+        knobs.runtime.launch_enter_hook = seen = lambda metadata: None
+        assert launched(call)[0] == len(first[1])  # a profiler's hook is called by Triton
+        knobs.runtime.launch_enter_hook = None
+        assert launched(call)[0] == 0
+
+# Whatever Triton compiles another kernel for goes by Triton the first time.
+x, w = torch.randn(65, 32), torch.randn(32, 32)
+spec = str(make_spec("note", None, "gelu"))
+def forward(x, w, spec=spec):
+    return launched(lambda: backend.residual_forward(x, w, *[None] * 8, 1, spec, False))[0]
+odd = torch.randn(64 * 32 + 1)[1:].view(64, 32)
+for x in (x[:64], odd, x, x[:64].half()):
+    w = w.to(x.dtype)
+    assert (forward(x, w), forward(x, w)) == (1, 0)
+"""
+
+
+def test_a_later_launch_goes_past_triton_with_the_same_arguments():
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", LAUNCH_AGAIN, os.path.dirname(__file__)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_call_is_computed_once_and_calls_are_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr(launch, "_calls", {})
+    monkeypatch.setattr(launch, "MOST_CALLS", 2)
+    x, computed = torch.empty(3, 8), []
+
+    def call_of(*tensors):
+        return launch.call_of(tuple(launch.key_of(tensors)))
+
+    call = call_of(x, None)
+    for _ in range(2):
+        assert call.once("sum", lambda a, b: computed.append(0) or a + b, 1, 2) == 3
+    assert len(computed) == 1 and call_of(x, None) is call
+    others = (x.t(), x[:2], x.half(), x.to("meta"), torch.empty(25)[1:].view(3, 8))
+    assert len({tuple(launch.key_of((t, None))) for t in (x, *others)}) == 6
+    for rows in range(5):
+        call_of(x[:rows], None)
+        assert len(launch._calls) <= 2
 
 
 # Arrival counters

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedres.backends import launch
 from fusedres.backends import plan as planner
 from fusedres.spec import STAGES
 from oracle import KINKS, assert_as_accurate, eager, exact, fused, make_case, pre_activation
@@ -59,20 +60,22 @@ def force(monkeypatch, processors=None, **constants):
 
 
 def forget():
-    """What the planner has cached."""
+    """What planner and launches have cached."""
     planner.plan.cache_clear()
     planner.plan_whole.cache_clear()
+    launch._calls.clear()
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
     """torch.empty comes filled with NaN, so an element that no kernel writes fails the test.
 
-    In the interpreter tiles are as large as for a device that two programs fill: it takes its time
-    by the program.
+    In the interpreter tiles are as large as for a device that two programs fill, and not smaller
+    for narrow loads: it takes its time by the program.
     """
     if INTERPRET:
         force(monkeypatch, 2)
+        monkeypatch.setattr(planner, "moved_at_once", lambda *_: 16)
     forget()
     torch.use_deterministic_algorithms(True)
     yield
@@ -187,6 +190,7 @@ class Launches(TorchDispatchMode):
             monkeypatch.setattr(getattr(backend, module), name, self.kernel(name))
         # As on a GPU, where programs can wait for each other.
         monkeypatch.setattr(backend, "interpreting", lambda: False)
+        forget()
         torch.use_deterministic_algorithms(False)  # filling empty tensors is a launch too
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -54,7 +54,30 @@ def drop_path(x, p, training):
 
 MLP = {"fc1": linear(H), "fc2": linear(K, H), "norm": lambda: nn.LayerNorm(K)}
 
-# name -> (module, recipes that the report is to name, on a CPU)
+PARALLEL = {"a": linear(), **MLP}
+
+
+def _into_the_branch(s, x):
+    y = s.fc2(F.relu(s.fc1(x), inplace=True))
+    y += x
+    return y
+
+
+def _into_the_skip(s, x):
+    y = x * 1.0
+    y += s.drop(s.fc1(x))
+    return y
+
+
+def _one_norm(s, x):
+    h = s.norm(x)
+    y = s.a(h)
+    y += 0.5 * s.fc2(F.gelu(s.fc1(h)))
+    y += 0.25 * x
+    return s.after(y)
+
+
+# name -> (module, recipes that the report is to name of its last add, on a CPU)
 BLOCKS = {
     "prenorm": (
         lambda: _make(lambda s, x: x + s.fc2(F.gelu(s.fc1(s.norm(x)))), **MLP),
@@ -112,6 +135,70 @@ BLOCKS = {
         lambda: _make(lambda s, x: (x * 1.0).add_(s.fc2(F.gelu(s.fc1(s.norm(x))))), **MLP),
         ["norm-linear-act norm=layer activation=gelu", "linear-add"],
     ),
+    "in place into the branch": (
+        lambda: _make(_into_the_branch, fc1=linear(H), fc2=linear(K, H)),
+        ["act-linear-add activation=relu"],
+    ),
+    "in place into the skip": (
+        lambda: _make(_into_the_skip, fc1=linear(), drop=lambda: nn.Dropout(0.0, inplace=True)),
+        ["linear-add"],
+    ),
+    "layer scale in place": (
+        lambda: _make(
+            lambda s, x: x + s.fc1(x).mul_(s.gamma), fc1=linear(),
+            gamma=lambda: nn.Parameter(torch.rand(1, 1, K)),
+        ),
+        ["linear-gate-add gate=channel"],
+    ),
+    "one learned factor": (
+        lambda: _make(
+            lambda s, x: torch.add(x, s.fc1(x) * s.alpha), fc1=linear(),
+            alpha=lambda: nn.Parameter(torch.rand(())),
+        ),
+        ["linear-gate-add gate=scalar"],
+    ),
+    "half a sequential": (
+        lambda: _make(
+            lambda s, x: s.norm(x + s.ff(x) / 2), norm=lambda: nn.LayerNorm(K),
+            ff=lambda: nn.Sequential(
+                nn.LayerNorm(K), nn.Linear(K, H), nn.SiLU(), nn.Dropout(0.0), nn.Linear(H, K)
+            ),
+        ),
+        [
+            "norm-linear-act norm=layer activation=silu",
+            "linear-gate-add-norm norm=layer gate=scalar",
+        ],
+    ),
+    "parallel": (
+        lambda: _make(lambda s, x: x + s.a(x) + s.fc2(F.gelu(s.fc1(s.norm(x)))), **PARALLEL),
+        ["norm-linear-act norm=layer activation=gelu", "linear-add"],
+    ),
+    "a sum of branches": (
+        lambda: _make(lambda s, x: x + (s.a(x) + s.fc2(F.gelu(s.fc1(s.norm(x))))), **PARALLEL),
+        ["linear-add", "norm-linear-act norm=layer activation=gelu", "linear-add"],
+    ),
+    "a sum of branches of one norm": (
+        lambda: _make(_one_norm, **PARALLEL, after=lambda: nn.LayerNorm(K)),
+        [
+            "linear-add residual_scale=0.25",
+            "act-linear-gate-add-norm norm=layer activation=gelu gate=scalar",
+        ],
+    ),
+    "three matmuls": (
+        lambda: _make(
+            lambda s, x: x + s.fc3(F.relu(s.n2(s.fc2(F.relu(s.n1(s.fc1(x))))))),
+            fc1=linear(H), fc2=linear(H, H), fc3=linear(K, H),
+            n1=lambda: nn.LayerNorm(H), n2=lambda: nn.LayerNorm(H),
+        ),
+        ["linear-norm-act norm=layer activation=relu", "linear-add"],
+    ),
+    "three matmuls, no norm between": (
+        lambda: _make(
+            lambda s, x: x + s.fc3(F.relu(s.fc2(F.relu(s.fc1(s.norm(x)))))),
+            fc1=linear(H), fc2=linear(H, H), fc3=linear(K, H), norm=lambda: nn.LayerNorm(K),
+        ),
+        ["act-linear-add activation=relu"],
+    ),
     "linear shortcut": (
         lambda: _make(
             lambda s, x: s.short(x) + s.fc2(F.relu(s.fc1(s.norm(x)))), short=linear(), **MLP
@@ -153,6 +240,9 @@ BLOCKS = {
 }  # fmt: skip
 
 
+TWICE = ("two branches", "parallel")  # both of their adds are found and fused
+
+
 def _keep(s, x):
     h = s.fc1(x)
     return x + F.relu(h), h
@@ -170,6 +260,16 @@ def _overwritten(s, x):
     z = s.fc1(h)
     h.zero_()
     return y + z
+
+
+def _sum_seen(s, x):
+    y = s.a(x.cos()) + s.fc1(x.sin()).cos()
+    return x + y, y
+
+
+def _relu_seen(s, x):
+    h = s.fc1(x)
+    return x + s.fc2(F.relu(h, inplace=True)), h  # h, after the ReLU
 
 
 def _seen_again(s, x):
@@ -196,6 +296,19 @@ LEFT = {
     "read elsewhere": (lambda: _make(_keep, fc1=linear()), "read elsewhere"),
     "overwritten in between": (lambda: _make(_overwritten, fc1=linear()), "writes into"),
     "what it added to is seen": (lambda: _make(_seen_again, fc1=linear()), "in place"),
+    "what its ReLU wrote into is seen": (
+        lambda: _make(_relu_seen, fc1=linear(H), fc2=linear(K, H)), "read"
+    ),
+    "a factor in the add": (
+        lambda: _make(lambda s, x: torch.add(x, s.fc1(x), alpha=0.5), fc1=linear()),
+        "it adds 0.5 times its second operand",
+    ),
+    "a sum with what is no branch": (
+        lambda: _make(lambda s, x: x + (s.a(x) + x.cos()), a=linear()), "its branch ends in a sum"
+    ),
+    "a sum that is seen": (
+        lambda: _make(_sum_seen, a=linear(), fc1=linear()), "its branch ends in a sum"
+    ),
     "the caller's memory": (lambda: _make(lambda s, x: x.add_(s.fc1(x)), fc1=linear()), "in place"),
     "autocast ends within": (lambda: _make(_autocast, fc1=linear()), "switched"),
     "a gate that varies": (

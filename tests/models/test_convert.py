@@ -250,7 +250,9 @@ def test_layers_in_a_row_become_one_call(native, monkeypatch):
     layers = [Residual(16, activation="silu") for _ in range(4)]
     model = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(16, 2))
     plain, x, joined, run = copy.deepcopy(model), torch.randn(5, 8), [], chain.run
-    monkeypatch.setattr(chain, "run", lambda x, links: joined.append(len(links)) or run(x, links))
+    monkeypatch.setattr(
+        chain, "run", lambda x, links, *more: joined.append(len(links)) or run(x, links, *more)
+    )
     names = list(model.state_dict())
     report = convert(model)
     assert type(model) is FusedSequential and "layers in a row are one call" in str(report)
@@ -271,7 +273,9 @@ def test_stacks_in_a_row_are_one_call(native, monkeypatch):
     ]
     model = nn.Sequential(*(m for layer in layers for m in layer))
     plain, x, joined, run = copy.deepcopy(model), torch.randn(5, 8), [], chain.run
-    monkeypatch.setattr(chain, "run", lambda x, links: joined.append(len(links)) or run(x, links))
+    monkeypatch.setattr(
+        chain, "run", lambda x, links, *more: joined.append(len(links)) or run(x, links, *more)
+    )
     convert(model)
     for net in (model, plain):
         net(x).square().sum().backward()

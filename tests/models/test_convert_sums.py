@@ -5,6 +5,7 @@ everything that people do with a model.
 import copy
 import io
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
-from blocks import BLOCKS, LEFT, MLP, K, linear
+from blocks import BLOCKS, LEFT, MLP, TWICE, K, drop_path, linear
 from blocks import _make as make
 from fusedres import convert, revert
-from fusedres.models import gain
-from fusedres.models.plan import MOST, Planned
+from fusedres.models import gain, guard
+from fusedres.models.plan import MOST, Plan, Planned
 from test_compiled import assert_same, step
 
 UNREAD = ("the caller's memory", "overwritten in between")
@@ -48,15 +49,9 @@ def net():
 
 def calls(model, x):
     """How many of a model's modules run fused with x."""
-    plans = [m._fusedres_plans for m in model.modules() if isinstance(m, Planned)]
-    found = []
-    for p in plans:
-        original = p.find
-        p.find = lambda *a, original=original: found.append(original(*a)) or found[-1]
-    model(x)
-    for p in plans:
-        del p.find
-    return sum(plan is not None and plan.call is not None for plan in found)
+    with mock.patch.object(Plan, "run", autospec=True, side_effect=Plan.run) as run:
+        model(x)
+    return run.call_count
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -65,8 +60,8 @@ def test_found_and_equal(name):
     block, x = make_block(), torch.randn(3, 6, K)
     plain = copy.deepcopy(block)
     report = convert(block, x, when="always").residual_adds
-    assert report.found == len(report.fused) == (2 if name == "two branches" else 1)
-    assert report.fused[0].what.split(" in ")[0].split(", ") == recipes
+    assert report.found == len(report.fused) == (2 if name in TWICE else 1)
+    assert report.fused[-1].what.split(" in ")[0].split(", ") == recipes
     assert calls(block, x) == 1
     assert_same(step(block, block, x), step(plain, plain, x))
     with torch.no_grad():
@@ -84,6 +79,43 @@ def test_left_with_the_reason(name):
     report = convert(block, x, when="always").residual_adds
     assert not report.fused and report.left and type(block) is kind
     assert_same(step(block, block, x), before, 0.0)
+
+
+def test_drop_path():
+    """The mask's own questions for the branch's size do not keep it from being fused."""
+    net = make(lambda s, x: x + drop_path(s.fc(x), 0.25, s.training), fc=linear())
+    plain, x = copy.deepcopy(net), torch.randn(500, 4, K)
+    report = convert(net, x, when="always")
+    assert "linear-droppath-add drop_path=0.25" in str(report)
+    assert calls(net, x) == 1
+    dropped = (net(x) == x).view(500, -1)
+    assert torch.equal(dropped.all(1), dropped.any(1))
+    assert abs(dropped.all(1).double().mean() - 0.25) < 0.08
+    assert_same([net.eval()(x)], [plain.eval()(x)])
+
+
+def test_a_batch_norm_that_is_called_twice():
+    """Its statistics are what torch's backward of the other call still reads."""
+    net = make(
+        lambda s, x: x + (s.norm(s.a(x)) + s.norm(s.fc(x))),
+        a=linear(), fc=linear(), norm=lambda: nn.BatchNorm1d(K),
+    )  # fmt: skip
+    plain, x = copy.deepcopy(net), torch.randn(20, K)
+    report = convert(net, x, when="always").residual_adds
+    assert not report.fused and "its batch norm is called more than once" in str(report)
+    assert_same(step(net, net, x), step(plain, plain, x))
+    assert_same(list(net.buffers())[:2], list(plain.buffers())[:2])
+
+
+@pytest.mark.parametrize("name", ["in place", "in place into the branch", "in place into the skip"])
+def test_what_writes_in_place_is_timed_too(name, monkeypatch):
+    """In training, where a leaf that learns must not be written into."""
+    timed = []
+    measure = gain._measure
+    monkeypatch.setattr(gain, "_measure", lambda pair: timed.append(measure(pair)) or timed[-1])
+    monkeypatch.setattr(gain, "_MEASURED", {})
+    convert(BLOCKS[name][0](), torch.randn(3, 6, K, requires_grad=True))
+    assert len(timed) == 1
 
 
 def test_parameters_keys_and_modules_stay():
@@ -150,6 +182,55 @@ def test_surgery_after_convert(name):
     assert len(model._fusedres_plans.plans) > 1
     convert(model, x, when="always")
     assert_same(step(model, model, x), step(plain, plain, x))
+
+
+@pytest.mark.parametrize("if_unchanged", {guard.if_unchanged, guard._if_unchanged})
+def test_what_is_noticed(if_unchanged, monkeypatch):
+    """By the extension as without it; nothing of what leaves a forward as it was."""
+    monkeypatch.setattr(guard, "if_unchanged", if_unchanged)
+    model = Block()
+    model.table = torch.arange(4)  # has no truth value
+    modules = guard.Modules(list(model.modules()))
+    wanted = [model.fc1._parameters, "weight", model.fc2._parameters, "bias"]
+    assert modules.find([]) == [] and modules.find([{}, "gone"]) is None
+    model.scale, model.fc1.weight = float("1.0"), nn.Parameter(torch.ones(12, K))
+    weight, bias = modules.find(wanted)
+    assert weight is model.fc1.weight and bias is model.fc2.bias
+    act, fc = model.act, model.fc1
+    for do, undo in (
+        (lambda: setattr(model, "scale", 2.0), lambda: setattr(model, "scale", 1.0)),
+        (lambda: setattr(model, "more", None), lambda: delattr(model, "more")),
+        (lambda: model.drop.eval(), lambda: model.drop.train()),
+        (lambda: act.register_forward_hook(print), lambda: act._forward_hooks.clear()),
+        (lambda: model.add_module("more", act), lambda: model._modules.pop("more")),
+        (lambda: setattr(fc, "__class__", Block), lambda: setattr(fc, "__class__", nn.Linear)),
+        (lambda: setattr(model, "table", torch.arange(4)), lambda: None),
+    ):
+        assert modules.find(wanted) is not None
+        do()
+        assert modules.find(wanted) is None
+        undo()
+
+
+def test_nested_and_named_arguments():
+    def forward(s, x, pair=None, scale=1.0):
+        return x + scale * s.fc(pair["y"][0])
+
+    model, x, y = make(forward, fc=linear()), torch.randn(3, K), torch.randn(3, K)
+    plain = copy.deepcopy(model)
+    assert len(convert(model, x, {"y": (y, 2)}, when="always").residual_adds.fused) == 1
+    plans = model._fusedres_plans.plans
+    before = len(plans)
+    for given, made in (
+        ({"pair": {"y": (y, 2)}}, 1),
+        ({"pair": {"y": (y, 2)}}, 1),
+        ({"pair": {"y": (y, 3)}}, 2),
+        ({"pair": {"y": [y, 3]}}, 3),
+        ({"pair": {"y": (y, 3), "z": y}}, 4),
+        ({"scale": 0.5, "pair": {"y": (y, 2)}}, 5),
+    ):
+        assert_same([model(x, **given)], [plain(x, **given)])
+        assert len(plans) == before + made
 
 
 def test_modes_sizes_and_dtypes_of_calls():

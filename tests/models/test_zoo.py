@@ -18,7 +18,6 @@ EXCEPTIONS = {
     "timm swinv2_cr_tiny": (6, 3, 3),
     "timm convnext_atto": (4, 0, 0),  # back to channels first
     "transformers AlbertModel": (4, 4, 2),  # one layer that is called twice
-    "transformers GPTNeoXModel": (2, 0, 0),  # x + (mlp + attention)
     "transformers OPTModel": (4, 4, 4),  # convert cannot tell that the embeddings' sum is none
     "transformers T5EncoderModel": (4, 4, 3),  # makes the bias of positions within
     "torch TransformerEncoder": (4, 2, 2),  # nn.MultiheadAttention transposes

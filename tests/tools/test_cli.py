@@ -12,6 +12,8 @@ import torch
 import fusedres
 from fusedres import __main__, ops
 from fusedres.backends import native
+from fusedres.reference import ACTIVATION_FUNCTIONS
+from fusedres.spec import REGISTERED
 from fusedres.tools import cli, commands, selftest, system
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +108,7 @@ def test_info_says_what_is_missing_and_how_to_get_it(run, monkeypatch):
     how = {item["what"].partition(",")[0]: item["how"] for item in facts["missing"]}
     for package in ("triton", "rich", "scikit-learn", "matplotlib", "numpy"):
         assert facts["packages"][package] is None and how[package] == f"pip install {package}"
-    build = "in the source repository: `pip install --no-build-isolation .`"
+    build = "in the source repository: `pip install --no-build-isolation -e .`"
     assert how["the C++ extension is not built"] == f"install g++, then {build}"
     assert how["no kernels for Hopper"] == f"pip install nvidia-cutlass, then {build}"
     assert "build without CUDA" in how["a CUDA GPU (the CPU kernels need none)"]
@@ -380,6 +382,39 @@ def test_an_unknown_option_is_told_with_the_command_s_own_usage(capsys):
         told = capsys.readouterr().err
         assert stopped.value.code == 2 and f"usage: python -m fusedres {command[0]}" in told
         assert f"unrecognized arguments: {command[1]}" in told
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ("explain note --activation gleu", "unknown 'gleu'; did you mean 'gelu'? known: none, re"),
+        ("bench --activation Swish", "unknown 'Swish'; did you mean 'silu'? known: none, relu"),
+        ("tune --norm LayerNorm", "unknown 'LayerNorm'; did you mean 'layer'? known: none, layer"),
+        ("explain note --dtype float32", "unknown 'float32'; did you mean 'fp32'? known: fp32"),
+        ("explain note --device gpu", "unknown 'gpu'; did you mean 'cuda'? known: cpu, cuda"),
+        (
+            "explain prenorn --shape 8x8",
+            "unknown stage 'prenorn' in order 'prenorn'; did you mean ",
+        ),
+        ("inof", "unknown 'inof'; did you mean 'info'? known: info, selftest"),
+        ("explain note --shape 8x8 --actvation relu", "--actvation relu; did you mean --activatio"),
+        ("bench --nonsense", "unrecognized arguments: --nonsense\n"),
+    ],
+)
+def test_a_slip_is_told_what_was_meant(run, arguments, told):
+    code, out, err = run(*arguments.split())
+    assert code == 2 and told in err and not out
+
+
+def test_an_activation_of_one_s_own(run):
+    _, _, err = run("explain", "note", "--shape", "8x8", "--activation", "seen_by_cli")
+    assert "one of your own: fusedres.explain, in Python" in err
+    fusedres.register_activation("seen_by_cli", lambda h: h + h)
+    try:
+        code, out, _ = run("explain", "note", "--shape", "8x8", "--activation", "seen_by_cli")
+        assert code == 0 and "activation=seen_by_cli" in out
+    finally:
+        del ACTIVATION_FUNCTIONS["seen_by_cli"], REGISTERED["seen_by_cli"]
 
 
 def test_demo_refuses_a_folder_before_it_trains(capsys, tmp_path):

@@ -133,3 +133,32 @@ def test_a_command_says_the_same_with_rich(rich, arguments, monkeypatch):
     without = rich().out
     assert "\x1b[" in with_rich and "\x1b[" not in without
     assert re.sub(r"\x1b\[[\d;]*m", "", with_rich) == without
+
+
+CELLS = ["note [cli] 8x8", "  ratio: 1.50", "1x1", "  ratio: 0.9"]  # a line for each
+
+
+@pytest.mark.parametrize("width", [22, 21])
+def test_a_narrow_terminal_cuts_no_number(plain, monkeypatch, width):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", str(width))
+    console.table(*TABLE, left=2)
+    lines = sys.stdout.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and (lines == CELLS) == (width < 22)
+
+
+@pytest.mark.parametrize("width", [17, 16])
+def test_nor_does_rich(rich, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    console.table(*TABLE, left=2)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", rich().out).splitlines()
+    assert max(map(len, lines)) <= width and (lines == CELLS) == (width < 17)
+    assert "…" not in "".join(lines)
+
+
+def test_a_plain_bar_is_no_wider_than_the_terminal(plain, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "50")
+    with console.progress(4, "bench") as show:
+        show(1, "a text that is longer than what is left of the line")
+    assert {len(bar) for bar in sys.stderr.getvalue().split("\r")} == {0, 49}

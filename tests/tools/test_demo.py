@@ -33,8 +33,8 @@ def found(**changed):
     for kind in demo.NETS:
         for depth in demo.DEPTHS:
             good = kind.startswith("residual") or depth < 56
-            results[kind, depth] = (99.0, 96.0) if good else (20.0, 15.0)
-    return results | {(kind, depth): score for kind, depth, score in changed.values()}
+            results[kind, depth] = [(99.0, 96.0) if good else (20.0, 15.0)]
+    return results | {(kind, depth): [score] for kind, depth, score in changed.values()}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def trained(monkeypatch):
     """As if the nets had been trained, with these results."""
 
     def trained(results):
-        monkeypatch.setattr(demo, "run_grid", lambda depths: results)
+        monkeypatch.setattr(demo, "run_grid", lambda depths, seeds: results)
         monkeypatch.setattr(demo, "identity_padding_difference", lambda: 0.0)
         monkeypatch.setattr(demo, "step_times", lambda depth: (1.5, 6.0))
 
@@ -58,11 +58,34 @@ def test_a_net_trains(monkeypatch):
 def test_every_net_is_trained_at_every_depth(monkeypatch, capsys):
     """In threads, as the processes of the demo would import their own `train_and_score`."""
     monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
-    monkeypatch.setattr(demo, "train_and_score", lambda kind, depth: (len(kind), depth))
-    results = demo.run_grid((4, 56))
-    assert results == {(kind, n): (len(kind), n) for kind in demo.NETS for n in (4, 56)}
+    monkeypatch.setattr(demo, "train_and_score", lambda kind, depth, seed: (len(kind), seed))
+    results = demo.run_grid((4, 56), 2)
+    results = {key: sorted(scores) for key, scores in results.items()}
+    wanted = {(kind, n): [(len(kind), 0), (len(kind), 1)] for kind in demo.NETS for n in (4, 56)}
+    assert results == wanted
     shown = capsys.readouterr().err.splitlines()
-    assert len(shown) == 12 and "100%  12 of 12 nets" in shown[-1]
+    assert len(shown) == 24 and "100%  24 of 24 nets" in shown[-1]
+
+
+def test_seeds_start_from_other_weights(monkeypatch):
+    monkeypatch.setattr(demo, "EPOCHS", 1)
+    first, same, other = (demo.train("plain", 4, seed).layers.weight for seed in (0, 0, 1))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_several_seeds_are_drawn_as_a_band(trained, capsys, tmp_path, monkeypatch):
+    """The table has the median; one seed that fails is a failure."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    titles = []
+    monkeypatch.setattr(figure, "suptitle", lambda self, text, **_: titles.append(text))
+    results = {key: [*scores, (97.0, 1.0), (99.5, 97.0)] for key, scores in found().items()}
+    trained(results)
+    out = tmp_path / "x.png"
+    assert cli.main(["demo", "--seeds", "3", "--out", str(out)]) == 1 and out.exists()
+    assert titles == ["lines: median of 3 seeds; bands: worst to best"]
+    told, wrong = capsys.readouterr()
+    assert "train / test %, the median of 3 seeds" in told and "each from 3 seeds" in told
+    assert "99 / 96" in told and "residual, LayerNorm at 200 layers should train" in wrong
 
 
 @pytest.mark.parametrize("kind", demo.NETS)

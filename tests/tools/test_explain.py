@@ -233,11 +233,13 @@ def test_errors_are_the_calls_own():
 
 
 def test_a_network_tells_its_chains():
-    net = FusedSequential(nn.Linear(8, 16), FusedResidual(16), FusedResidual(16), nn.Linear(16, 2))
+    layers = [FusedResidual(16), FusedResidual(16, 24, norm="batch", dropout=0.5)]
+    net = FusedSequential(nn.Linear(8, 16), *layers, nn.Linear(24, 2))
     told = explain(net, torch.randn(4, 8))
-    assert [call.backend for call in told.calls] == ["cpu", "cpu"]
+    assert [call.backend for call in told.calls] == ["cpu"] * 3  # of which one is a shortcut
     assert told.notes[1] == "1 to 2: one call" and "it is a Linear" in told.notes[0]
     assert "FusedSequential on x (4, 8)" in str(told)
+    assert not net[2].norm.num_batches_tracked
 
 
 def test_a_stack_tells_of_its_last_layer_and_whether_one_call_joins_all():
@@ -250,22 +252,36 @@ def test_a_stack_tells_of_its_last_layer_and_whether_one_call_joins_all():
     assert there == "layers run all in one call, one launch forward, three backward"
     for other, reason in (
         (FusedResidualStack(16, 2, gate="scalar"), "it has a gate"),
-        (FusedResidualStack(16, 2, backend="cuda"), "the backend is 'cuda'"),
+        (FusedResidualStack(16, 2, dropout=0.5), "it drops at random"),
+        (FusedResidualStack(16, 2, norm="batch"), "it has a batch norm"),
+        (FusedResidualStack(16, 2, backend="reference"), "the backend is 'reference'"),
         (FusedResidualStack(512, 2), "(512, 512) features"),
     ):
         there = explain(other, torch.randn(4, other.features), device="cuda").notes[0]
         assert "one by one" in there and reason in there
+    torch.set_autocast_enabled("cuda", True)  # which torch.autocast refuses without a GPU
+    try:
+        assert "autocast is on" in explain(stack, x, device="cuda").notes[0]
+    finally:
+        torch.set_autocast_enabled("cuda", False)
     wide = FusedResidualStack(256, 2, dtype=torch.bfloat16)
     x = torch.empty((), dtype=torch.bfloat16).expand(4096, 256)
     assert "rows a launch a layer is faster" in explain(wide, x, device="cuda").notes[0]
-    stack.dropout = 0.5
-    assert "one by one: layers drop at random" in explain(stack, torch.randn(4, 16)).notes[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert explain(stack, torch.randn(4, 16)).notes[0] == "layers run all in one call"
+        there = explain(stack, torch.randn(4, 16), device="cuda").notes[0]
+        assert there.startswith("layers run all in one call")
+    stack.backend = "reference"
+    reason = "one by one: the backend is 'reference'"
+    assert reason in explain(stack, torch.randn(4, 16)).notes[0]
 
 
 def test_a_narrow_block_of_two_matmuls_is_one_op():
     block = FusedResidualMLP(16, 32)
-    assert "one op runs both calls" in explain(block, torch.randn(9, 16)).notes
-    for other in (FusedResidualMLP(16, 32, dropout=0.5), FusedResidualMLP(256)):
+    x = torch.randn(9, 16)
+    assert "one op runs both calls" in explain(block, x).notes
+    assert "one op runs both calls" in explain(FusedResidualMLP(16, dropout=0.5), x).notes
+    for other in (FusedResidualMLP(16, 32, 8), FusedResidualMLP(256)):
         told = explain(other, torch.randn(9, other.features))
         assert "one op runs both calls" not in told.notes
     assert "one op" not in str(explain(block, torch.randn(9, 16), device="cuda"))

@@ -418,7 +418,7 @@ for dtype in (torch.float32, torch.float16):
     y = wide(x)  # 64 or 32 MiB, as z
     dy = torch.ones_like(y)
     told(lambda: wide(x), 24)
-    told(lambda: y.backward(dy), 24)
+    told(lambda: y.backward(dy, retain_graph=True), 24)  # else dz lies over z
 batch, x = layer(1, 1 << 22, norm="batch"), torch.randn(2, 1)
 with torch.no_grad():
     told(lambda: batch(x), 100)  # y and z, but not the sums over columns

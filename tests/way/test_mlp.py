@@ -224,3 +224,83 @@ def test_bad_tensors():
         block(torch.randn(3, 8), torch.randn(4, 8))
     with pytest.raises(ValueError, match="no 'add' stage"):
         FusedResidualMLP(8, order="linear-act-linear")(torch.randn(3, 8), torch.randn(3, 8))
+
+
+NORM_ORDERS = [
+    ("prenorm", (K,)),
+    ("postnorm", (K,)),
+    ("bro", (H, K)),
+    ("preact", (K, H)),
+    ("linear-act-linear-add", ()),
+    ("linear-norm-act-linear-norm-act", (H, K)),  # two equal halves
+]
+
+
+@pytest.mark.parametrize("order, widths", NORM_ORDERS)
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.BatchNorm1d])
+def test_from_layers_shares_and_computes_what_they_compute(order, widths, kind):
+    eps = (1e-3, 1e-1)
+    norms = [kind(width, eps=e) for width, e in zip(widths, eps, strict=False)]
+    linears, gate = (nn.Linear(K, H), nn.Linear(H, K)), nn.Parameter(torch.rand(K))
+    gated = {"gate": gate} if "add" in split_order(order)[1] else {}
+    norm = norms[0] if len(norms) == 1 else norms or None
+    block = FusedResidualMLP.from_layers(*linears, norm, nn.SiLU(), order=order, **gated)
+    assert [block.fc1.linear, block.fc2.linear] == [*linears]
+    assert [m for m in block.modules() if isinstance(m, kind)] == norms
+    assert block.fc2.gate is (gate if gated else None)
+    assert {*block.parameters()} == {
+        *(p for m in (*linears, *norms) for p in m.parameters()),
+        *gated.values(),
+    }
+    x, left, steps = torch.randn(19, K), iter(linears), iter(norms)
+    stages = {
+        "linear": lambda h: next(left)(h),
+        "norm": lambda h: next(steps)(h),
+        "act": nn.functional.silu,
+        "add": lambda h: h + x,
+    }
+    y = block(x)
+    for norm in norms:
+        norm.reset_running_stats() if kind is nn.BatchNorm1d else None
+    expected = x
+    for stage in MLP_ORDERS.get(order, order).split("-"):
+        if stage == "add" and gated:
+            expected = gate * expected
+        expected = stages[stage](expected)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_from_layers_takes_the_other_settings():
+    linears = nn.Linear(K, H).eval(), nn.Linear(H, 5)
+    block = FusedResidualMLP.from_layers(
+        *linears, nn.RMSNorm(K, eps=1e-2), "gelu", hidden_dropout=0.5, dropout=0.25,
+        drop_path=0.125, residual_scale=2.0, gate="scalar", gate_init=0.5, backend="reference",
+    )  # fmt: skip
+    assert isinstance(block.shortcut, nn.Linear) and block.shortcut.weight.shape == (5, K)
+    assert not any(m.training for m in block.modules())
+    assert (block.fc1.dropout, block.fc2.dropout, block.fc2.drop_path) == (0.5, 0.25, 0.125)
+    assert block.fc2.gate.tolist() == [0.5] and block.fc1.gate is None
+    assert {block.backend, block.fc1.backend, block.fc2.backend} == {"reference"}
+    x = torch.randn(3, K)
+    h = nn.functional.gelu(linears[0](nn.functional.rms_norm(x, (K,), eps=1e-2)))
+    torch.testing.assert_close(block(x), 2 * block.shortcut(x) + 0.5 * linears[1](h))
+
+
+fc1, fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+
+
+@pytest.mark.parametrize(
+    "layers, settings, error, message",
+    [
+        ((fc1, nn.ReLU()), {}, TypeError, "linear2 must be an nn.Linear, got ReLU"),
+        ((fc1, nn.Linear(9, 4)), {}, ValueError, "takes 9 features, linear1 gives 8"),
+        ((fc1, fc2, nn.LayerNorm(4)), {"order": "preact"}, ValueError, "needs 2 norms, got 1"),
+        ((fc1, fc2, nn.LayerNorm(5)), {}, ValueError, "norm has 5 features"),
+        ((fc1, fc2, "layer"), {}, TypeError, "norm must be a module"),
+        ((fc1, fc2), {"gate": nn.Parameter(torch.ones(3))}, ValueError, r"\(1,\) or \(4,\)"),
+        ((fc1, fc2), {"eps": 0.1}, TypeError, "eps"),
+    ],
+)
+def test_from_layers_refuses(layers, settings, error, message):
+    with pytest.raises(error, match=message):
+        FusedResidualMLP.from_layers(*layers, **settings)

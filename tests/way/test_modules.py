@@ -267,3 +267,31 @@ def test_functional_and_module_are_the_same_layer():
         running_var=layer.norm.running_var,
     )
     assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_running_statistics_are_those_of_torch(dtype: torch.dtype, momentum: float | None) -> None:
+    layer = FusedResidual(24, norm="batch", dtype=dtype)
+    theirs = nn.BatchNorm1d(24, momentum=momentum, dtype=dtype)
+    layer.norm.momentum = momentum
+    for rows in (7, 40, 300):
+        x = 3 * torch.randn(rows, 24, dtype=dtype) + 5
+        version = layer.norm.running_mean._version
+        layer(x)
+        theirs(layer.linear(x))
+        assert layer.norm.running_mean._version > version
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(layer.norm.get_buffer(name), buffer, **close)
+
+
+def test_running_statistics_of_another_dtype_and_layout() -> None:
+    layer = FusedResidual(24, norm="batch")
+    layer.norm.running_mean = torch.zeros(24, dtype=torch.float64)
+    layer.norm.running_var = torch.ones(48)[::2]
+    x = torch.randn(50, 24)
+    layer(x)
+    z = layer.linear(x)
+    torch.testing.assert_close(layer.norm.running_mean, 0.1 * z.mean(0).double())
+    torch.testing.assert_close(layer.norm.running_var, 0.9 + 0.1 * z.var(0))

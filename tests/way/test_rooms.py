@@ -22,6 +22,7 @@ ROOMS = [
     "activations",
     "backends",
     "ops",
+    "donation",
     "autograd",
     "chain",
     "graphs",

@@ -1,5 +1,7 @@
 """Settings as users write them: other kinds of number, names with a slip, modules for names."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from fusedres import (
     FusedResidual,
     FusedResidualMLP,
     FusedResidualStack,
+    FusedSequential,
     Residual,
+    explain,
     fused_residual,
     register_activation,
 )
@@ -37,6 +41,7 @@ MEANT = [
     ({"norm": ["rms"]}, "unknown norm list, not a name"),
     ({"activation": "GeLU"}, "unknown activation 'GeLU'; did you mean 'gelu'"),
     ({"activation": nn.SiLU()}, "unknown activation SiLU, not a name; did you mean 'silu'"),
+    ({"activation": "swish"}, "unknown activation 'swish'; did you mean 'silu'"),
     ({"activation": F.leaky_relu}, "did you mean 'leaky_relu'"),
     ({"activation": torch.tanh}, "did you mean 'tanh'"),
     ({"gate": "scaler"}, "did you mean 'scalar'"),
@@ -93,15 +98,111 @@ def test_messages_blame_the_argument_that_was_given():
         fused_residual(x, weight, shortcut="pad", shortcut_weight=weight)
 
 
-@pytest.mark.parametrize("where", ["x", "weight"])
-def test_sparse_and_nested_tensors_are_refused(where, native):
-    dense = {"x": torch.randn(4, 8), "weight": torch.randn(8, 8)}
-    with pytest.raises(TypeError, match=r"must be dense"):
-        fused_residual(**dense | {where: dense[where].to_sparse()})
-    if where == "x":
-        nested = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])
-        with pytest.raises(TypeError, match=r"must be dense|nested"):
-            FusedResidual(8)(nested)
+ASSIGNED = {  # what of a layer may change once it is there; the rest is refused
+    "order": ("preact", "foo"),
+    "activation": ("silu", "gleu"),
+    "dropout": (0.5, 2),
+    "drop_path": (0.9, -1),
+    "residual_scale": (0.5, "x"),
+}
+REFUSED = ("norm", "bias", "gate", "shortcut", "eps", "momentum", "gate_init")
+
+
+@pytest.mark.parametrize("name", ASSIGNED)
+@pytest.mark.parametrize("make", [Residual, FusedResidual, LAYERS[3]], ids=lambda m: m.__name__)
+def test_what_may_be_assigned_counts_at_the_next_call(make, name):
+    layer, x = make(8), torch.randn(64, 8)
+    before, (good, bad) = layer(x), ASSIGNED[name]
+    setattr(layer, name, good)
+    assert not torch.equal(layer(x), before)
+    with pytest.raises((ValueError, TypeError)):  # at once, or at the call
+        setattr(layer, name, bad)
+        layer(x)
+    setattr(layer, name, good)
+    assert layer(x).shape == before.shape
+
+
+@each
+def test_a_backend_may_be_assigned(make):
+    layer, x = make(8), torch.randn(3, 8)
+    before = layer(x)
+    layer.backend = "reference"
+    torch.testing.assert_close(layer(x), before)
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; did you mean 'cuda'"):
+        layer.backend = "gpu"
+    assert layer.backend == "reference"
+
+
+def test_a_stack_s_norm_and_eps_may_be_assigned():
+    layer, x = FusedResidualStack(8, 2), torch.randn(64, 8)
+    before = layer(x)
+    layer.eps = 0.5
+    assert not torch.equal(layer(x), before)
+    layer.norm = None
+    assert torch.equal(layer(x), FusedResidualStack.from_layers(layer.to_layers())(x))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "make", [LAYERS[0], LAYERS[1], LAYERS[2]], ids=["Residual", "Fused", "MLP"]
+)
+def test_what_only_a_constructor_reads_is_refused(make, name):
+    layer, x = make(8), torch.randn(3, 8)
+    before = layer(x)
+    with pytest.raises((AttributeError, TypeError), match=name):
+        setattr(layer, name, "pad" if name == "shortcut" else "scalar")
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize(
+    "name", ["features", "hidden_features", "out_features", "order", "dropout"]
+)
+def test_a_block_s_settings_are_its_layers(name):
+    block, x = FusedResidualMLP(8), torch.randn(3, 8)
+    with pytest.raises(AttributeError, match=f"FusedResidualMLP: {name} cannot be assigned"):
+        setattr(block, name, getattr(block, name, 0.5))
+    block.backend = "reference"
+    assert block.fc1.backend == block.fc2.backend == "reference"
+    before = block(x)
+    block.fc1.activation = "relu"
+    assert not torch.equal(block(x), before)
+
+
+@pytest.mark.parametrize("name", ["features", "depth", "layers_per_block", "gate_kind"])
+def test_a_stack_s_shapes_stay(name):
+    stack = FusedResidualStack(8, 2)
+    with pytest.raises(AttributeError, match=f"FusedResidualStack: {name} cannot be assigned"):
+        setattr(stack, name, 4)
+    assert stack(torch.randn(3, 8)).shape == (3, 8)
+
+
+VECTORS = ("bias", "norm_weight", "norm_bias", "gate", "running_mean")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["x", "weight", "residual", "shortcut_weight", *VECTORS])
+def test_a_sparse_tensor_is_refused_by_name(name, backend):
+    operands = {"x": torch.randn(4, 8), "weight": torch.randn(8, 8)}
+    if name == "running_mean":
+        operands |= {"norm": "batch", "running_var": torch.ones(8)}
+    rows = {"x": 4, "residual": 4}.get(name, 8)
+    sparse = torch.randn((8,) if name in VECTORS else (rows, 8)).to_sparse()
+    with pytest.raises(TypeError, match=rf"{name} must be dense \(torch.strided\), got torch.sp"):
+        fused_residual(**operands | {name: sparse}, backend=backend)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@each
+def test_a_nested_tensor_is_refused(make, layout):
+    layer, parts = make(8), [torch.randn(2, 8), torch.randn(3, 8)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    for call in (layer, FusedSequential(layer, nn.Identity()), partial(explain, layer)):
+        with pytest.raises(TypeError, match=r"x must be dense .* got a nested tensor"):
+            call(nested)
+    if make in (Residual, FusedResidual, FusedResidualMLP):
+        with pytest.raises(TypeError, match=r"residual must be dense .* got a nested tensor"):
+            layer(torch.randn(5, 8), nested)
 
 
 def test_the_environment_is_named_where_it_refuses(monkeypatch, native):
@@ -116,14 +217,20 @@ def test_the_environment_is_named_where_it_refuses(monkeypatch, native):
         backends.choose.cache_clear()
 
 
+WEIGHTS = torch.ones(3)
+
+
 @pytest.mark.parametrize(
     "function, error, message",
     [
         (nn.SiLU, TypeError, "must be a function, got the class SiLU"),
         (np.tanh, TypeError, "must be of torch ops, got a numpy function"),
         ("tanh", TypeError, "must be a function of a tensor, got str"),
-        (lambda h: h if h.sum() > 0 else -h, ValueError, "is refused"),
-        (lambda h: h * torch.ones(15), ValueError, "is refused"),
+        (lambda h: h if h.sum() > 0 else -h, ValueError, "it reads a number out of h"),
+        (lambda h: h * torch.ones(15), ValueError, "a tensor of one shape meets h"),
+        (lambda h: h * WEIGHTS.sum(), ValueError, r"it captures a Tensor of shape \(3,\)"),
+        (nn.PReLU(), ValueError, "it captures a Parameter"),
+        (lambda h: torch.tensor(np.tanh(h.numpy())), ValueError, "it calls numpy"),
     ],
 )
 def test_no_activation(function, error, message):

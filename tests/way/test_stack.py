@@ -18,12 +18,13 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many layers each joined call has."""
+    """How many layers each joined call has, if it is not refused."""
     depths, run = [], chain.run_stacked
 
     def counted(x, text, depth, *more):
+        found = run(x, text, depth, *more)
         depths.append(depth)
-        return run(x, text, depth, *more)
+        return found
 
     monkeypatch.setattr(chain, "run_stacked", counted)
     return depths
@@ -83,12 +84,17 @@ def compare(stack, M, dtype=F32):
     plain = Plain(stack)
     true = copy.deepcopy(plain).double()
     found = [results(stack, x, dy), results(plain, x, dy), results(true, x.double(), dy.double())]
+    judge(*found, what=f"{stack}, {M} rows")
+
+
+def judge(*found, what):
+    """Ours, the layers' and the true results."""
     # each over its size to the next power of two, which rounds nothing
     sizes = {n: t.square().mean().sqrt().clamp_min(1e-30) for n, t in found[-1].items()}
     sizes = {name: 2.0 ** size.log2().round() for name, size in sizes.items()}
     found = [{n: (t / sizes[n]).to(t.dtype) for n, t in result.items()} for result in found]
     assert found[0].keys() == found[1].keys()
-    assert_as_accurate(*found, what=f"{stack}, {M} rows")
+    assert_as_accurate(*found, what=what)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -164,8 +170,7 @@ def test_without_gradients_values_take_turns_in_memory(block, depth, width):
 
 
 WAYS = {
-    "batch norm": ({"norm": "batch"}, "batch norm"),
-    "dropout": ({"dropout": 0.5}, "at random"),
+    "batch norm, wide": ({"features": 520, "norm": "batch"}, "too large"),
     "wide": ({"features": 520}, "too large"),
     "few rows": ({"features": 200, "rows": 3}, "too large to be packed"),
     "reference": ({"backend": "reference"}, "the backend is 'reference'"),
@@ -200,6 +205,169 @@ def test_one_by_one_where_layers_cannot_be_joined(way, block, calls):
         assert stack.running_mean.any() and stack.num_batches_tracked.tolist() == [1] * 4
 
 
+@pytest.mark.parametrize("x_dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("autocast", [BF16, F16], ids=str)
+@pytest.mark.parametrize("order", ["note", "prenorm", "postnorm", "linear-norm-add-gate-act"])
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_mixed_precision_is_that_of_the_layers(recompute, block, order, autocast, x_dtype, calls):
+    """Under autocast the stream stays in fp32, products are rounded."""
+    torch.manual_seed(0)
+    settings = {"gate": "channel", "gate_init": 0.7} if "gate" in order else {}
+    stack = FusedResidualStack(
+        24,
+        6,
+        layers_per_block=block,
+        order=order,
+        recompute=recompute,
+        activation="silu",
+        **settings,
+    )
+    alone = copy.deepcopy(stack)
+    alone._why_not = lambda *_: "to be compared with"
+    x, dy, found = torch.randn(40, 24).to(x_dtype), torch.randn(40, 24), []
+    with torch.autocast("cpu", autocast):
+        for net in (stack, alone):
+            found.append(results(net, x, dy))
+    differs = torch.promote_types(x_dtype, autocast) != x_dtype
+    assert calls == ([] if differs else [6])  # a block that makes fp32 of x is not like the rest
+    assert torch.equal(found[0]["y"], found[1]["y"])
+    found.append(results(copy.deepcopy(alone).double(), x.double(), dy.double()))
+    judge(*found, what=f"{stack} under autocast, {x_dtype}")
+
+
+def test_under_autocast_what_the_products_took_is_kept():
+    """And not the stream besides, which is twice as large."""
+    stack, x, kept = FusedResidualStack(24, 6), torch.randn(50, 24), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", BF16):
+        stack(x)
+    own = sum(t.numel() * t.element_size() for t in kept if t.dim() == 1)
+    assert own == (5 + 6) * x.numel() * 2  # casts of inputs but the first one, and z
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("order", [*ALIASES, "act-norm-linear-gate-add"])
+@pytest.mark.parametrize("block, width", [(1, 24), (3, 24), (2, 440)])
+def test_batch_norm_is_that_of_the_layers(block, width, order, recompute, calls):
+    """In training, and then in evaluation, by the running statistics that it left; also where
+    weights fit no cache together.
+    """
+    torch.manual_seed(0)
+    if width > 100 and (order, recompute) not in (("note", True), ("preact", False)):
+        pytest.skip("one order of each kind is enough")
+    gate = {"gate": "channel", "gate_init": 0.7} if "gate" in order else {}
+    stack = FusedResidualStack(
+        width, 12 if width > 100 else 6, layers_per_block=block, order=order, norm="batch",
+        activation="silu", recompute=recompute, **gate,
+    )  # fmt: skip
+    plain = copy.deepcopy(stack)
+    plain._why_not = lambda *_: "to be compared with"
+    true = Plain(stack).double()
+    x, dy = torch.randn(90, width), torch.randn(90, width)
+    for training in (True, False):
+        found = []
+        for net in (stack, plain, true):
+            net.train(training)
+            dtype = F64 if net is true else F32
+            found.append(results(net, x.to(dtype), dy.to(dtype)))
+        judge(*found, what=f"{stack}, training {training}")
+        with torch.no_grad():
+            assert torch.equal(stack(x), found[0]["y"])
+            plain(x)
+    assert calls == [len(stack)] * 4
+    for name, t in stack.named_buffers():
+        torch.testing.assert_close(t, plain.get_buffer(name))
+    assert stack.num_batches_tracked.tolist() == [2] * len(stack)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_running_statistics_are_those_of_the_layers(momentum):
+    """Counted once for each call, also where a checkpoint runs forward twice; not in evaluation."""
+    stack = FusedResidualStack(8, 4, layers_per_block=2, norm="batch", momentum=momentum)
+    stack.requires_grad_(True)
+    layers = Plain(stack)
+    for layer in layers.layers:
+        layer.norm.momentum = momentum
+    for step in range(3):
+        x = 2 * torch.randn(9, 8) + 1
+        stack.train(step < 2)
+        layers.train(step < 2)
+        stack(x)
+        layers(x)
+    before = stack.num_batches_tracked.tolist()
+    stack.train()
+    leaf = torch.randn(9, 8, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(stack, leaf, use_reentrant=False).sum().backward()
+    layers.train()(leaf)
+    assert before == [2] * 4 and stack.num_batches_tracked.tolist() == [3] * 4
+    for name, t in stack.named_buffers():
+        each = torch.stack([layer.norm.get_buffer(name) for layer in layers.layers])
+        torch.testing.assert_close(t, each)
+
+
+@pytest.mark.parametrize("gone", ["dtype", "one row"])
+def test_a_batch_norm_that_cannot_run_changes_nothing(gone):
+    stack = FusedResidualStack(8, 4, norm="batch")
+    x = torch.randn(1 if gone == "one row" else 5, 8)
+    with pytest.raises((ValueError, TypeError), match=r"more than 1 row|weight has dtype"):
+        stack(x.double() if gone == "dtype" else x)
+    assert not stack.num_batches_tracked.any() and not stack.running_mean.any()
+
+
+DROPS = {
+    "dropout": {"dropout": 0.4},
+    "dropout before linear": {"order": "dropout-linear-norm-act-add", "dropout": 0.4},
+    "drop-path": {"drop_path": 0.5},
+    "both, norms later": {"order": "postnorm", "dropout": 0.2, "drop_path": 0.3},
+    "all": {"dropout": 1.0},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("drops", DROPS)
+def test_masks_are_those_of_the_layers(drops, block, recompute, calls):
+    """The same draws of torch's generator, in the same order, and samples of several rows."""
+    torch.manual_seed(0)
+    stack = FusedResidualStack(
+        24, 6, layers_per_block=block, recompute=recompute, activation="silu", **DROPS[drops]
+    )
+    alone = copy.deepcopy(stack)
+    alone._why_not = lambda *_: "to be compared with"
+    x, dy, after = torch.randn(5, 7, 24), torch.randn(5, 7, 24), []
+    found = []
+    for net in (stack, alone):
+        torch.manual_seed(5)
+        found.append(results(net, x, dy))
+        after.append(torch.rand(1))
+    assert calls == [6] and after[0] == after[1]
+    assert torch.equal(found[0]["y"], found[1]["y"])
+    for name, t in found[1].items():
+        torch.testing.assert_close(found[0][name], t, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_refused_call_draws_no_masks():
+    stack = FusedResidualStack(8, 4, dropout=0.5)
+    stack.bias = nn.Parameter(torch.zeros(4, 7))
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="bias has shape"):
+        stack(torch.ones(3, 8))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_gradients_of_gradients_have_the_masks_of_forward():
+    torch.manual_seed(0)
+    stack = FusedResidualStack(8, 4, layers_per_block=2, dropout=0.4, drop_path=0.4, dtype=F64)
+    x, found = torch.randn(6, 2, 8, dtype=F64), []
+    for again in (False, True):
+        torch.manual_seed(5)
+        found.append(
+            torch.autograd.grad(stack(x).sin().sum(), [*stack.parameters()], create_graph=again)
+        )
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("how", ["autocast", "func", "vmap", "checkpoint", "meta", "3-D", "empty"])
 def test_where_something_looks_inside(how):
     torch.manual_seed(0)
@@ -228,10 +396,11 @@ def test_where_something_looks_inside(how):
     torch.testing.assert_close(ours, theirs, **close)
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_it_is_one_op(recompute):
+def test_compiled_it_is_one_op(recompute, norm):
     torch.manual_seed(0)
-    stack = FusedResidualStack(16, 50, layers_per_block=2, recompute=recompute)
+    stack = FusedResidualStack(16, 50, layers_per_block=2, recompute=recompute, norm=norm)
     x, ops = torch.randn(4, 16), []
 
     def backend(graph, _inputs):
@@ -246,6 +415,7 @@ def test_compiled_it_is_one_op(recompute):
     assert found == ["fusedres.chain_forward.default", "fusedres.chain_backward.default"]
     for name, t in theirs.items():
         torch.testing.assert_close(ours[name] if name in ours else ours[f"_orig_mod.{name}"], t)
+    assert norm == "layer" or stack.num_batches_tracked.tolist() == [2] * 50
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -255,7 +425,7 @@ def test_an_exported_program_has_one_op_and_trains(strict):
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(stack, (x,), dynamic_shapes=({0: batch},), strict=strict)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets == ["fusedres.residual_chain.default"]
+    assert targets == ["fusedres.residual_chain.default", "<built-in function getitem>"]
     for rows in (4, 9):
         x = torch.randn(rows, 16)
         ours, theirs = results(program.module(), x, x), results(stack, x, x)
@@ -457,7 +627,7 @@ def test_a_call_that_does_not_fit_is_told():
 def test_the_op_refuses_what_does_not_fit():
     x, weight = torch.randn(3, 8), torch.randn(4, 8, 8)
     op, line = torch.ops.fusedres.chain_forward, "0 linear-add"
-    assert op(x, [weight], line, 4, 0)[0].shape == (3, 8)
+    assert op(x, [weight], line, 4, None, 1, 0)[0].shape == (3, 8)
     for operands, text, depth, message in (
         ([weight], line, 3, "3 entries"),
         ([weight], f"{line}\n{line}", 3, "multiple of 2"),
@@ -466,16 +636,26 @@ def test_the_op_refuses_what_does_not_fit():
         ([weight[0]], line, 4, "4 entries"),
         ([weight], "", 4, "without links"),
         ([weight], "0 linear\n0<1 add-linear", 4, "only an add after linear"),
-        ([weight], "0<1 linear-add", 4, "the input of link -1"),
-        ([weight], "0 linear-add\n0<1 linear-add", 4, "two links add the input of link 0"),
-        ([weight], "16 linear-add", 4, "no link"),
+        ([weight], "0<1 linear-add", 4, "takes value -1"),
+        ([weight], "0 linear-add\n0<1 linear-add", 4, "two links add value 0"),
+        ([weight], "64 linear-add", 4, "no link"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            op(x, operands, text, depth, 0)
+            op(x, operands, text, depth, None, 1, 0)
     with pytest.raises(RuntimeError, match="keep must be"):
-        op(x, [weight], line, 4, 5)
-    _, kept = op(x, [weight], line, 4, 1)
+        op(x, [weight], line, 4, None, 1, 5)
+    drops, many = "0 linear-dropout-add dropout=0.5", torch.zeros(4, dtype=torch.long)
+    for text, seeds, message in (
+        (drops, None, "need seed"),
+        (drops, many[:3], "3 seeds for 4 links"),
+        (line, many, "4 seeds for 0 links"),
+        (drops, many.int(), "of int64"),
+        (drops, many[:, None], "of int64"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(x, [weight], text, 4, seeds, 1, 0)
+    _, kept = op(x, [weight], line, 4, None, 1, 1)
     few = "saved tensor 0"
     for saved, message in (([], few), ([kept[1:]], few), ([kept, kept], "2 saved")):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.fusedres.chain_backward(x, saved, x, [weight], line, 4, "11")
+            torch.ops.fusedres.chain_backward(x, saved, x, [weight], line, 4, None, 1, "11")

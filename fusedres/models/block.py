@@ -1,0 +1,120 @@
+"""What was found in a graph: the layers of the grammar that lead to a residual add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from .reading import Op, value
+
+
+@dataclass
+class Layer:
+    """One fused call: stages in order, its input and operands, and the nodes it stands for."""
+
+    x: Node
+    stages: list[str] = field(default_factory=list)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    nodes: list[Node] = field(default_factory=list)
+    passing: dict[Node, Node] = field(default_factory=dict)  # what is its input but for chance
+    last: Node | None = None  # whose value the call returns
+    rows: bool = False  # leading dimensions change on the way
+
+    def put(self, op: Op, node: Node, first: bool = False) -> None:
+        """Joins a stage, as the first one or the last."""
+        if op.kind not in ("same", "rows"):
+            kind = "gate" if op.kind == "factor" else op.kind
+            self.stages.insert(0 if first else len(self.stages), kind)
+            self.tensors |= op.tensors
+            self.settings |= op.settings
+        self.rows |= op.kind == "rows"
+        self.nodes += [node, *op.inside]
+        if op.kind in ("same", "rows", "dropout", "droppath"):
+            self.passing |= dict.fromkeys((node, *op.inside), op.x)
+        if first or not self.stages:
+            self.x = op.x
+        if self.last is None or not first:
+            self.last = node
+
+    @property
+    def order(self) -> str:
+        return "-".join(self.stages)
+
+
+@dataclass
+class Block:
+    """One residual add with the layers that lead to it: of one branch, or of two, whose sum it
+    adds. The first branch's last layer then adds `residual`, the second's what that gives.
+    """
+
+    add: Node
+    branches: list[list[Layer]]
+    residual: Node
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for branch in self.branches for layer in branch]
+
+    @property
+    def rows(self) -> bool:
+        """Whether rows are cut into leading dimensions otherwise somewhere inside."""
+        return any(layer.rows for layer in self.layers)
+
+    @property
+    def out(self) -> Node:
+        last = self.layers[-1].last
+        assert last is not None
+        return last
+
+    @property
+    def nodes(self) -> set[Node]:
+        return {node for layer in self.layers for node in layer.nodes}
+
+    @property
+    def data(self) -> list[Node]:
+        """What its branches begin with."""
+        return [branch[0].x for branch in self.branches]
+
+    @property
+    def inputs(self) -> list[Node]:
+        """What the block reads, in order of appearance."""
+        inside = self.nodes
+        found = dict.fromkeys([*self.data, self.residual])
+        for node in sorted(inside):
+            found |= dict.fromkeys(n for n in node.all_input_nodes if n not in inside)
+        return list(found)
+
+
+def cut(tail: Layer, steps: list[tuple[Op, Node]]) -> list[Layer]:
+    """Cuts what stands before the last matmul (`steps`, nearest first) into layers.
+
+    Stages between two matmuls join the first layer's end where it has a norm, or off a CPU: else
+    that layer would gain nothing, and they are the second one's beginning.
+    """
+    kinds = [op.kind for op, _ in steps]
+    at = kinds.index("linear") if "linear" in kinds else len(steps)
+    between, before = steps[:at], steps[at + 1 :]
+    cpu = value(tail.x).device.type == "cpu"
+    first: Layer | None = None
+    if at < len(steps):
+        first = Layer(steps[at][0].x)
+        first.put(*steps[at], first=True)
+        for op, node in reversed(between):
+            if op.kind in first.stages:
+                break
+            first.put(op, node)
+        for op, node in before:
+            if op.kind in first.stages:
+                break
+            first.put(op, node, first=True)
+        if "norm" not in first.stages and (cpu or first.stages == ["linear"]):
+            first = None
+    taken = set() if first is None else set(first.nodes)
+    for op, node in between:
+        if node in taken or op.kind in tail.stages:
+            break
+        tail.put(op, node, first=True)
+    return [tail] if first is None or tail.x is not first.last else [first, tail]
