@@ -658,4 +658,4 @@ def test_the_op_refuses_what_does_not_fit():
     few = "saved tensor 0"
     for saved, message in (([], few), ([kept[1:]], few), ([kept, kept], "2 saved")):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.fusedres.chain_backward(x, saved, x, [weight], line, 4, None, 1, "11")
+            torch.ops.fusedres.chain_backward(x, saved, x, [weight], line, 4, None, 1, "11", False)
