@@ -8,18 +8,20 @@ an earlier one's: in a block of several layers the last adds the block's input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling, is_exporting
 
+from . import backends
 from .backends import native
 from .checks import check_memory
 from .donation import donated
 from .dtypes import y_dtype
 from .operands import Operands
+from .ops import late
 from .reference import composite, draw_seeds
 from .spec import Spec
 
@@ -120,9 +122,52 @@ def _split(
         yield Spec.parse(own_recipe), own_input, own_back, own
 
 
+def backend_of(x: Tensor) -> str:
+    """Which backend runs chains where x is."""
+    return "cpu" if x.device.type == "cpu" else "triton"
+
+
+def why_not_triton(backend: str, links: str, x: Tensor, N: int, K: int) -> str | None:
+    """Why Triton does not run these links for x (..., K) in one call; None if it does."""
+    most = backends.chain_limit(backend, links, x.dtype, x.device, N, K)
+    if isinstance(most, str):
+        return most
+    return (
+        None if x.numel() <= most * K else f"for more than {most} rows a launch a layer is faster"
+    )
+
+
+def _forward(
+    x: Tensor, operands: Sequence[Tensor], links: str, depth: int, seeds: Tensor | None,
+    sample_rows: int, keep: int,
+) -> list[Tensor]:  # fmt: skip
+    """y and what is kept. Triton has no links that drop at random, so no seeds."""
+    ops = torch.ops.fusedres
+    found: list[Tensor] = []
+    if backend_of(x) == "cpu":
+        found = ops.chain_forward.default(x, operands, links, depth, seeds, sample_rows, keep)
+    else:
+        found = ops.triton_chain_forward.default(x, operands, links, depth, keep)
+    return found
+
+
+def _backward(
+    dy: Tensor, saved: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor], links: str,
+    depth: int, seeds: Tensor | None, sample_rows: int, wanted: str, over_z: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that `wanted` has a "1" for; `over_z`: the CPU may write over what is saved."""
+    ops, call = torch.ops.fusedres, (dy, saved, x, operands, links, depth)
+    found: list[Tensor] = []
+    if backend_of(dy) == "cpu":
+        found = ops.chain_backward.default(*call, seeds, sample_rows, wanted, over_z)
+    else:
+        found = ops.triton_chain_backward.default(*call, wanted)
+    return found
+
+
 def run(x: Tensor, links: list[Link], sample_rows: int = 1) -> tuple[Tensor, Tensor | None]:
-    """y (M, N) of the last link from x (M, K) of the first, on a CPU, and the batch statistics, if
-    there are any: for each such link mean (C,) and biased variance (C,), one after the other.
+    """y (M, N) of the last link from x (M, K) of the first, and the batch statistics, if there are
+    any: for each such link mean (C,) and biased variance (C,), one after the other.
 
     `sample_rows`: rows a sample, for drop-path. Operands are assumed checked; what the op still
     refuses is a RuntimeError, and torch's generator then as it was.
@@ -185,9 +230,7 @@ class FusedChainFunction(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """y (M, N), and the batch statistics, if there are any."""
         keep = 2 if recompute else 1
-        y, *saved = torch.ops.fusedres.chain_forward.default(
-            x, operands, text, depth, seeds, sample_rows, keep
-        )
+        y, *saved = _forward(x, operands, text, depth, seeds, sample_rows, keep)
         ctx.text, ctx.depth, ctx.sample_rows, ctx.kept = text, depth, sample_rows, len(saved)
         ctx.save_for_backward(*saved, seeds, x, *operands)
         if not _has_statistics(text):
@@ -211,10 +254,9 @@ class FusedChainFunction(torch.autograd.Function):
         wanted = "".join("01"[need] for need in needs)
         try:
             ours = len(saved) - _has_statistics(ctx.text)
-            over_z = not is_dynamo_compiling() and donated(ctx, saved, ours, 2)
-            found = torch.ops.fusedres.chain_backward.default(
-                dy, saved, x, operands, *call[:4], wanted, over_z
-            )
+            on_cpu = backend_of(dy) == "cpu"
+            over_z = on_cpu and not is_dynamo_compiling() and donated(ctx, saved, ours, 2)
+            found = _backward(dy, saved, x, operands, *call[:4], wanted, over_z)
         except RuntimeError as error:
             check_memory(error)
             return *nothing, *_composite_gradients(*call)
@@ -258,7 +300,7 @@ def _composite_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients by plain torch ops, which can be differentiated again."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
         x, *operands = views = [t.view_as(t) for t in tensors]
         y = composite_chain(text, depth, seeds, sample_rows, x, tuple(operands))
         wanted = [t for t, need in zip(views, needs, strict=True) if need]
@@ -294,10 +336,7 @@ def _without_gradient(
     seeds: Tensor | None,
     sample_rows: int,
 ) -> list[Tensor]:
-    found: list[Tensor] = torch.ops.fusedres.chain_forward.default(
-        x, operands, links, depth, seeds, sample_rows, 0
-    )
-    return found
+    return _forward(x, operands, links, depth, seeds, sample_rows, 0)
 
 
 def _recording(x: Tensor, operands: list[Tensor], *call: Any) -> list[Tensor]:
@@ -315,6 +354,17 @@ def _fake(
     sample_rows: int,
 ) -> list[Tensor]:
     return _forward_fake(x, operands, links, depth, seeds, sample_rows, 0)
+
+
+def _triton_forward_fake(
+    x: Tensor, operands: list[Tensor], links: str, depth: int, keep: int
+) -> list[Tensor]:
+    """All links have one shape: what is kept is one tensor of inputs, and one of z."""
+    specs = [spec for spec, *_ in _split(links, depth, tuple(operands))]
+    kept = [x.new_empty((len(specs), *x.shape))] if keep else []
+    if keep == 1 and specs[-1].saves_z:
+        kept.append(torch.empty_like(kept[0]))
+    return [x.new_empty(x.shape), *kept]
 
 
 def _forward_fake(
@@ -370,6 +420,18 @@ def _backward_fake(
     return [t.new_empty(t.shape) for t, need in found if need == "1"]
 
 
+def _triton_backward_fake(
+    dy: Tensor,
+    saved: list[Tensor],
+    x: Tensor,
+    operands: list[Tensor],
+    links: str,
+    depth: int,
+    wanted: str,
+) -> list[Tensor]:
+    return _backward_fake(dy, saved, x, operands, links, depth, None, 1, wanted, False)
+
+
 # The op of graphs, which has a gradient: as residual_layer in graphs.py.
 torch.library.define(
     "fusedres::residual_chain",
@@ -380,6 +442,21 @@ torch.library.impl("fusedres::residual_chain", "CompositeExplicitAutograd", _wit
 torch.library.impl("fusedres::residual_chain", "Autograd", _recording)
 torch.library.register_fake("fusedres::residual_chain", _fake)
 residual_chain = torch.ops.fusedres.residual_chain.default
+
+# Chains in Triton: as the single layers' ops in ops.py.
+FORWARD_SCHEMA = "(Tensor x, Tensor[] operands, str links, int depth, int keep) -> Tensor[]"
+BACKWARD_SCHEMA = (
+    "(Tensor dy, Tensor[] saved, Tensor x, Tensor[] operands, str links, int depth, str wanted) "
+    "-> Tensor[]"
+)
+_TRITON: dict[str, tuple[str, Any]] = {
+    "chain_forward": (FORWARD_SCHEMA, _triton_forward_fake),
+    "chain_backward": (BACKWARD_SCHEMA, _triton_backward_fake),
+}
+for _name, (_schema, _shapes) in _TRITON.items():
+    torch.library.define(f"fusedres::triton_{_name}", _schema)
+    torch.library.impl(f"fusedres::triton_{_name}", ("CPU", "CUDA"), late("chain", _name))
+    torch.library.register_fake(f"fusedres::triton_{_name}", _shapes)
 
 if native.missing is None:
     torch.library.register_fake("fusedres::chain_forward", _forward_fake)

@@ -28,6 +28,11 @@ LARGEST = 1 << 18  # elements of a weight: those for which our own product is th
 _OF_FEW_ROWS = 1 << 15  # the same for fewer than 8 rows: larger ones take longer to be packed
 
 
+_WIDTHS = [(width,) for width in backends.CHAIN_WIDTHS]
+AUTOCAST = "autocast is on, under which layers are joined on a CPU alone"
+_TOLD = ", ".join(map(str, backends.CHAIN_WIDTHS))
+
+
 def too_large(weight: Any, x: Tensor) -> bool:
     """Whether the library multiplies x (..., K) and a weight of this shape better than a chain."""
     size = weight[0] * weight[1]
@@ -46,8 +51,13 @@ def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
         return "something looks into the call: a tracer, or a torch dispatch mode"
     elif type(x) not in PLAIN or composite_only(x, x):
         return "a transform looks into the layers, or x is a tensor of another kind"
-    if x.device.type != "cpu":
-        return f"x is on {x.device}; layers are joined on a CPU"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"x is on {x.device}; layers are joined on a CPU or a CUDA GPU"
+    if chain.backend_of(x) == "triton":
+        if x.shape[-1:] not in _WIDTHS:
+            return f"x has shape {tuple(x.shape)}; on a GPU one call takes {_TOLD} features"
+        if torch.is_autocast_enabled(x.device.type):
+            return AUTOCAST
     if x.dtype not in DTYPES:
         return f"x has dtype {x.dtype}"
     if x.is_nested or x.layout != torch.strided:
@@ -55,9 +65,9 @@ def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
     return None if x.dim() and x.numel() else f"x has shape {tuple(x.shape)}"
 
 
-def autocast_dtype() -> torch.dtype | None:
-    """What autocast makes products of, if it is on."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast makes products of on `device`, "cpu" say, if it is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class _Known(NamedTuple):
@@ -72,7 +82,7 @@ class _Known(NamedTuple):
     eps: float | None
     linear: Any
     norm: Any
-    kinds: tuple[Any, ...]  # classes, the backend asked for, `back`, and dtypes
+    kinds: tuple[Any, ...]  # classes, the backend asked for, `back`, device and dtypes
     parameters: tuple[Any, ...]
     batch: tuple[Any, ...]  # of a batch norm
     shape: Any  # of the weight
@@ -112,7 +122,7 @@ class Stream(NamedTuple):
 
 
 def _as_known(
-    module: nn.Module, stream: Stream, back: int, autocast: torch.dtype | None
+    module: nn.Module, x: Tensor, stream: Stream, back: int, autocast: torch.dtype | None
 ) -> _Known | None:
     """What is known of a layer, if nothing has changed that Python alone can see: the op checks
     shapes, dtypes and devices. In a few dictionary look-ups, since nets have many layers.
@@ -130,7 +140,7 @@ def _as_known(
         if hooked(owner) or "forward" in owner:
             return None
     found = _parameters(linear, norm, module)
-    kinds = type(linear), type(norm), own["backend"], back, stream[1:], autocast
+    kinds = type(linear), type(norm), own["backend"], back, x.device, stream[1:], autocast
     if not all(map(_is, found, known.parameters)) or kinds != known.kinds:
         return None
     if known.batch and not all(map(_is, _batch(norm), known.batch)):
@@ -207,15 +217,16 @@ def link_of(
         back, input_back = 0, 1  # it adds the latest value
     if weight.dtype not in DTYPES or (bias is not None and bias.dtype is not weight.dtype):
         return f"its weight is {weight.dtype}, its bias {getattr(bias, 'dtype', None)}"
-    autocast = autocast_dtype()
+    autocast = autocast_dtype(x.device.type)
     text, product = spec.text, weight.dtype
     if autocast or dtype is not product or residual is not None:
         try:
-            text, product = typed(text, dtype, product, residual, autocast, "cpu")
+            text, product = typed(text, dtype, product, residual, autocast, x.device.type)
         except TypeError:
             return f"its weight is {weight.dtype}, its input {dtype}"
     N, K = weight.shape
-    if width != K or too_large(weight.shape, x):
+    on_cpu = chain.backend_of(x) == "cpu"
+    if width != K or (on_cpu and too_large(weight.shape, x)):
         return f"its weight has shape {(N, K)}, x has {width} features and shape {tuple(x.shape)}"
     padded = module.shortcut_kind == "pad" and K < N
     same = back or padded or spec.width("add", K, N) == K
@@ -229,9 +240,6 @@ def link_of(
         shapes = [own_shape, *(t.shape for t in (mean, var) if t is not None)]
         if any(shape != expected for shape in shapes):
             return f"its norm is over {tuple(shapes[-1])}, not {expected}"
-    chosen = backends.choose(module.backend, text, product, x.device, N, K, False)
-    if chosen != "cpu":
-        return f"its backend is '{chosen}'"
     given_back = back if spec.adds else 0
     typed_spec = Spec.parse(text)
     cast = product if product is not weight.dtype else None
@@ -241,6 +249,13 @@ def link_of(
         typed_spec, weight, bias, norm_weight, norm_bias, gate, mean, var, back=given_back,
         input_back=input_back, autocast=cast, running=running if spec.batch_stats else None,
     )  # fmt: skip
+    if on_cpu:
+        chosen = backends.choose(module.backend, text, product, x.device, N, K, False)
+        reason = None if chosen == "cpu" else f"its backend is '{chosen}'"
+    else:
+        reason = chain.why_not_triton(module.backend, link.line, x, N, K)
+    if reason is not None:
+        return reason
     y = y_dtype(text, product)
     found = _parameters(linear, norm, module)
     batch = _batch(norm) if spec.norm == "batch" else ()
@@ -250,8 +265,8 @@ def link_of(
         eps = None if norm is None else norm.eps
         _known[module] = _Known(
             link, N, y, N * K, own["_asked"], own["training"], eps, linear, norm,
-            (type(linear), type(norm), module.backend, back, stream[1:], autocast), found,
-            batch, weight.shape, weight.dtype,
+            (type(linear), type(norm), module.backend, back, x.device, stream[1:], autocast),
+            found, batch, weight.shape, weight.dtype,
         )  # fmt: skip
     return (*shortcut, link), Stream(N, y)
 
@@ -260,6 +275,8 @@ def _shortcut_link(
     linear: Any, spec: Spec, x: Tensor, stream: Stream, back: int, backend: str
 ) -> tuple[Link, torch.dtype] | str:
     """The linear shortcut of a layer as a link, and its result's dtype."""
+    if chain.backend_of(x) != "cpu":
+        return "its shortcut is not the identity"
     reason = customised(linear, "linear")
     if reason is None and (back or "add" in spec.prologue):
         reason = "it is added before linear, or to an earlier layer's input"
@@ -274,7 +291,7 @@ def _shortcut_link(
     text, product, dtypes = "linear", weight.dtype, {t.dtype for t in given}
     if len(dtypes) > 1 or product not in DTYPES:
         return "its shortcut's weight and bias have different dtypes"
-    autocast = autocast_dtype()
+    autocast = autocast_dtype("cpu")
     if autocast or stream.dtype is not product:
         try:
             text, product = typed(text, stream.dtype, product, None, autocast, "cpu")
@@ -295,19 +312,28 @@ class Part(NamedTuple):
     back: int = 0
 
 
+def _goes_on(links: list[tuple[Link, ...]], link: Link, layer: Any, x: Tensor) -> bool:
+    """Whether Triton takes `link` after `links`: one recipe for all, and not too many rows."""
+    if links:
+        return link.line == links[0][0].line
+    width = x.shape[-1]
+    return chain.why_not_triton(layer.backend, link.line, x, width, width) is None
+
+
 def links_of(parts: Iterable[Part], x: Tensor) -> list[tuple[Link, ...]]:
     """For each of as many of the first layers as one call can run its links; x is one that
     `unchained` allows.
     """
     links: list[tuple[Link, ...]] = []
     usual = [kind.forward for kind in _CLASSES] == _FORWARDS and watched() is None
-    few = x.numel() < 8 * x.shape[-1]
-    stream, autocast = Stream(x.shape[-1], x.dtype), autocast_dtype()
+    on_cpu = chain.backend_of(x) == "cpu"
+    few = on_cpu and x.numel() < 8 * x.shape[-1]
+    stream, autocast = Stream(x.shape[-1], x.dtype), autocast_dtype(x.device.type)
     dtypes = [x.dtype]  # of values
     for layer, back in parts:
         if back:
             stream = stream._replace(residual=dtypes[-1 - back])
-        known = _as_known(layer, stream, back, autocast) if usual else None
+        known = _as_known(layer, x, stream, back, autocast) if usual else None
         if known is None:
             found = link_of(layer, x, stream, back)
             if isinstance(found, str):
@@ -319,6 +345,8 @@ def links_of(parts: Iterable[Part], x: Tensor) -> list[tuple[Link, ...]]:
                 break
             own, stream = (known.link,), Stream(known.width, known.dtype)
             dtypes.append(stream.dtype)
+        if not on_cpu and not _goes_on(links, own[0], layer, x):
+            break
         links.append(own)
     return links
 

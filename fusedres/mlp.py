@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import chain, checks
 from .checks import Backend
 from .links import Part, joined, links_of, unchained
 from .modules import FusedResidual, project
@@ -199,7 +199,8 @@ class FusedResidualMLP(nn.Module):
         """
         checks.check_x(x, self.features, "features")
         checks.check_tensor("residual", residual, optional=True)
-        parts = self.parts() if residual is None and unchained(x) is None else None
+        joins = residual is None and chain.backend_of(x) == "cpu" and unchained(x) is None
+        parts = self.parts() if joins else None
         if parts is not None:
             links = links_of(parts, x)
             y = joined(x, links) if len(links) == len(parts) else None

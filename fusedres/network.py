@@ -27,14 +27,15 @@ def _parts(module: nn.Module) -> list[Part] | None:
 
 class FusedSequential(nn.Sequential):
     """An nn.Sequential (same arguments, keys, order, indexing and results) in which runs of
-    FusedResidual layers and FusedResidualMLP blocks are one call each, forward and backward: on a
-    CPU rows walk through all layers of a run while they lie in the cache, and all weight gradients
-    are computed together.
+    FusedResidual layers and FusedResidualMLP blocks are one call each, forward and backward: rows
+    walk through all layers of a run while they lie in a CPU's cache or a GPU's registers, and all
+    weight gradients are computed together.
 
     What cannot be joined, a layer with hooks, a shortcut of another kind than torch's own linear, a
     weight of more than 2^18 elements or a foreign module, is called as nn.Sequential calls it, and
-    parts a run in two. Under torch.compile, torch.func and the like all are; on a GPU, too.
-    `chains` tells which layers a call joins, and why not.
+    parts a run in two. Under torch.compile, torch.func and the like all are. On a GPU layers of one
+    kind are joined, of kinds and widths that FusedResidualStack names; blocks are not. `chains`
+    tells which layers a call joins, and why not.
 
     Source: the layers one by one; He et al., arxiv.org/abs/1512.03385.
     """

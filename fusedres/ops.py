@@ -68,11 +68,11 @@ def _register_python(backend: str) -> None:
     for name, schema in (("forward", FORWARD_SCHEMA), ("backward", BACKWARD_SCHEMA)):
         op = f"fusedres::{backend}_residual_{name}"
         torch.library.define(op, schema)
-        torch.library.impl(op, ("CPU", "CUDA"), _late(backend, f"residual_{name}"))
+        torch.library.impl(op, ("CPU", "CUDA"), late(backend, f"residual_{name}"))
     _register(backend, f"{backend}_", True)
 
 
-def _late(backend: str, name: str) -> Callable[..., Any]:
+def late(backend: str, name: str) -> Callable[..., Any]:
     @cache
     def function() -> Any:
         return getattr(importlib.import_module(f".backends.{backend}", __package__), name)

@@ -85,8 +85,11 @@ class FusedResidualStack(nn.Module):
     of whole blocks on views; both train the stack. `from_layers` and `to_layers` copy; a state_dict
     of an nn.Sequential of layers (``0.linear.weight``, ...) loads, too.
 
-    All layers are one call on a CPU for N <= 512; else layers are called one by one.
-    `why_not_joined` tells why.
+    All layers are one call on a CPU for N <= 512. On a GPU they are for N = 16, 32, 64, 128 and 256
+    without dropout, drop-path, batch norm, gate and autocast, in bfloat16 and float16 (float32: up
+    to 64; 256 for no more rows than one wave of programs takes, from Hopper on), where it is one
+    launch forward and three backward. Else layers are called one by one. `why_not_joined` tells
+    why.
 
     Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
     does not fit, NotImplementedError where a named backend cannot run a call.
@@ -207,7 +210,7 @@ class FusedResidualStack(nn.Module):
         given = self._given()
         if self._why_not(x, given) is None:
             rows, text = x if x.dim() == 2 else x.reshape(-1, self.features), self._text(x, given)
-            autocast = autocast_dtype()
+            autocast = autocast_dtype(x.device.type)
             if autocast:
                 given[:2] = [cast_for(t, autocast) for t in given[:2]]
             operands = [t for t in given if t is not None]
@@ -267,7 +270,8 @@ class FusedResidualStack(nn.Module):
             return "a batch norm gets one row"
         N = self.features
         in_graph = is_dynamo_compiling() or is_exporting()  # where rows may be a symbol
-        if N * N > LARGEST or (not in_graph and too_large((N, N), x)):
+        on_cpu = chain.backend_of(x) == "cpu"
+        if on_cpu and (N * N > LARGEST or (not in_graph and too_large((N, N), x))):
             return f"weights of {N} x {N} are too large to be packed for x {tuple(x.shape)}"
         for kind, t in zip((*_PARAMETERS, *_BUFFERS[:2]), given, strict=True):
             if t is None:
@@ -279,30 +283,33 @@ class FusedResidualStack(nn.Module):
             if t.dtype not in checks.DTYPES or (kind.name == "bias" and t.dtype != given[0].dtype):
                 return f"{kind.name} is {t.dtype}, weight {given[0].dtype}"
         try:
-            before, text, product = self._typed(x.dtype, given[0].dtype)
+            before, text, product = self._typed(x, given[0].dtype)
         except TypeError:
             return f"weight is {given[0].dtype}, x {x.dtype}"
         if before is None:
             return f"a block makes another dtype of x's {x.dtype}"
+        if not on_cpu:
+            return chain.why_not_triton(self.backend, self._text(x, given), x, N, N)
         chosen = backends.choose(self.backend, text, product, x.device, N, N, False)
         return None if chosen == "cpu" else f"the backend is '{chosen}'"
 
-    def _typed(self, x: torch.dtype, weight: torch.dtype) -> tuple[list[str] | None, str, Any]:
+    def _typed(self, x: Tensor, weight: torch.dtype) -> tuple[list[str] | None, str, Any]:
         """The recipes' texts of a block's layers before the last and of the last one, where each
         has its dtypes, and the product's dtype. None in place of the first: blocks differ.
         """
         last, inner = self._specs()
-        autocast = autocast_dtype()
-        texts, dtype, product, before = [], x, weight, self.layers_per_block - 1
+        kind = x.device.type
+        autocast = autocast_dtype(kind)
+        texts, dtype, product, before = [], x.dtype, weight, self.layers_per_block - 1
         for spec, residual in [(inner, None)] * before + [
-            (last, x if before and last.adds else None)
+            (last, x.dtype if before and last.adds else None)
         ]:
             text = spec.text
-            if autocast or dtype != weight or x != weight:
-                text, product = typed(text, dtype, weight, residual, autocast, "cpu")
+            if autocast or dtype != weight or x.dtype != weight:
+                text, product = typed(text, dtype, weight, residual, autocast, kind)
             texts.append(text)
             dtype = y_dtype(text, product)
-        same = dtype == x or len(self) == before + 1
+        same = dtype == x.dtype or len(self) == before + 1
         return texts[:-1] if same else None, texts[-1], product
 
     def _seeds(self) -> int:
@@ -313,7 +320,7 @@ class FusedResidualStack(nn.Module):
 
     def _text(self, x: Tensor, given: list[Any]) -> str:
         """The links' lines."""
-        inner, last, _ = self._typed(x.dtype, given[0].dtype)
+        inner, last, _ = self._typed(x, given[0].dtype)
         there = sum(1 << i for i, t in enumerate(given[1:]) if t is not None)
         before = [chain.line_of(there & ~_GATE, 0, text) for text in inner or ()]
         back = len(before) if self._specs()[0].adds else 0

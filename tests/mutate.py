@@ -76,6 +76,7 @@ SUITES = {
     "plan": ("plan", "narrower or powers_of_two or without_wgmma"),
     "triton host": ("triton_host", "later_launch or once"),
     "triton mixed": ("triton_mixed", "inference or overflows or looks_at"),
+    "triton chain": ("triton_chain", "numbers or other_settings or past_the_end or nobody or own"),
     "cuda": ("cuda_emulated", "test_shapes or residuals or parts or several_tiles or large_mean"),
     "cuda layouts": ("cuda_emulated", "strides or nan_and_inf or no_races"),
     "cuda drops": ("cuda_emulated", "orders_and_norms and drop"),
@@ -380,6 +381,23 @@ TABLE = {
      '    if NORM == "layer"',
      "        z = load_tile(z_ptr, m, n, M, C, C, 1).to(tl.float32)\n"
      '    if NORM == "layer"'),
+],
+"fusedres/kernels/chain.py": [
+    ("triton chain", "every link adds its own input", "(link + 1) % B == 0, stream, source",
+     "(link + 1) % B >= 0, stream, source"),
+    ("triton chain", "an add within a block adds", "tl.where(adds, total, t)", "total"),
+    ("triton chain", "a norm before linear is its own link's, late",
+     "own = after if NORM_BEFORE else link", "own = link"),
+    ("triton chain", "the walk back forgets the mean of g", "if CENTRED:\n                d -= ",
+     "if CENTRED:\n                d -= 0.5 * "),
+    ("triton chain", "rows past M count in a chain's sums", "tl.sum(tl.where(rows, t, 0.0), 0)",
+     "tl.sum(t, 0)"),
+    ("triton chain", "the block's input gets nothing back",
+     "tl.where(link % B == 0, d + skip, d)", "d"),
+],
+"fusedres/backends/chain.py": [
+    ("triton chain", "the weight's gradient is of x, not of what was multiplied",
+     "inputs if operand is None else operand", "inputs"),
 ],
 "fusedres/kernels/by_tanh.py": [
     ("triton acts", "silu by tanh(h)", "return h * (0.5 + 0.5 * tanh(0.5 * h))",

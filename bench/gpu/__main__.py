@@ -1,12 +1,13 @@
 """Everything that is owed on a GPU, in one command of less than nine minutes: `make gpu-check`.
 
 Builds the extension in place, runs the tests that need a GPU, compute-sanitizer over a few of
-them, and `python -m bench`, the rows of the goals first. Exit code: 0; 1 where something failed; 2
-without a GPU. A goal that is missed is no failure.
+them, `python -m bench stacks`, and `python -m bench`, the rows of the goals first. Exit code: 0; 1
+where something failed; 2 without a GPU. A goal that is missed is no failure.
 
-Four files come of it, written anew after every step, the benchmark's after every row, so that a run
+Five files come of it, written anew after every step, the benchmark's after every row, so that a run
 that is cut off leaves what it found: benchmark.json, a results file as of `python -m bench`;
-gpu-check.json, the same with steps and goals; summary.md; logs.tar.gz with every log and junit XML.
+gpu-check.json, the same with steps and goals; stacks.json, whole networks; summary.md; logs.tar.gz
+with every log and junit XML.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..measure.judge import judge, losses
 from ..measure.results_file import Results, whole
 from ..report.goals import goal_table
 from ..report.tables import table
-from .steps import RESULTS_FILE, SECONDS, VERDICTS, Check, Found
+from .steps import RESULTS_FILE, SECONDS, STACKS_FILE, VERDICTS, Check, Found
 
 NO_GPU = 2
 TOTAL = sum(SECONDS.values())
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(told, file=sys.stderr)
         return NO_GPU
     out = folder(args.out, torch.cuda.get_device_name(0))
-    for name in (REPORT, SUMMARY, LOGS, RESULTS_FILE):  # of an earlier run
+    for name in (REPORT, SUMMARY, LOGS, RESULTS_FILE, STACKS_FILE):  # of an earlier run
         (out / name).unlink(missing_ok=True)
     with TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as work:
         report = partial(write, out, Path(work), args.commit)

@@ -61,8 +61,15 @@ FINDING = re.compile(
 )
 GRACE = 10.0  # seconds between asking a process to end and killing it
 
-SECONDS = {"build": 110, "gpu-tests": 200, "other-tests": 20, "sanitizer": 60, "benchmark": 130}
-RESULTS_FILE = "benchmark.json"
+SECONDS = {
+    "build": 110,
+    "gpu-tests": 200,
+    "other-tests": 20,
+    "sanitizer": 60,
+    "stacks": 40,
+    "benchmark": 90,
+}
+RESULTS_FILE, STACKS_FILE = "benchmark.json", "stacks.json"
 VERDICTS = {True: "ok", False: "FAILED", None: "incomplete"}
 ASK_BUILD = "import json; from fusedres import _C; print(json.dumps(_C.build_info()))"
 
@@ -211,6 +218,17 @@ class Check:
             extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FUSEDRES_SANITIZER": "1"}
             outcome = execute(command, self.work / f"{tool}.log", limit, **extra)
             self.note(f"sanitizer: {tool}", *sanitizer_verdict(outcome), outcome.seconds)
+
+    def stacks(self) -> None:
+        """Whole networks, and their goals; a goal that is missed is no failure."""
+        path, left = self.results.with_name(STACKS_FILE), self.left("stacks")
+        command = [sys.executable, "-m", "bench", "stacks", "--device=cuda", "--quick"]
+        command.append(f"--output={path}")
+        outcome = execute(command, self.work / "stacks.log", left)
+        goals = json.loads(path.read_text())["goals"] if path.exists() else []
+        found = [f"{g['goal']}: {g['value']:.3g} ({g['bound']})" for g in goals if g["value"]]
+        told = ", ".join([*(found or ["no row"]), *([ended(outcome)] if outcome.code != 0 else [])])
+        self.note("stacks", outcome.code == 0, told, outcome.seconds)
 
     def benchmark(self) -> None:
         path, left = self.results, self.left("benchmark")

@@ -70,6 +70,25 @@ def most_rows(device: torch.device, dtype: torch.dtype, N: int, K: int) -> int:
     return min(limits["rows"], few) if dtype == torch.float32 else limits["rows"]
 
 
+CHAIN_WIDTHS = (16, 32, 64, 128, 256)  # features of which one launch takes rows through all layers
+
+
+@constant_when_compiled
+@lru_cache(maxsize=4096)
+def chain_limit(
+    backend: str, links: str, dtype: torch.dtype, device: torch.device, N: int, K: int
+) -> int | str:
+    """Up to how many rows Triton takes through the layers that `links` (csrc/chain/wiring.h)
+    describes in one call, or why it takes none. The environment is read as in `choose`.
+    """
+    if one_of("backend", backend, BACKENDS) == "auto":
+        backend = environment_backend()
+    if backend not in ("auto", "triton"):
+        return f"the backend is '{backend}'"
+    found: int | str = importlib.import_module(".chain", __name__).limit(links, dtype, device, N, K)
+    return found
+
+
 @constant_when_compiled
 @lru_cache(maxsize=4096)
 def choose(

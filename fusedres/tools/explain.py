@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..backends import environment_backend, plan
 from ..functional import composite_only, fused_residual
 from ..layers import customised, first_parameter, watched
-from ..links import links_of, unchained
+from ..links import AUTOCAST, links_of, unchained
 from ..mlp import FusedResidualMLP
 from ..modules import FusedResidual
 from ..network import FusedSequential
@@ -146,9 +148,36 @@ def _of_stack(
     reason: str | None = f"on {where.type} layers are not joined"
     if where.type == "cpu":
         reason = stack.why_not_joined(torch.empty((), dtype=x.dtype).expand(x.shape))
-    how = "all in one call" if reason is None else f"one by one: {reason}"
+    elif where.type == "cuda":
+        reason = _not_joined_on_a_gpu(stack, x, where)
+    launches = ", one launch forward, three backward" if where.type == "cuda" else ""
+    how = f"all in one call{launches}" if reason is None else f"one by one: {reason}"
     title = f"FusedResidualStack of {len(stack)} layers, of which the last is a {told.title}"
     return Explanation(title, told.calls, (f"layers run {how}", *told.notes))
+
+
+def _not_joined_on_a_gpu(stack: FusedResidualStack, x: Tensor, device: torch.device) -> str | None:
+    """What the stack's own `why_not_joined` tells of x there, also of a GPU that is not here."""
+    if x.device == device:
+        return stack.why_not_joined(x)
+    from ..backends import chain as triton_chain  # which imports Triton, if it is there
+
+    N, M = x.shape[-1], math.prod(x.shape[:-1])
+    if torch.is_autocast_enabled("cuda"):
+        return AUTOCAST
+    backend = environment_backend() if stack.backend == "auto" else stack.backend
+    if backend not in ("auto", "triton"):
+        return f"the backend is '{backend}'"
+    plain = torch.empty((), dtype=x.dtype)
+    with torch.autocast("cpu", enabled=False):  # which is another device's
+        try:
+            text = stack._text(plain, stack._given())
+        except TypeError:
+            return f"weight is {stack.weight.dtype}, x {x.dtype}"
+    most = triton_chain.most_rows(text, x.dtype, N, N, plan.device_of(device))
+    if isinstance(most, str):
+        return most
+    return None if most >= M else f"for more than {most} rows a launch a layer is faster"
 
 
 def _context(

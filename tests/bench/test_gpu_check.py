@@ -371,6 +371,7 @@ def test_other_files_with_gpu_tests_are_found() -> None:
     assert [file.name for file in gpu_steps.files_with_gpu_tests()] == [
         "test_register_activation.py",
         "test_triton.py",
+        "test_triton_chain.py",
         "test_triton_grid.py",
         "test_triton_mixed.py",
         "test_tune.py",
@@ -682,6 +683,26 @@ def test_the_benchmark_is_the_common_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert seen[0][1:4] == ["-m", "bench", "--device=cuda"]
     (limit,) = (word for word in seen[0] if word.startswith("--limit="))
     assert 70 <= float(limit.split("=")[1]) <= 100 - 2 * gpu_steps.GRACE
+
+
+def test_whole_networks_tell_their_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goals = [{"goal": "deep, ms", "value": 7.5, "bound": "<= 8"}, {"goal": "other", "value": None}]
+
+    def execute(command: list[str], log: Path, limit: float) -> gpu_steps.Outcome:
+        assert command[1:5] == ["-m", "bench", "stacks", "--device=cuda"]
+        if codes[0] is not None:
+            Path(command[-1].removeprefix("--output=")).write_text(json.dumps({"goals": goals}))
+        return gpu_steps.Outcome(codes.pop(0), 1.0, "")
+
+    monkeypatch.setattr(gpu_steps, "execute", execute)
+    codes: list[int | None] = [None, 0, 1]
+    for ok, told in (
+        (False, "no row, out of time"),
+        (True, "deep, ms: 7.5 (<= 8)"),
+        (False, "deep, ms: 7.5 (<= 8), exit code 1"),
+    ):
+        (found,) = make_check(tmp_path, "stacks").run()
+        assert (found["ok"], found["told"]) == (ok, told)
 
 
 EMPTY: dict[str, Any] = {

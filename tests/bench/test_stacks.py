@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from bench import stacks
 from bench.measure import results_file
@@ -21,10 +22,31 @@ def test_a_net_is_measured_and_judged(monkeypatch, native, capsys):
 
 def test_a_wrong_net_is_not_timed(monkeypatch, native):
     found = stacks.contenders(stacks.Net("wrong", 8, 8, 2))
-    with stacks.torch.no_grad():
+    with torch.no_grad():
         found["fused"].weight.mul_(1.1)
     with pytest.raises(ArithmeticError, match="fused differs from eager"):
-        stacks._check(found, stacks.torch.randn(8, 8, requires_grad=True))
+        stacks._check(found, torch.randn(8, 8, requires_grad=True))
+
+
+def test_in_16_bits_fused_is_held_to_what_eager_errs(native):
+    net = stacks.Net("wrong", 64, 32, 6, activation="silu", dtype="bf16")
+    found = stacks.contenders(net)
+    x = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
+    stacks._check(found, x)
+    with torch.no_grad():
+        found["recompute"].norm_bias.add_(0.05)
+    with pytest.raises(ArithmeticError, match="recompute differs from eager"):
+        stacks._check(found, x)
+
+
+def test_the_nets_of_a_gpu_have_goals_of_their_own():
+    rows = [
+        {"net": net.name, "mode": stacks.STEP, "times_us": {"fused": {"median": 3000.0}}}
+        for net in stacks.NETS_ON_GPU
+    ]
+    judged = stacks.judge(rows, stacks.GOALS_ON_GPU)
+    assert [goal["value"] for goal in judged] == [3.0, 3.0]
+    assert [(goal["met"], goal["passed"]) for goal in judged] == [(True, False), (True, True)]
 
 
 def test_goals_are_judged_by_what_was_found():

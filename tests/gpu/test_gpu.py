@@ -21,9 +21,19 @@ import torch
 from torch import nn
 
 from cases import ALIASES, DIFFERENTIABLE, STATISTICS, make_case
-from fusedres import ACTIVATIONS, ORDERS, FusedResidual, Residual, explain, fused_residual, ops
+from fusedres import (
+    ACTIVATIONS,
+    ORDERS,
+    FusedResidual,
+    FusedResidualStack,
+    Residual,
+    explain,
+    fused_residual,
+    ops,
+)
 from fusedres.backends import choose, cuda, native
 from fusedres.backends import plan as planner
+from fusedres.chain import composite_chain
 from oracle import assert_as_accurate, assert_close, double, eager, exact, fused, without_kinks
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -729,3 +739,103 @@ def test_compiled_with_reduced_overhead_is_the_ordinary_call(name, backend):
     arrival counters must not be made there.
     """
     compare_compiled(name, backend, False, (515,) * 5, mode="reduce-overhead")
+
+
+def make_stack(width, depth, block, order, dtype, **settings):
+    settings = {"activation": "silu", "device": DEVICE, "dtype": dtype, **settings}
+    return FusedResidualStack(width, depth, layers_per_block=block, order=order, **settings)
+
+
+def chain_results(stack, x, dy, dtype=None):
+    """y and the gradients of x and all parameters: of one call, or with a dtype by plain torch."""
+    given = [p.detach() for p in (x, *stack.parameters())]
+    leaves = [t.to(dtype or t.dtype).requires_grad_() for t in given]
+    if dtype is None:
+        names = [name for name, _ in stack.named_parameters()]
+        named = dict(zip(names, leaves[1:], strict=True))
+        y = torch.func.functional_call(stack, named, (leaves[0],))
+    else:
+        y = composite_chain(
+            stack._text(x, stack._given()), len(stack), None, 1, leaves[0], tuple(leaves[1:])
+        )
+    grads = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+    return dict(enumerate([y.detach(), *grads]))
+
+
+CHAINS = [
+    (BF16, 64, 16, 1),
+    (BF16, 128, 12, 2),
+    (BF16, 256, 8, 4),
+    (F16, 64, 32, 4),
+    (F32, 64, 12, 2),
+]
+
+
+@pytest.mark.parametrize(
+    "order, recompute", [("note", False), ("prenorm", True), ("postnorm", True)]
+)
+@pytest.mark.parametrize("M", [50, 5000])
+@pytest.mark.parametrize("dtype, width, depth, block", CHAINS)
+def test_chains_as_accurate_as_eager(dtype, width, depth, block, M, order, recompute, nan_filled):
+    stack = make_stack(width, depth, block, order, dtype, recompute=recompute)
+    x, dy = (torch.randn(M, width, device=DEVICE).to(dtype) for _ in range(2))
+    reason = stack.why_not_joined(x)
+    if reason is not None and width == 256:
+        pytest.skip(reason)
+    assert reason is None
+    found = [chain_results(stack, x, dy, to) for to in (None, dtype, torch.float64)]
+    # each over its size to the next power of two, which rounds nothing
+    sizes = [2.0 ** t.square().mean().sqrt().log2().round() for t in found[-1].values()]
+    found = [{i: (t / sizes[i]).to(t.dtype) for i, t in result.items()} for result in found]
+    assert_as_accurate(*found, what=f"{stack}, {dtype}, {M} rows")
+
+
+@pytest.mark.parametrize("width, M", [(64, 300), (128, 9000), (256, 256)])
+def test_a_hundred_calls_of_a_chain_and_replays_of_its_graph_are_equal(width, M):
+    stack = make_stack(width, 50, 1, "note", BF16)
+    x = torch.randn(M, width, device=DEVICE, dtype=BF16, requires_grad=True)
+    dy = torch.randn_like(x)
+    inputs = [x, *stack.parameters()]
+
+    def step():
+        y = stack(x)
+        return [y, *torch.autograd.grad(y, inputs, dy)]
+
+    first = [t.detach().clone() for t in step()]
+    for _ in range(CALLS // 10):
+        assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(10):
+        for t in captured:
+            t.detach().zero_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+
+
+@pytest.mark.parametrize("depth", [10, 200])
+def test_launches_of_a_chain_do_not_grow_with_depth(depth):
+    stack = make_stack(64, depth, 1, "note", BF16)
+    x = torch.randn(256, 64, device=DEVICE, dtype=BF16, requires_grad=True)
+    dy = torch.randn_like(x)
+    stack(x).backward(dy)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    for p in (x, *stack.parameters()):
+        p.grad = None
+    with torch.profiler.profile(activities=activities) as profile:
+        stack(x).backward(dy)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if "residual_chain" in event.name]
+    assert len(names) == 3
+    assert len([e for e in profile.events() if "Memcpy" not in e.name]) <= 8  # bmm may be two
+
+
+def test_a_compiled_chain_is_the_ordinary_call():
+    stack = make_stack(64, 20, 2, "prenorm", BF16)
+    x, dy = (torch.randn(300, 64, device=DEVICE, dtype=BF16) for _ in range(2))
+    found = []
+    for module in (stack, torch.compile(stack, fullgraph=True)):
+        y = module(x)
+        found.append([y.detach(), *torch.autograd.grad(y, list(stack.parameters()), dy)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

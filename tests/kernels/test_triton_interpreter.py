@@ -15,6 +15,7 @@ PARTS = (
     ("test_triton.py", f"not ({LAYOUTS})"),
     ("test_triton_grid.py", ""),
     ("test_triton_mixed.py", ""),
+    ("test_triton_chain.py", ""),
 )
 
 

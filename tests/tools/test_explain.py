@@ -248,9 +248,29 @@ def test_a_stack_tells_of_its_last_layer_and_whether_one_call_joins_all():
         told = explain(stack, x)
         assert told.notes[0] == "layers run all in one call" and "of 6 layers" in told.title
         assert told.saved_bytes  # it has parameters that want gradients
-    assert "one by one: on cuda" in explain(stack, x, device="cuda").notes[0]
+    there = explain(stack, x, device="cuda").notes[0]
+    assert there == "layers run all in one call, one launch forward, three backward"
+    for other, reason in (
+        (FusedResidualStack(16, 2, gate="scalar"), "it has a gate"),
+        (FusedResidualStack(16, 2, dropout=0.5), "it drops at random"),
+        (FusedResidualStack(16, 2, norm="batch"), "it has a batch norm"),
+        (FusedResidualStack(16, 2, backend="reference"), "the backend is 'reference'"),
+        (FusedResidualStack(512, 2), "(512, 512) features"),
+    ):
+        there = explain(other, torch.randn(4, other.features), device="cuda").notes[0]
+        assert "one by one" in there and reason in there
+    torch.set_autocast_enabled("cuda", True)  # which torch.autocast refuses without a GPU
+    try:
+        assert "autocast is on" in explain(stack, x, device="cuda").notes[0]
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    wide = FusedResidualStack(256, 2, dtype=torch.bfloat16)
+    x = torch.empty((), dtype=torch.bfloat16).expand(4096, 256)
+    assert "rows a launch a layer is faster" in explain(wide, x, device="cuda").notes[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert explain(stack, torch.randn(4, 16)).notes[0] == "layers run all in one call"
+        there = explain(stack, torch.randn(4, 16), device="cuda").notes[0]
+        assert there.startswith("layers run all in one call")
     stack.backend = "reference"
     reason = "one by one: the backend is 'reference'"
     assert reason in explain(stack, torch.randn(4, 16)).notes[0]

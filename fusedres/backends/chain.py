@@ -1,0 +1,283 @@
+"""Chains of links that are alike in Triton: one launch forward, three backward.
+
+What is asked of a chain is narrower than of a layer: N = K, a power of two up to 256, one recipe
+without dropout, gate and batch norm. Everything else runs layer by layer.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spec import Spec
+from . import CHAIN_WIDTHS
+from . import plan as planner
+from . import triton as layers
+from .plan import ceil_div
+
+try:
+    from ..kernels import chain as kernels
+except ImportError:  # without Triton, which `why_not` says
+    kernels: Any = None  # type: ignore[no-redef]
+
+MOST_ROWS = 1 << 30  # where there is no limit
+HOPPER = 200 << 10  # bytes of shared memory that a block may have
+BESIDE = 35 << 10  # bytes of it that tiles take beside the weights
+SUMS = {"ROWS": 128, "COLUMNS": 16}
+MANY = 4096  # rows, from which on programs take more of them
+
+
+_HEAD = re.compile(r"(\d+)(?:<(\d+))? (.*)")  # a line without "^", another input: chain/wiring.h
+
+
+class Pattern(NamedTuple):
+    """What the links of a chain have in common."""
+
+    spec: Spec  # of a block's last link; the others have no add
+    block: int  # links
+    there: tuple[bool, ...]  # which of bias, norm_weight, norm_bias there are
+
+
+class ChainTile(NamedTuple):
+    BLOCK_M: int
+    num_warps: int
+    STAGES: int  # of the loop over links: 3 are the least with a weight on its way
+
+    def options(self) -> dict[str, int]:
+        """As a kernel's keyword arguments."""
+        return {**self._asdict(), "maxnreg": planner.registers(self.num_warps)}
+
+
+@lru_cache(maxsize=1024)
+def pattern_of(links: str) -> Pattern | str:
+    """Of the links' lines (csrc/chain/wiring.h), or why there is none."""
+    lines = links.split("\n")
+    heads = [_HEAD.fullmatch(line) for line in lines]
+    if None in heads:
+        return "a link reads another value than the latest"
+    theres, backs, recipes = zip(*(head.groups() for head in heads if head), strict=True)
+    specs = [Spec.parse(recipe) for recipe in recipes]
+    for spec in specs:
+        if spec.random:
+            return "it drops at random"
+        if spec.norm == "batch":
+            return "it has a batch norm"
+        if spec.gate is not None:
+            return "it has a gate"
+        if "add" in spec.prologue:
+            return "it adds before linear"
+        if spec.dtypes:
+            return "it has several dtypes"
+    block = next((i + 1 for i, spec in enumerate(specs) if spec.adds), 1)
+    if len(lines) % block or lines != lines[:block] * (len(lines) // block):
+        return "its links are not alike"
+    *before, last = specs[:block]
+    there = int(theres[0])
+    inner = tuple(stage for stage in last.stages if stage != "add")
+    for spec in before:
+        alike = (spec.stages, spec.norm, spec.activation) == (inner, last.norm, last.activation)
+        if not alike or (last.norm and spec.eps != last.eps):
+            return "its links are not alike"
+    if len(set(theres)) > 1 or there >> 3:
+        return "its links are not alike, or have more than weight, bias and a norm's two"
+    if last.adds and int(backs[block - 1] or 0) != block - 1:
+        return "it adds another input than its block's"
+    return Pattern(last, block, tuple(bool(there >> i & 1) for i in range(3)))
+
+
+def limit(links: str, dtype: torch.dtype, device: torch.device, N: int, K: int) -> int | str:
+    """For up to how many rows these kernels should run a chain, or why they cannot run it."""
+    found = most_rows(links, dtype, N, K, planner.device_of(device))
+    if isinstance(found, str):
+        return found
+    return layers.why_not(_pattern(links).spec, dtype, device, N, K) or found
+
+
+def most_rows(links: str, dtype: torch.dtype, N: int, K: int, here: planner.Device) -> int | str:
+    """The same, if these kernels can run on this device at all."""
+    found = pattern_of(links)
+    if isinstance(found, str):
+        return found
+    if dtype not in layers.DTYPES:
+        return f"the Triton kernels do not take {dtype}"
+    if N != K or N not in CHAIN_WIDTHS:
+        return (
+            f"{(K, N)} features: one launch takes {', '.join(map(str, CHAIN_WIDTHS))}, in and out"
+        )
+    if dtype == torch.float32 and N > 64:
+        return f"in float32 {N} features are too many for one launch, 64 are not"
+    if N < 256:
+        return MOST_ROWS
+    if here.shared < HOPPER:
+        return f"before Hopper {N} features are too many for one launch"
+    return here.processors * 16  # one wave; a program waits for all weights, so two are too slow
+
+
+def tile_of(dtype: torch.dtype, M: int, N: int, device: planner.Device) -> ChainTile:
+    """Not measured: tiles that compile without spills."""
+    if N == 256:
+        return ChainTile(16, 8, 1)
+    if dtype == torch.float32:
+        return ChainTile(16, 4, 3)
+    rows, warps = 64 if M >= MANY else 16, 4 if N <= 64 else 8
+    return _fitting(ChainTile(rows, warps, 3), N, device)
+
+
+def backward_tile_of(dtype: torch.dtype, M: int, N: int, device: planner.Device) -> ChainTile:
+    """At most 32 rows, whose products take their left operand from registers without harm."""
+    if N == 256:
+        return ChainTile(16, 8, 1)
+    if dtype == torch.float32:
+        return ChainTile(16, 8, 2)
+    rows, warps = 32 if M >= MANY else 16, 4 if N <= 64 else 8
+    return _fitting(ChainTile(rows, warps, 3), N, device)
+
+
+def _fitting(tile: ChainTile, N: int, device: planner.Device) -> ChainTile:
+    """With as many stages as its 16-bit weights have room for."""
+    room = max(1, (device.shared - BESIDE) // (2 * N * N))
+    return tile._replace(STAGES=min(tile.STAGES, room))
+
+
+class Parameters(NamedTuple):
+    """Of all links, (L, ...) each."""
+
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+
+    @classmethod
+    def of(cls, operands: list[Tensor], links: str, depth: int, pattern: Pattern) -> Parameters:
+        """From a chain's operands: `depth` not 0 says that they are stacked already."""
+        kinds = 1 + sum(pattern.there)
+        if not depth:
+            operands = [torch.stack(operands[kind::kinds]) for kind in range(kinds)]
+        rest = (t.contiguous() for t in operands)
+        return cls(next(rest), *(next(rest) if has else None for has in pattern.there))
+
+
+def chain_forward(
+    x: Tensor, operands: list[Tensor], links: str, depth: int, keep: int
+) -> list[Tensor]:
+    """y (M, N); then, unless `keep` is 0, all links' inputs (L, M, N), and with 1, where backward
+    asks for it, all z (L, M, N). x (M, N) of any strides.
+    """
+    pattern = _pattern(links)
+    spec, p = pattern.spec, Parameters.of(operands, links, depth, pattern)
+    (M, N), L = x.shape, p.weight.shape[0]
+    _check(x, p)
+    y = x.new_empty((M, N))
+    inputs = x.new_empty((L, M, N)) if keep else None
+    z = x.new_empty((L, M, N)) if keep == 1 and spec.saves_z else None
+    if M:
+        tile = tile_of(x.dtype, M, N, planner.device_of(x.device))
+        with torch.cuda.device_of(x):
+            kernels.residual_chain_forward_kernel[(ceil_div(M, tile.BLOCK_M),)](
+                x, *p, inputs, z, y, M, L, spec.eps, spec.residual_scale, *x.stride(),
+                PROLOGUE=spec.prologue, EPILOGUE=spec.epilogue, NORM_BEFORE="norm" in spec.prologue,
+                CENTRED=spec.norm != "rms", B=pattern.block,
+                ACT=layers.activation_functions(spec.activation, x.dtype)[0],
+                PRECISION=layers._precision(), N=N, **tile.options(),
+            )  # fmt: skip
+    return [t for t in (y, inputs, z) if t is not None]
+
+
+def chain_backward(
+    dy: Tensor,
+    saved: list[Tensor],
+    x: Tensor,
+    operands: list[Tensor],
+    links: str,
+    depth: int,
+    wanted: str,
+) -> list[Tensor]:
+    """The gradients of x and the operands, those that `wanted` has a "1" for, in their types.
+
+    dy (M, N) of any strides ; `saved` as `chain_forward` gave it. Three launches: dz of all links
+    and dx, all weights' gradients, sums over the programs' rows.
+    """
+    pattern = _pattern(links)
+    spec, p = pattern.spec, Parameters.of(operands, links, depth, pattern)
+    _check(x, p)
+    (M, N), L = x.shape, p.weight.shape[0]
+    if tuple(dy.shape) != (M, N):
+        raise RuntimeError(f"fusedres: dy is {tuple(dy.shape)}, expected {(M, N)}")
+    inputs, z = (*saved, None)[:2]
+    tile = backward_tile_of(x.dtype, M, N, planner.device_of(x.device))
+    programs = ceil_div(M, tile.BLOCK_M)
+
+    kinds = 1 + sum(pattern.there)
+    asked = [name for name, t in zip(Parameters._fields, p, strict=True) if t is not None]
+    asked = [name for kind, name in enumerate(asked) if "1" in wanted[1 + kind :: kinds]]
+    grads = {n: torch.empty_like(getattr(p, n)) for n in asked}
+    dx = x.new_empty((M, N)) if wanted[0] == "1" else None
+    if not M:
+        for grad in grads.values():
+            grad.zero_()
+        return _in_order(dx, grads, p, depth, wanted)
+    dz = x.new_empty((L, M, N)) if "weight" in grads else None
+    operand = x.new_empty((L, M, N)) if "weight" in grads and spec.prologue else None
+    outs = [grads.get(name) for name in ("bias", "norm_weight", "norm_bias")]
+    partial = [
+        None if t is None else x.new_empty((L, programs, N), dtype=torch.float32) for t in outs
+    ]
+    act, act_grad = layers.activation_functions(spec.activation, x.dtype)
+    with torch.cuda.device_of(x):
+        kernels.residual_chain_backward_kernel[(programs,)](
+            dy, inputs, z, *p, dx, dz, operand, *partial, M, L, spec.eps, spec.residual_scale,
+            *dy.stride(), PROLOGUE=spec.prologue, EPILOGUE=spec.epilogue,
+            AGAIN=z is None and spec.saves_z, SHORTCUT=spec.saves_residual,
+            CENTRED=spec.norm != "rms", ACT=act, ACT_GRAD=act_grad,
+            PRECISION=layers._precision(), B=pattern.block, N=N, **tile.options(),
+        )  # fmt: skip
+        if dz is not None:
+            multiplied: Any = inputs if operand is None else operand
+            torch.bmm(dz.transpose(1, 2), multiplied, out=grads["weight"])
+        if any(t is not None for t in outs):
+            kernels.residual_chain_sums_kernel[(L * (N // SUMS["COLUMNS"]),)](
+                tuple(partial), tuple(outs), programs, N=N, **SUMS
+            )
+    return _in_order(dx, grads, p, depth, wanted)
+
+
+def _in_order(
+    dx: Tensor | None, grads: dict[str, Tensor], p: Parameters, depth: int, wanted: str
+) -> list[Tensor]:
+    """The gradients as the op returns them: of x, of each stack or of each link's operands."""
+    L = len(p.weight)
+    there = (name for name, t in zip(Parameters._fields, p, strict=True) if t is not None)
+    stacks = [grads.get(name) for name in there]
+    if not depth:
+        links = zip(*([None] * L if t is None else t.unbind() for t in stacks), strict=True)
+        stacks = [t for link in links for t in link]
+    found = zip((dx, *stacks), wanted, strict=True)
+    return [t for t, need in found if t is not None and need == "1"]
+
+
+def _pattern(links: str) -> Pattern:
+    found = pattern_of(links)
+    if isinstance(found, str):
+        raise RuntimeError(f"fusedres: a chain in Triton: {found}")
+    return found
+
+
+def _check(x: Tensor, p: Parameters) -> None:
+    """What kernels, which only see pointers, would get wrong in silence."""
+    L, N = p.weight.shape[0], x.shape[1]
+    if N not in CHAIN_WIDTHS:
+        raise RuntimeError(f"fusedres: x has {N} features, a chain in Triton has {CHAIN_WIDTHS}")
+    for name, t in p._asdict().items():
+        expected = (L, N, N) if name == "weight" else (L, N)
+        if t is not None and (tuple(t.shape) != expected or t.device != x.device):
+            raise RuntimeError(
+                f"fusedres: a chain's {name} is {tuple(t.shape)} on {t.device}, "
+                f"expected {expected} on {x.device}"
+            )
+    for name, t in (("weight", p.weight), ("bias", p.bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise RuntimeError(f"fusedres: a chain's {name} is {t.dtype}, x is {x.dtype}")

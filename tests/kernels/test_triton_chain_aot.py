@@ -1,0 +1,89 @@
+"""The chain's kernels compiled without a GPU, as test_triton_aot.py does it for layers."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+import test_triton_aot
+from fusedres.backends import CHAIN_WIDTHS
+from fusedres.backends import plan as planner
+from fusedres.chain import line_of
+from fusedres.spec import make_spec
+from test_triton_aot import BF16, F32, SHARED_LIMIT, compiled, pytestmark  # noqa: F401
+from test_triton_aot import pool as pool  # a fixture
+
+from fusedres.backends import chain as backend  # isort: skip
+
+
+def empty(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch(sm, dtype, M, N, order="note", block=1, activation="silu", depth=100):
+    """What a training step of a chain launches, and its backward that computes z again."""
+    device = planner.Device("any", 132, SHARED_LIMIT[sm], f"sm_{sm}")
+    planner.device_of = lambda _: device
+    last = make_spec(order, "layer", activation)
+    inner = make_spec("-".join(s for s in last.stages if s != "add"), "layer", activation)
+    lines = [line_of(0b111, 0, inner.text)] * (block - 1)
+    links = "\n".join([*lines, line_of(0b111, block - 1, last.text)])
+    x, vector = empty(M, N, dtype=dtype), empty(depth, N, dtype=F32)
+    operands = [empty(depth, N, N, dtype=dtype), vector.to(dtype), vector, vector]
+    y, *saved = backend.chain_forward(x, operands, links, depth, 1)
+    backend.chain_backward(y, saved, x, operands, links, depth, "11111")
+    if N > 32:
+        backend.chain_backward(y, saved[:1], x, operands, links, depth, "11111")
+
+
+def job(arguments):
+    return arguments, compiled(arguments[0], launch, *arguments)
+
+
+RECIPES = (("note", 4, "gelu"), ("prenorm", 2, "silu"), ("postnorm", 2, "gelu"))
+SPILLED = 256  # bytes, of a walk back through 256 features: the weight fills the registers
+KERNELS = [f"residual_chain_{name}_kernel" for name in ("forward", "backward", "sums")]
+
+
+@pytest.mark.parametrize("sm", SHARED_LIMIT)
+def test_every_tile(sm, pool):
+    """Few rows and many; each width with one of the recipes that take the most registers."""
+    sizes = [(BF16, M, N) for N in CHAIN_WIDTHS for M in (512, 65536) if N < 256 or M == 512]
+    sizes = [(F32, 512, 64), *sizes[2 : 9 - (sm == 80)]]  # 16 features have 32's tiles
+    jobs = [(sm, *size, *RECIPES[(i + sm) % 3]) for i, size in enumerate(sizes)]
+    told = []
+    for arguments, found in pool.map(job, jobs):
+        _, dtype, M, N, *_ = arguments
+        makers = backend.tile_of, backend.backward_tile_of
+        tiles = [
+            tile_of(dtype, M, N, planner.Device("any", 132, SHARED_LIMIT[sm])) for tile_of in makers
+        ]
+        assert [kernel["kernel"] for kernel in found] == KERNELS + KERNELS[1:] * (N > 32)
+        for kernel in found:
+            forward = "forward" in kernel["kernel"]
+            tile = tiles[not forward]
+            large = forward and tile.BLOCK_M >= 64
+            walks = "sums" not in kernel["kernel"]
+            allowed = SPILLED if N == 256 and "backward" in kernel["kernel"] else 0
+            wrong = {
+                "spills": kernel["stack"] > allowed,
+                "takes too much shared memory": kernel["shared"] > SHARED_LIMIT[sm],
+                "takes A from registers, which is miscompiled": kernel["register_a"] > 0,
+                "does not use wgmma": sm == 90 and large and not kernel["wgmma"],
+                "waits for its weights": walks and tile.STAGES > 1 and not kernel["async_copies"],
+            }
+            what = [name for name, is_so in wrong.items() if is_so]
+            told += [f"{arguments} {', '.join(what)}: {kernel}"] * bool(what)
+    assert not told, "\n".join(told)
+
+
+def codes(*depths):
+    """What is compiled for chains of these depths."""
+    with mock.patch.object(test_triton_aot, "properties", lambda binary: binary.asm["cubin"]):
+        of_depth = [compiled(90, launch, 90, BF16, 512, 64, *RECIPES[1], d) for d in depths]
+    return of_depth
+
+
+def test_depth_changes_no_code(pool):
+    first, *others = pool.submit(codes, 4, 8, 1000).result()
+    assert first and all(other == first for other in others)
