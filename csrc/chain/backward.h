@@ -226,19 +226,20 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
 
   Optional dx;
   if (wanted.at(0) == '1') dx = empty({M, chain.links[0].K}, scalar_type(chain.dtype(0)));
-  // In one region every link's dz is kept for the weight gradients; else these follow at once.
+  // In one region every link's dz is kept for the weight gradients; else these follow at once, as
+  // they do where memory is what counts.
   const PackedWeights<A> weights(chain, false);
-  const bool fit = weights.fit();
+  const bool together = weights.fit() && !kept.again;
   const Turns gradient_turns = wiring.gradient_turns(), skip_turns = wiring.skip_turns();
   const int64_t batch = statistics ? W : 0;
   const auto lies_over_z = [&](int64_t l) {
     return over_z && !kept.again && chain.links[l].recipe.saves_z();
   };
-  std::vector<Width> widths = fit ? chain.outputs() : std::vector<Width>{{0, chain.product()}};
+  std::vector<Width> widths = together ? chain.outputs() : std::vector<Width>{{0, chain.product()}};
   for (int64_t l = 0; l < L; ++l)
-    if (fit && lies_over_z(l))
+    if (together && lies_over_z(l))
       widths[l].columns = 0;
-    else if (!fit && !lies_over_z(l))
+    else if (!together && !lies_over_z(l))
       widths[0].columns = W;
   Store all_dz(M, widths);
   Store gradients(M, chain.any(gradient_turns.count));  // of values
@@ -248,7 +249,7 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
   for (Store* store : {&all_dz, &gradients, &skips, &z_again, &dh, &doperand}) store->allocate();
   const auto dz = [&](int64_t l) {
     if (lies_over_z(l)) return kept.z[l];
-    return fit ? all_dz[l] : all_dz.first(0, chain.links[l].N, chain.product());
+    return together ? all_dz[l] : all_dz.first(0, chain.links[l].N, chain.product());
   };
   const auto gradient = [&](int64_t v) {
     if (v == L) return rows_of(dy);
@@ -296,7 +297,7 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
     LinkBackward<A>& link = links[l];
     if (replays[l]) replays[l]->append_to(steps, *forward_weights, l, chunks, nullptr);
     std::function<void()> after_all;
-    if (!fit)
+    if (!together)
       after_all = [&, l] {
         Optional memory;
         if (links[l].grads.wants(kWeight))
@@ -305,7 +306,7 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
     link.append_to(steps, weights, l, chunks, after_all);
   }
   run(steps, chunks);
-  if (fit) weight_gradients<A>(chain, links, dz, results);
+  if (together) weight_gradients<A>(chain, links, dz, results);
   for (LinkBackward<A>& link : links) link.take(chunks);
   return results.list(dx);
 }
