@@ -142,12 +142,12 @@ def _forward(
     sample_rows: int, keep: int,
 ) -> list[Tensor]:  # fmt: skip
     """y and what is kept. Triton has no links that drop at random, so no seeds."""
-    ops = torch.ops.fusedres
-    found: list[Tensor] = []
-    if backend_of(x) == "cpu":
-        found = ops.chain_forward.default(x, operands, links, depth, seeds, sample_rows, keep)
-    else:
-        found = ops.triton_chain_forward.default(x, operands, links, depth, keep)
+    ops, call = torch.ops.fusedres, (x, operands, links, depth)
+    found: list[Tensor] = (
+        ops.chain_forward.default(*call, seeds, sample_rows, keep)
+        if backend_of(x) == "cpu"
+        else ops.triton_chain_forward.default(*call, keep)
+    )
     return found
 
 
@@ -157,11 +157,11 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that `wanted` has a "1" for; `over_z`: the CPU may write over what is saved."""
     ops, call = torch.ops.fusedres, (dy, saved, x, operands, links, depth)
-    found: list[Tensor] = []
-    if backend_of(dy) == "cpu":
-        found = ops.chain_backward.default(*call, seeds, sample_rows, wanted, over_z)
-    else:
-        found = ops.triton_chain_backward.default(*call, wanted)
+    found: list[Tensor] = (
+        ops.chain_backward.default(*call, seeds, sample_rows, wanted, over_z)
+        if backend_of(dy) == "cpu"
+        else ops.triton_chain_backward.default(*call, wanted)
+    )
     return found
 
 
