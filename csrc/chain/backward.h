@@ -228,8 +228,8 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
   if (wanted.at(0) == '1') dx = empty({M, chain.links[0].K}, scalar_type(chain.dtype(0)));
   // In one region every link's dz is kept for the weight gradients; else these follow at once, as
   // they do where memory is what counts.
-  const PackedWeights<A> weights(chain, false);
-  const bool together = weights.fit() && !kept.again;
+  const PackedWeights<A> weights(chain, false, kept.again);
+  const bool together = weights.fit();
   const Turns gradient_turns = wiring.gradient_turns(), skip_turns = wiring.skip_turns();
   const int64_t batch = statistics ? W : 0;
   const auto lies_over_z = [&](int64_t l) {
@@ -289,7 +289,7 @@ std::vector<Tensor> chain_backward(Chain& chain, const Tensor& dy, const std::ve
   }
 
   std::optional<PackedWeights<A>> forward_weights;
-  if (kept.again) forward_weights.emplace(chain, true);
+  if (kept.again) forward_weights.emplace(chain, true, true);
   const Chunks chunks = chunks_of<A>(chain);
   std::vector<Step> steps;
   steps.reserve(2 * L);

@@ -98,7 +98,7 @@ std::vector<Tensor> chain_forward(Chain& chain, Keep keep) {
   rows.push_back(rows_of(out[0]));
   chain.connect(rows);
 
-  const PackedWeights<A> weights(chain, true);
+  const PackedWeights<A> weights(chain, true, false);
   const Chunks chunks = chunks_of<A>(chain);
   Optional statistics;
   if (chain.statistics()) statistics = empty({chain.statistics()}, scalar_type(exact<A>()));

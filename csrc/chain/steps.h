@@ -41,13 +41,15 @@ constexpr int64_t kCache = int64_t{1} << 23;  // bytes of packed weights that ch
 template <class A>
 class PackedWeights {
  public:
-  PackedWeights(const Chain& chain, bool transposed) {
+  // `one_by_one`: each is packed when it is used, even where all fit.
+  PackedWeights(const Chain& chain, bool transposed, bool one_by_one) : fits_(!one_by_one) {
     for (const Layer& c : chain.links) {
       packed_.push_back({nullptr, transposed ? c.K : c.N, transposed ? c.N : c.K, c.product});
       offsets_.push_back(bytes_);
       bytes_ += (cpu::kernels<A>().packed_bytes(packed_.back()) + 63) / 64 * 64;
     }
-    if (!fit()) return;
+    fits_ = fits_ && bytes_ <= kCache;
+    if (!fits_) return;
     memory_.emplace(empty({bytes_ + 64}, ScalarType::Byte));
     const cpu::Kernels<A>& kernels = cpu::kernels<A>();
     in_shares(chain.size(), bytes_ / chain.size() / sizeof(A), [&](int64_t begin, int64_t end) {
@@ -58,7 +60,7 @@ class PackedWeights {
     });
   }
 
-  bool fit() const { return bytes_ <= kCache; }
+  bool fit() const { return fits_; }
   cpu::Packed operator[](int64_t l) const {
     cpu::Packed b = packed_[l];
     b.data = static_cast<char*>(memory_->data_ptr()) + offsets_[l];
@@ -69,6 +71,7 @@ class PackedWeights {
   std::vector<cpu::Packed> packed_;
   std::vector<int64_t> offsets_;
   int64_t bytes_ = 0;
+  bool fits_;
   Optional memory_;
 };
 
