@@ -589,14 +589,31 @@ def test_nothing_outside_is_written_and_nothing_inside_is_left(M, N, family, mon
     case = make_family(family, monkeypatch, M, 48, N, residual=min(N - 3, 48), pad=True)
     margin, canary, frames = 4096, 12345.0, []
 
-    def framed(self, shape, dtype=None, **interpreter):
+    def framed(shape, stride, dtype, device):
+        count = torch.empty_strided(shape, stride, device="meta").untyped_storage().nbytes() // 4
+        frames.append(torch.full((count + 2 * margin,), canary, dtype=dtype, device=device))
+        inside = frames[-1][margin : margin + count].fill_(float("nan"))
+        return inside.as_strided(shape, stride, margin)
+
+    def new_empty(self, shape, dtype=None, **interpreter):
         if interpreter:  # the interpreter's own copies
             return torch.empty(shape, dtype=dtype or self.dtype, **interpreter)
-        count = torch.empty(shape, device="meta").numel()
-        frames.append(self.new_full((count + 2 * margin,), canary, dtype=dtype))
-        return frames[-1][margin : margin + count].fill_(float("nan")).view(shape)
+        contiguous = torch.empty(shape, device="meta").stride()
+        return framed(shape, contiguous, dtype or self.dtype, self.device)
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", framed)
+    def new_empty_strided(self, shape, stride, dtype=None):
+        return framed(shape, stride, dtype or self.dtype, self.device)
+
+    def empty_strided(shape, stride, dtype=None, device=None):
+        if device == "meta":
+            return strided(shape, stride, device=device)
+        return framed(shape, stride, dtype, device)
+
+    strided = torch.empty_strided
+    monkeypatch.setattr(torch, "empty_strided", empty_strided)
+    monkeypatch.setattr(torch, "empty_like", lambda t: new_empty(t, t.shape))
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", new_empty_strided)
     outputs, grads = call(case)
     for t in (*outputs, *grads):
         assert t.isfinite().all()

@@ -21,6 +21,11 @@ except KeyboardInterrupt:  # some package's import that goes on
 """
 
 
+def heeds():
+    """Where tests run in the background the signal is ignored, and would be by their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(folder, arguments, first, seconds=0.0):
     """stdout and stderr of a command that gets Ctrl-C `seconds` after it printed `first`."""
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
@@ -33,6 +38,7 @@ def interrupted(folder, arguments, first, seconds=0.0):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=heeds,
     )
     try:
         seen = process.stdout.readline()

@@ -39,7 +39,7 @@ def grads_of(net, x):
 def assert_same(found, expected):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(b.abs().max().item(), 0.1))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(b.abs().max().item(), 0.2))
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -81,7 +81,7 @@ def test_an_exported_program_trains(settings, strict, native):
         assert_same(grads_of(net, x), grads_of(plain, x))
     buffers = dict(plain.named_buffers())
     for name, t in net.named_buffers():
-        assert torch.allclose(t.float(), buffers[name].float(), atol=1e-6), name
+        assert torch.allclose(t.float(), buffers[name].float(), atol=2e-6), name
 
 
 def test_a_gradient_of_a_gradient_of_an_exported_program(native):
