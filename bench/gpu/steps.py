@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import accumulate
@@ -96,7 +97,8 @@ def execute(command: list[str], log: Path, limit: float, **environment: str) -> 
         environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
         where: Any = {"cwd": ROOT, "env": environment, "start_new_session": True}
         where |= {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, **where)
+        heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # under nohup, too
+        process = subprocess.Popen(command, preexec_fn=heeds, **where)
         code = None
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(limit - GRACE)
