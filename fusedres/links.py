@@ -16,7 +16,7 @@ from . import backends, chain, graphs
 from .chain import Link, Running
 from .checks import DTYPES
 from .dtypes import typed, y_dtype
-from .functional import PLAIN, composite_only, update_running_statistics
+from .functional import PLAIN, composite_only, update_by_batch
 from .layers import customised, hooked, parameter, watched, weight_and_bias
 from .modules import FusedResidual, batch_norm_step, must_be_called
 from .reference import asked_of, rows_per_sample
@@ -373,6 +373,6 @@ def _update(links: list[Link], statistics: Tensor, rows: Tensor) -> None:
         C = link.statistics
         if link.running is not None:
             mean, var, momentum, tracked = link.running
-            found = statistics[at : at + C], statistics[at + C : at + 2 * C]
-            update_running_statistics(mean, var, found, M / (M - 1), M, momentum, tracked)
+            batch = statistics[at : at + 2 * C].view(2, C)
+            update_by_batch(mean, var, batch, M, momentum, tracked)
         at += 2 * C

@@ -426,8 +426,8 @@ TABLE = {
     ("plan", "single elements by as few warps", "16 if width == 2 else 64", "64"),
 ],
 "fusedres/functional.py": [
-    ("surgery", "batches are not counted", "tracked.add_(1)", "tracked.add_(0)"),
-    ("batch", "running variance is biased", "M / max(M - 1, 1)", "1.0"),
+    ("running", "batches are not counted", "tracked.add_(1)", "tracked.add_(0)"),
+    ("running", "running variance is biased", "rows / max(rows - 1, 1)", "1.0"),
     ("train", "every call draws the same masks", "seed=draw_seed(x.device)",
      "seed=torch.ones(1, dtype=torch.int64)"),
 ],

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres import NORMS, FusedResidual, Residual, fused_residual
 from oracle import assert_close, double
@@ -295,3 +296,30 @@ def test_running_statistics_of_another_dtype_and_layout() -> None:
     z = layer.linear(x)
     torch.testing.assert_close(layer.norm.running_mean, 0.1 * z.mean(0).double())
     torch.testing.assert_close(layer.norm.running_var, 0.9 + 0.1 * z.var(0))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_by_torch_where_ops_are_watched(momentum: float | None) -> None:
+    """A mode, as any tracer, sees torch's ops in place of one that writes to its arguments."""
+    layer = FusedResidual(24, norm="batch")
+    theirs = nn.BatchNorm1d(24, momentum=momentum)
+    layer.norm.momentum = momentum
+    for rows in (7, 40):
+        x = 3 * torch.randn(rows, 24) + 5
+        with Watching() as ops:
+            layer(x)
+        theirs(layer.linear(x))
+        assert "fusedres.residual_forward.default" in ops.seen
+        assert "fusedres.update_running_.default" not in ops.seen
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(layer.norm.get_buffer(name), buffer)
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
