@@ -117,24 +117,18 @@ def most_rows(links: str, dtype: torch.dtype, N: int, K: int, here: planner.Devi
     return here.processors * 16  # one wave; a program waits for all weights, so two are too slow
 
 
-def tile_of(dtype: torch.dtype, M: int, N: int, device: planner.Device) -> ChainTile:
-    """Not measured: tiles that compile without spills."""
+def tile_of(
+    dtype: torch.dtype, M: int, N: int, device: planner.Device, backward: bool = False
+) -> ChainTile:
+    """Not measured: tiles that compile without spills. Backward has at most 32 rows, whose products
+    take their left operand from registers without harm.
+    """
     if N == 256:
         return ChainTile(16, 8, 1)
     if dtype == torch.float32:
-        return ChainTile(16, 4, 3)
-    rows, warps = 64 if M >= MANY else 16, 4 if N <= 64 else 8
-    return _fitting(ChainTile(rows, warps, 3), N, device)
-
-
-def backward_tile_of(dtype: torch.dtype, M: int, N: int, device: planner.Device) -> ChainTile:
-    """At most 32 rows, whose products take their left operand from registers without harm."""
-    if N == 256:
-        return ChainTile(16, 8, 1)
-    if dtype == torch.float32:
-        return ChainTile(16, 8, 2)
-    rows, warps = 32 if M >= MANY else 16, 4 if N <= 64 else 8
-    return _fitting(ChainTile(rows, warps, 3), N, device)
+        return ChainTile(16, 8, 2) if backward else ChainTile(16, 4, 3)
+    most = 32 if backward else 64
+    return _fitting(ChainTile(most if M >= MANY else 16, 4 if N <= 64 else 8, 3), N, device)
 
 
 def _fitting(tile: ChainTile, N: int, device: planner.Device) -> ChainTile:
@@ -208,7 +202,7 @@ def chain_backward(
     if tuple(dy.shape) != (M, N):
         raise RuntimeError(f"fusedres: dy is {tuple(dy.shape)}, expected {(M, N)}")
     inputs, z = (*saved, None)[:2]
-    tile = backward_tile_of(x.dtype, M, N, planner.device_of(x.device))
+    tile = tile_of(x.dtype, M, N, planner.device_of(x.device), backward=True)
     programs = ceil_div(M, tile.BLOCK_M)
 
     kinds = 1 + sum(pattern.there)

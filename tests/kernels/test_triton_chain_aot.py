@@ -50,8 +50,7 @@ def test_every_tile(sm, pool):
     told = []
     for arguments, found in pool.map(job, jobs):
         _, dtype, M, N, *_ = arguments
-        makers = backend.tile_of, backend.backward_tile_of
-        tiles = [tile_of(dtype, M, N, aot.device(sm)) for tile_of in makers]
+        tiles = [backend.tile_of(dtype, M, N, aot.device(sm), back) for back in (False, True)]
         assert [kernel["kernel"] for kernel in found] == KERNELS + KERNELS[1:] * (N > 32)
         for kernel in found:
             forward = "forward" in kernel["kernel"]
