@@ -24,7 +24,7 @@ from fusedres.tools.timing import interleave
 
 from .measure import results_file
 from .report.section import replace_part, source
-from .report.tables import Table
+from .report.tables import Table, short
 
 RESULTS = results_file.RESULTS / "models"
 PAGE = results_file.ROOT / "docs/models.md"
@@ -179,7 +179,7 @@ def table(results: Row) -> str:
     for row in results["rows"]:
         found = row["ways"]
         ms = found["convert, faster"]["times_us"]["eager"]["median"] / 1e3
-        cells = [row["model"], row["mode"], f"{'' if row['calm'] else '~'}{ms:.3g}"]
+        cells = [row["model"], row["mode"], f"{'' if row['calm'] else '~'}{short(ms)}"]
         cells.append(" / ".join(found[f"{way}, faster"]["adds"] for way in BASES))
         ratios = [found[way]["ratios"][BASES[way.split(",")[0]]]["median"] for way in ways]
         body.append([*cells, *(f"{ratio:.2f}" for ratio in ratios)])

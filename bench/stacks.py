@@ -23,7 +23,7 @@ from fusedres.tools.timing import interleave
 
 from .measure import results_file
 from .report.section import replace_part, source
-from .report.tables import Table
+from .report.tables import Table, short
 
 RESULTS = results_file.RESULTS / "stacks"
 PAGE, README = results_file.ROOT / "docs/deep.md", results_file.ROOT / "README.md"
@@ -266,7 +266,8 @@ def tables(results: Row) -> str:
     body = []
     for row in results["rows"]:
         shape = f"{row['rows']} x {row['features']}"
-        ms = f"{'' if row['calm'] else '~'}{row['times_us']['fused']['median'] / 1e3:.3g}"
+        ms = "" if row["calm"] else "~"
+        ms += short(row["times_us"]["fused"]["median"] / 1e3)
         cells = [row["net"], shape, str(row["depth"]), row["mode"], ms]
         rivals = ("eager", "eager, fused Adam", "compile", "sequential", "recompute")
         body.append([*cells, *(_x(row, name) for name in rivals)])
@@ -302,7 +303,8 @@ def headline(results: Row) -> str:
     body = []
     for name in HEADLINE:
         row = by_name[name]
-        ms = f"{'' if row['calm'] else '~'}{row['times_us']['fused']['median'] / 1e3:.3g}"
+        ms = "" if row["calm"] else "~"
+        ms += short(row["times_us"]["fused"]["median"] / 1e3)
         shape = f"{row['rows']} x {row['features']}"
         body.append([row["net"], str(row["depth"]), shape, row["mode"], ms, _x(row, "eager")])
     note = "`ms` is FusedResidualStack's, x eager: times faster than torch's layers one by one; "
@@ -348,8 +350,8 @@ def main(arguments: list[str] | None = None) -> int:
     results["rows"] = []
     for row in measure(nets, QUICK if args.quick else SECONDS, device):
         ratios = ", ".join(f"{name} {r['median']:.2f}" for name, r in row["ratios"].items())
-        ms = row["times_us"]["fused"]["median"] / 1e3
-        print(f"{row['net']}, {row['mode']}: {ms:.3g} ms; x {ratios}", file=sys.stderr, flush=True)
+        ms = short(row["times_us"]["fused"]["median"] / 1e3)
+        print(f"{row['net']}, {row['mode']}: {ms} ms; x {ratios}", file=sys.stderr, flush=True)
         results["rows"].append(row)
         results["goals"] = judge(results["rows"], GOALS_ON_GPU if gpu else GOALS)
         if args.output:  # anew after each row
