@@ -68,7 +68,10 @@ def loss(pair: Pair) -> str | None:
     grads = [getattr(value(node), "requires_grad", False) for node in pair.inputs]
     key = (*pair.key(), tuple(grads), torch.is_grad_enabled(), torch.get_num_threads())
     if key not in _MEASURED:
-        _MEASURED[key] = _measure(pair)
+        try:
+            _MEASURED[key] = _measure(pair)
+        except (RuntimeError, TypeError, ValueError) as error:  # as where there is no memory
+            return f"to time it beside torch failed: {str(error).splitlines()[0]}"
     plain, fused = _MEASURED[key]
     if fused <= MARGIN * plain:
         return None

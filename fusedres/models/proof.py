@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -60,7 +61,9 @@ class Pair:
         data, size = (*self.block.data, self.block.residual), list(map(_hint, v.shape))
         if node in data:
             rows = [2] * (len(size) - 2) + [3] if small else size[:-1]
-            size = [*([6] if small and self.block.rows else rows), size[-1]]
+            if self.block.rows:  # what reshapes them is not part of the block
+                rows = [6] if small else [math.prod(rows)]
+            size = [*rows, size[-1]]
         generator = torch.Generator().manual_seed(i)
         t = torch.randn(size, generator=generator, device="cpu")
         if node in data and small:  # small rows, for eps to show

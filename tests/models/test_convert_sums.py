@@ -333,6 +333,25 @@ def test_only_what_is_measured_to_be_faster(monkeypatch):
     assert not any(isinstance(m, Planned) for m in model.modules())
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_kind_can_be_timed(monkeypatch, name):
+    monkeypatch.setattr(gain, "MARGIN", float("inf"))
+    monkeypatch.setattr(gain, "ROUNDS", 1)
+    block, x = BLOCKS[name][0](), torch.randn(3, 6, K)
+    report = convert(block, x).residual_adds
+    assert report.found == len(report.fused), report.left
+
+
+def test_a_kind_that_cannot_be_timed_is_left(monkeypatch):
+    def fails(pair):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(gain, "_measure", fails)
+    monkeypatch.setattr(gain, "_MEASURED", {})
+    report = convert(net(), torch.randn(3, 6, K))
+    assert "to time it beside torch failed: no memory" in str(report)
+
+
 def test_compile_export_and_trace_see_the_model():
     model, x = net(), torch.randn(3, 6, K)
     convert(model, x, when="always")
