@@ -135,10 +135,12 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """CPU, its caches, and GPU; nothing that names the host."""
-    model = re.search(r"model name\s*:\s*(.*)", _read("/proc/cpuinfo"))
+    told = _read("/proc/cpuinfo")
+    model, family = (re.search(rf"{key}\s*:\s*(.*)", told) for key in ("model name", "cpu family"))
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     found: dict[str, Any] = {
         "cpu": model.group(1).strip() if model else platform.machine(),
+        "family": family.group(1).strip() if family else None,
         "cores": len(affinity(0)),
         "threads": torch.get_num_threads(),
         "simd": torch.backends.cpu.get_cpu_capability(),

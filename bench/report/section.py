@@ -18,6 +18,7 @@ def source(results: Results, brief: bool = False) -> str:
     found = results["machine"]
     where = [str(found.get("gpu") or found["cpu"])]
     if results["device"] == "cpu":
+        where[0] += f" family {found['family']}" if found.get("family") else ""
         where += [_count(found[key], key.removesuffix("s")) for key in ("cores", "threads")]
         where += [found["simd"]] if found.get("simd") else []
     elif found.get("driver"):
