@@ -22,6 +22,8 @@ from .operands import Operands
 from .reference import Residual, asked_of
 from .spec import Spec
 
+_OF_MODULES = frozenset({"bias", "eps", "momentum", "device", "dtype"})  # as from_layers takes them
+
 
 def project(shortcut: nn.Module, source: Tensor, backend: str) -> Tensor:
     """The shortcut of source, in one fused call where it is torch's linear and nothing more."""
@@ -174,6 +176,7 @@ class FusedResidual(Residual):
             activation: a name, a torch.nn module such as nn.GELU(), or None.
             settings: the other arguments of FusedResidual (order, gate, dropout, shortcut, ...);
                 `gate` may be the nn.Parameter of a LayerScale, (1,) or (N,), which is shared.
+                Not bias, eps, momentum, device, dtype, which the modules have.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
@@ -185,7 +188,12 @@ class FusedResidual(Residual):
                 f"FusedResidual.from_layers: norm must be a module such as nn.LayerNorm(64), whose "
                 f"parameters are shared, got {norm!r}; FusedResidual(..., norm=...) takes names"
             )
-        settings = {**norm_settings(norm, linear.weight.dtype), **settings}
+        for name in sorted(_OF_MODULES & settings.keys()):
+            raise TypeError(
+                f"FusedResidual.from_layers: {name} is what the given modules have, "
+                f"got {name}={settings[name]!r} besides"
+            )
+        settings |= norm_settings(norm, linear.weight.dtype)
         gate: Any = settings.get("gate")
         shared = isinstance(gate, nn.Parameter)
         if shared:

@@ -84,6 +84,14 @@ def test_from_layers_takes_modules():
         FusedResidual.from_layers(8)
 
 
+@pytest.mark.parametrize("name, value", [("eps", 0.1), ("momentum", 0.5), ("bias", False)])
+def test_from_layers_refuses_what_its_modules_decide(name, value):
+    with pytest.raises(
+        TypeError, match=f"{name} is what the given modules have, got {name}={value}"
+    ):
+        FusedResidual.from_layers(nn.Linear(8, 8), nn.LayerNorm(8), **{name: value})
+
+
 def test_messages_blame_the_argument_that_was_given():
     x, weight = torch.randn(3, 8), torch.randn(6, 8)
     with pytest.raises(ValueError, match=r"expected \(\.\.\., 8\): features=8"):
