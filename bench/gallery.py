@@ -89,8 +89,9 @@ def worst(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Te
             off = {k: [(r[n].double() - exact[n]) / scales[n] for n in names]
                    for k, r in (("ours", ours), ("eager", eager))}  # fmt: skip
             came, allowed = (torch.cat([t.flatten() for t in off[k]]) for k in ("ours", "eager"))
-            one = torch.finfo(eager[names[0]].dtype).eps  # a rounding step, also of the RMS
-            rms = came.square().mean().sqrt() / (1.1 * allowed.square().mean().sqrt() + one / 10)
+            one = torch.finfo(eager[names[0]].dtype).eps  # a rounding step
+            least = one * came.numel() ** -0.5  # one in one element
+            rms = came.square().mean().sqrt() / (1.1 * allowed.square().mean().sqrt() + least)
             ratios += [float(rms), float(came.abs().max() / (2 * allowed.abs().max() + one))]
     return max(ratios)
 
