@@ -109,7 +109,7 @@ def test_z_stays_as_it_is(
     with watched(monkeypatch) as told:
         found = use(layer, x)
     assert not any(told)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)  # one way is by torch's ops
 
 
 def test_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
