@@ -72,6 +72,7 @@ NETS_ON_GPU = (
     Net("narrow, 1000 layers", 256, 64, 1000, 1, "silu", modes=(STEP,), dtype="bf16"),
     Net("deep-rl, 1000 layers", 512, 256, 1000, 4, "silu", modes=(STEP,), dtype="bf16"),
     Net("4096 x 128, 100 layers", 4096, 128, 100, 1, "silu", modes=(INFERENCE, STEP), dtype="bf16"),
+    Net("4096 x 512, 50 layers", 4096, 512, 50, 1, "silu", modes=(INFERENCE, STEP), dtype="bf16"),
 )
 
 

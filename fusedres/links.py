@@ -28,11 +28,6 @@ LARGEST = 1 << 18  # elements of a weight: those for which our own product is th
 _OF_FEW_ROWS = 1 << 15  # the same for fewer than 8 rows: larger ones take longer to be packed
 
 
-_WIDTHS = [(width,) for width in backends.CHAIN_WIDTHS]
-AUTOCAST = "autocast is on, under which layers are joined on a CPU alone"
-_TOLD = ", ".join(map(str, backends.CHAIN_WIDTHS))
-
-
 def too_large(weight: Any, x: Tensor) -> bool:
     """Whether the library multiplies x (..., K) and a weight of this shape better than a chain."""
     size = weight[0] * weight[1]
@@ -53,11 +48,6 @@ def unchained(x: Tensor, in_graphs: bool = False) -> str | None:
         return "a transform looks into the layers, or x is a tensor of another kind"
     if x.device.type not in ("cpu", "cuda"):
         return f"x is on {x.device}; layers are joined on a CPU or a CUDA GPU"
-    if chain.backend_of(x) == "triton":
-        if x.shape[-1:] not in _WIDTHS:
-            return f"x has shape {tuple(x.shape)}; on a GPU one call takes {_TOLD} features"
-        if torch.is_autocast_enabled(x.device.type):
-            return AUTOCAST
     if x.dtype not in DTYPES:
         return f"x has dtype {x.dtype}"
     if x.is_nested or x.layout != torch.strided:
@@ -248,12 +238,14 @@ def link_of(
     link = Link.of(
         typed_spec, weight, bias, norm_weight, norm_bias, gate, mean, var, back=given_back,
         input_back=input_back, autocast=cast, running=running if spec.batch_stats else None,
+        backend=module.backend,
     )  # fmt: skip
     if on_cpu:
         chosen = backends.choose(module.backend, text, product, x.device, N, K, False)
         reason = None if chosen == "cpu" else f"its backend is '{chosen}'"
     else:
-        reason = chain.why_not_triton(module.backend, link.line, x, N, K)
+        way = chain.way_of_links([link], x)
+        reason = way if isinstance(way, str) else None
     if reason is not None:
         return reason
     y = y_dtype(text, product)
@@ -312,12 +304,15 @@ class Part(NamedTuple):
     back: int = 0
 
 
-def _goes_on(links: list[tuple[Link, ...]], link: Link, layer: Any, x: Tensor) -> bool:
-    """Whether Triton takes `link` after `links`: one recipe for all, and not too many rows."""
-    if links:
-        return link.line == links[0][0].line
-    width = x.shape[-1]
-    return chain.why_not_triton(layer.backend, link.line, x, width, width) is None
+def _goes_on(links: list[tuple[Link, ...]], link: Link, x: Tensor) -> bool:
+    """Whether a GPU takes `link` after `links`: all are alike, and the first one can be joined."""
+    if not links:
+        return isinstance(chain.way_of_links([link], x), chain.Way)
+    kinds = [
+        (one.line, one.backend, one.autocast, one.operands[0].dtype, one.operands[0].shape)
+        for one in (links[0][0], link)
+    ]
+    return kinds[0] == kinds[1]
 
 
 def links_of(parts: Iterable[Part], x: Tensor) -> list[tuple[Link, ...]]:
@@ -345,7 +340,7 @@ def links_of(parts: Iterable[Part], x: Tensor) -> list[tuple[Link, ...]]:
                 break
             own, stream = (known.link,), Stream(known.width, known.dtype)
             dtypes.append(stream.dtype)
-        if not on_cpu and not _goes_on(links, own[0], layer, x):
+        if not on_cpu and not _goes_on(links, own[0], x):
             break
         links.append(own)
     return links

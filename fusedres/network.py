@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import chain
 from .chain import Link
 from .layers import hooked
 from .links import Part, Stream, joined, link_of, links_of, unchained
@@ -34,8 +35,8 @@ class FusedSequential(nn.Sequential):
     What cannot be joined, a layer with hooks, a shortcut of another kind than torch's own linear, a
     weight of more than 2^18 elements or a foreign module, is called as nn.Sequential calls it, and
     parts a run in two. Under torch.compile, torch.func and the like all are. On a GPU layers of one
-    kind are joined, of kinds and widths that FusedResidualStack names; blocks are not. `chains`
-    tells which layers a call joins, and why not.
+    kind and width are joined, as FusedResidualStack has it; blocks are not. `chains` tells which
+    layers a call joins, and why not.
 
     Source: the layers one by one; He et al., arxiv.org/abs/1512.03385.
     """
@@ -91,7 +92,8 @@ class FusedSequential(nn.Sequential):
             if count > 1:
                 at += count
                 width = links[-1][-1].operands[0].shape[0]
-                lines.append(f"{name} to {modules[at - 1][0]}: one call")
+                way = chain.way_of_links([link for own in links for link in own], x)
+                lines.append(f"{name} to {modules[at - 1][0]}: {way}")
             else:
                 at += 1
                 alone = reason or _why_alone(module, x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
-from . import backends, chain, checks
+from . import backends, chain, checks, wiring
 from .checks import Backend
 from .dtypes import typed, y_dtype
 from .functional import PLAIN, cast_for, run, update_running_statistics
@@ -85,11 +85,12 @@ class FusedResidualStack(nn.Module):
     of whole blocks on views; both train the stack. `from_layers` and `to_layers` copy; a state_dict
     of an nn.Sequential of layers (``0.linear.weight``, ...) loads, too.
 
-    All layers are one call on a CPU for N <= 512. On a GPU they are for N = 16, 32, 64, 128 and 256
-    without dropout, drop-path, batch norm, gate and autocast, in bfloat16 and float16 (float32: up
-    to 64; 256 for no more rows than one wave of programs takes, from Hopper on), where it is one
-    launch forward and three backward. Else layers are called one by one. `why_not_joined` tells
-    why.
+    All layers are one call on a CPU for N <= 512. On a GPU they are where the Triton backend can
+    run them. For N = 16, 32, 64, 128 and 256 without dropout, drop-path, batch norm, gate and
+    autocast, in bfloat16 and float16 (float32: up to 64; 256 for no more rows than one wave of
+    programs takes, from Hopper on), it is one launch forward and three backward; else a launch or
+    two a layer, and all weights' gradients in few products. Else layers are called one by one.
+    `why_not_joined` tells why.
 
     Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
     does not fit, NotImplementedError where a named backend cannot run a call.
@@ -208,7 +209,8 @@ class FusedResidualStack(nn.Module):
         """y (..., N) from x (..., N)."""
         checks.check_x(x, self.features, "features")
         given = self._given()
-        if self._why_not(x, given) is None:
+        way = self._way(x, given)
+        if not isinstance(way, str):
             rows, text = x if x.dim() == 2 else x.reshape(-1, self.features), self._text(x, given)
             autocast = autocast_dtype(x.device.type)
             if autocast:
@@ -217,7 +219,7 @@ class FusedResidualStack(nn.Module):
             try:
                 y, statistics = chain.run_stacked(
                     rows, text, len(self), self.recompute, operands,
-                    self._seeds(), rows_per_sample(x),
+                    self._seeds(), rows_per_sample(x), way.loop,
                 )  # fmt: skip
                 if statistics is not None:
                     self._update(statistics, rows.shape[0])
@@ -242,7 +244,8 @@ class FusedResidualStack(nn.Module):
 
     def why_not_joined(self, x: Tensor) -> str | None:
         """Why a call with x (..., N) runs layer by layer; None if it is one call."""
-        return self._why_not(x, self._given())
+        way = self._way(x, self._given())
+        return way if isinstance(way, str) else None
 
     def _given(self) -> list[Any]:
         """The operands as torch looks them up, since one of them may be computed: parameters, and
@@ -262,7 +265,8 @@ class FusedResidualStack(nn.Module):
             running_mean, running_var, (mean, var), M / (M - 1), M, self.momentum, tracked
         )
 
-    def _why_not(self, x: Tensor, given: list[Any]) -> str | None:
+    def _way(self, x: Tensor, given: list[Any]) -> chain.Way | str:
+        """How one call runs all layers, or why it does not."""
         reason = unchained(x, in_graphs=True)
         if reason is not None:
             return reason
@@ -289,9 +293,9 @@ class FusedResidualStack(nn.Module):
         if before is None:
             return f"a block makes another dtype of x's {x.dtype}"
         if not on_cpu:
-            return chain.why_not_triton(self.backend, self._text(x, given), x, N, N)
+            return chain.way_of(self.backend, self._text(x, given), x, product, N, N)
         chosen = backends.choose(self.backend, text, product, x.device, N, N, False)
-        return None if chosen == "cpu" else f"the backend is '{chosen}'"
+        return chain.Way() if chosen == "cpu" else f"the backend is '{chosen}'"
 
     def _typed(self, x: Tensor, weight: torch.dtype) -> tuple[list[str] | None, str, Any]:
         """The recipes' texts of a block's layers before the last and of the last one, where each
@@ -322,9 +326,9 @@ class FusedResidualStack(nn.Module):
         """The links' lines."""
         inner, last, _ = self._typed(x, given[0].dtype)
         there = sum(1 << i for i, t in enumerate(given[1:]) if t is not None)
-        before = [chain.line_of(there & ~_GATE, 0, text) for text in inner or ()]
+        before = [wiring.line_of(there & ~_GATE, 0, text) for text in inner or ()]
         back = len(before) if self._specs()[0].adds else 0
-        return "\n".join([*before, chain.line_of(there, back, last)])
+        return "\n".join([*before, wiring.line_of(there, back, last)])
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         """The layers as so many fused calls."""

@@ -77,6 +77,7 @@ SUITES = {
     "triton host": ("triton_host", "later_launch or once"),
     "triton mixed": ("triton_mixed", "inference or overflows or looks_at"),
     "triton chain": ("triton_chain", "numbers or other_settings or past_the_end or nobody or own"),
+    "triton loop": ("triton_loop", "bits_of or autocast or accurate or frozen or recompute"),
     "cuda": ("cuda_emulated", "test_shapes or residuals or parts or several_tiles or large_mean"),
     "cuda layouts": ("cuda_emulated", "strides or nan_and_inf or no_races"),
     "cuda drops": ("cuda_emulated", "orders_and_norms and drop"),
@@ -398,6 +399,14 @@ TABLE = {
 "fusedres/backends/chain.py": [
     ("triton chain", "the weight's gradient is of x, not of what was multiplied",
      "inputs if operand is None else operand", "inputs"),
+],
+"fusedres/backends/loop.py": [
+    ("triton loop", "a block's input gets nothing back from its add",
+     "d[value].add_(found[name]) if value in d", "found[name] if value in d"),
+    ("triton loop", "a product's inputs begin a plane late", "several = _planes(multiplied,",
+     "several = _planes(self.kept.of(kind, a + 1),"),
+    ("triton loop", "a link that reads its input keeps none",
+     "bool(spec.prologue) or not spec.casts", "not spec.casts"),
 ],
 "fusedres/kernels/by_tanh.py": [
     ("triton acts", "silu by tanh(h)", "return h * (0.5 + 0.5 * tanh(0.5 * h))",

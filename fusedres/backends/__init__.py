@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 
+from .. import wiring
 from ..checks import BACKENDS
 from ..spec import REGISTERED, Spec, one_of
 from ..tracing import constant_when_compiled
@@ -78,7 +79,7 @@ CHAIN_WIDTHS = (16, 32, 64, 128, 256)  # features of which one launch takes rows
 def chain_limit(
     backend: str, links: str, dtype: torch.dtype, device: torch.device, N: int, K: int
 ) -> int | str:
-    """Up to how many rows Triton takes through the layers that `links` (csrc/chain/wiring.h)
+    """Up to how many rows Triton takes through the layers that `links` (wiring.py)
     describes in one call, or why it takes none. The environment is read as in `choose`.
     """
     if one_of("backend", backend, BACKENDS) == "auto":
@@ -87,6 +88,24 @@ def chain_limit(
         return f"the backend is '{backend}'"
     found: int | str = importlib.import_module(".chain", __name__).limit(links, dtype, device, N, K)
     return found
+
+
+LOOPS = ("triton", "vendor")  # backends that run a link of a chain between tensors that are there
+
+
+@constant_when_compiled
+@lru_cache(maxsize=4096)
+def chain_backend(
+    backend: str, links: str, dtype: torch.dtype, device: torch.device, N: int, K: int
+) -> str:
+    """Which backend runs the layers that `links` describes, a launch or two each: one of LOOPS if
+    all of them can be called at once. None is small, as it might be alone: many are not the host's
+    time only. Raises what `choose` does.
+    """
+    call = dtype, device, N, K
+    chosen = {choose(backend, line.recipe, *call) for line in wiring.read(links)}
+    others = sorted(chosen - {*LOOPS})
+    return others[0] if others else "triton" if "triton" in chosen else "vendor"
 
 
 @constant_when_compiled

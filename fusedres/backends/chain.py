@@ -1,18 +1,18 @@
 """Chains of links that are alike in Triton: one launch forward, three backward.
 
 What is asked of a chain is narrower than of a layer: N = K, a power of two up to 256, one recipe
-without dropout, gate and batch norm. Everything else runs layer by layer.
+without dropout, gate and batch norm. loop.py takes the others.
 """
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import wiring
 from ..spec import Spec
 from . import CHAIN_WIDTHS
 from . import plan as planner
@@ -29,9 +29,6 @@ HOPPER = 200 << 10  # bytes of shared memory that a block may have
 BESIDE = 35 << 10  # bytes of it that tiles take beside the weights
 SUMS = {"ROWS": 128, "COLUMNS": 16}
 MANY = 4096  # rows, from which on programs take more of them
-
-
-_HEAD = re.compile(r"(\d+)(?:<(\d+))? (.*)")  # a line without "^", another input: chain/wiring.h
 
 
 class Pattern(NamedTuple):
@@ -54,13 +51,11 @@ class ChainTile(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def pattern_of(links: str) -> Pattern | str:
-    """Of the links' lines (csrc/chain/wiring.h), or why there is none."""
-    lines = links.split("\n")
-    heads = [_HEAD.fullmatch(line) for line in lines]
-    if None in heads:
+    """Of the links' lines (wiring.py), or why there is none."""
+    lines = wiring.read(links)
+    if any(line.input_back for line in lines):
         return "a link reads another value than the latest"
-    theres, backs, recipes = zip(*(head.groups() for head in heads if head), strict=True)
-    specs = [Spec.parse(recipe) for recipe in recipes]
+    specs = [Spec.parse(line.recipe) for line in lines]
     for spec in specs:
         if spec.random:
             return "it drops at random"
@@ -76,17 +71,17 @@ def pattern_of(links: str) -> Pattern | str:
     if len(lines) % block or lines != lines[:block] * (len(lines) // block):
         return "its links are not alike"
     *before, last = specs[:block]
-    there = int(theres[0])
+    there = lines[0].there
     inner = tuple(stage for stage in last.stages if stage != "add")
     for spec in before:
         alike = (spec.stages, spec.norm, spec.activation) == (inner, last.norm, last.activation)
         if not alike or (last.norm and spec.eps != last.eps):
             return "its links are not alike"
-    if len(set(theres)) > 1 or there >> 3:
+    if len({line.there for line in lines}) > 1 or any(there[3:]):
         return "its links are not alike, or have more than weight, bias and a norm's two"
-    if last.adds and int(backs[block - 1] or 0) != block - 1:
+    if last.adds and lines[block - 1].back != block - 1:
         return "it adds another input than its block's"
-    return Pattern(last, block, tuple(bool(there >> i & 1) for i in range(3)))
+    return Pattern(last, block, there[:3])
 
 
 def limit(links: str, dtype: torch.dtype, device: torch.device, N: int, K: int) -> int | str:

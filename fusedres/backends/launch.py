@@ -6,7 +6,7 @@ ask for the same one wherever `key_of` is the same: it has more than Triton look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +32,11 @@ def key_of(tensors: Sequence[Tensor | None]) -> list[Any]:
         None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15)
         for t in tensors
     ]
+
+
+def places(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    """Of each its place beside multiples of 16 bytes: of memory that is not new, which has none."""
+    return tuple(0 if t is None else t.data_ptr() & 15 for t in tensors)
 
 
 def call_of(key: Hashable) -> Call:

@@ -10,6 +10,7 @@ import os
 import shutil
 import sysconfig
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from ..checks import check_fits
 from ..operands import DIFFERENTIABLE, Operands, Outputs
 from ..spec import ACTIVATIONS, Spec
 from . import plan as planner
-from .launch import Call, call_of, key_of
+from .launch import Call, call_of, key_of, places
 from .plan import Plan, WholePlan, ceil_div
 
 try:
@@ -153,15 +154,20 @@ def residual_forward(*call: Any) -> list[Tensor]:
     statistics are its mean and 1 / sqrt(variance + eps).
     """
     *operands, recipe, save = call
-    spec, o = Spec.parse(recipe), Operands(*operands)
-    device = planner.device_of(o.x.device)
+    return forward_of(Operands(*operands), recipe, save).list()
+
+
+def forward_of(o: Operands, recipe: str, save: bool, out: Outputs | None = None) -> Outputs:
+    """The same of operands in their record; into `out`, where that is given."""
+    spec, device = Spec.parse(recipe), planner.device_of(o.x.device)
     exact = o.weight.dtype != torch.float32 or _precision()
-    ready = call_of((recipe, save, device, exact, o.sample_rows, *key_of(operands[:-1])))
+    where = None if out is None else places(out)
+    ready = call_of((recipe, save, device, exact, o.sample_rows, where, *key_of(o[:-1])))
     ready.once("checked", check_fits, spec, o)
-    out = ready.outputs(o, spec, save)
+    out = ready.outputs(o, spec, save) if out is None else out
     if out.y.numel():
         _launch_forward(spec, ready.once("plan", _plan, spec, o, device), o, out, ready)
-    return out.list()
+    return out
 
 
 def _plan(spec: Spec, o: Operands, device: planner.Device) -> Plan:
@@ -221,23 +227,41 @@ def residual_backward(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tenso
     what is row by row after the product, both products, what is row by row before it.
     """
     *operands, recipe, needs = call
-    spec, o = Spec.parse(recipe), Operands(*operands)
-    tensors = (dy, *saved, *operands[:-1])
+    return list(backward_of(dy, saved, Operands(*operands), recipe, needs).values())
+
+
+def backward_of(
+    dy: Tensor,
+    saved: list[Tensor],
+    o: Operands,
+    recipe: str,
+    needs: int,
+    into: dict[str, Tensor] | None = None,
+    dz: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The same of operands in their record, by name. `into`: contiguous memory for some of them,
+    else each gets its own. `dz` (M, N): where the product's gradient goes, in place of a product
+    with what was multiplied; of recipes without a stage before ``linear``.
+    """
+    spec, operands, into = Spec.parse(recipe), o[:-1], into or {}
+    tensors = (dy, *saved, *operands)
     device = planner.device_of(dy.device)
     exact = o.weight.dtype != torch.float32 or _precision()
-    ready = call_of((recipe, needs, device, exact, o.sample_rows, *key_of(tensors)))
+    where = (*into, *places([*into.values(), dz]), dz is None)
+    ready = call_of((recipe, needs, device, exact, o.sample_rows, where, *key_of(tensors)))
     kept = Outputs(dy, *[i if i is None else saved[i] for i in ready.once("kept", _kept, spec)])
     ready.once("checked", check_fits, spec, o, dy, kept.z)
     new = torch.empty_like  # the faster way where it gives contiguous ones
-    grads = {
-        name: new(operands[i]) if contiguous else operands[i].new_empty(operands[i].shape)
-        for i, name, contiguous in ready.once("wanted", _wanted, needs, operands)
-    }
+    grads = {}
+    for i, name, contiguous in ready.once("wanted", _wanted, needs, operands):
+        t: Any = operands[i]
+        own = into.get(name)
+        grads[name] = own if own is not None else new(t) if contiguous else t.new_empty(t.shape)
     if not dy.numel() or (not o.x.numel() and spec.prologue):
-        return [grad.zero_() for grad in grads.values()]
+        return {name: grad.zero_() for name, grad in grads.items()}
     with torch.cuda.device_of(dy):
-        _Backward(spec, o, dy, kept, grads, device, ready).run()
-    return list(grads.values())
+        _Backward(spec, o, dy, kept, grads, device, ready, dz).run()
+    return grads
 
 
 def _kept(spec: Spec) -> list[int | None]:
@@ -247,7 +271,7 @@ def _kept(spec: Spec) -> list[int | None]:
     return [sum(there[:i]) if has else None for i, has in enumerate(there)]
 
 
-def _wanted(needs: int, operands: list[Any]) -> list[tuple[int, str, bool]]:
+def _wanted(needs: int, operands: Sequence[Any]) -> list[tuple[int, str, bool]]:
     """Place, name and contiguity of the operands whose gradients are asked for."""
     wanted = ((i, name) for i, name in enumerate(DIFFERENTIABLE) if needs >> i & 1)
     return [(i, name, operands[i].is_contiguous()) for i, name in wanted]
@@ -309,7 +333,8 @@ class RowsLaunch(NamedTuple):
 
 
 class _Backward:
-    """One backward pass: which launches are needed, for the gradients in `grads`, and the launches.
+    """One backward pass: which launches are needed, for the gradients in `grads`, and the launches;
+    with `dz` that one, too.
 
     after: the row-major kernel after `linear`, which makes dz from dy and z; before: the one before
     it, which makes dx from the product's gradient dt and x.
@@ -324,8 +349,9 @@ class _Backward:
         grads: Any,
         device: planner.Device,
         ready: Call,
+        dz: Tensor | None,
     ) -> None:
-        self.spec, self.inputs, self.grads = spec, o, grads
+        self.spec, self.inputs, self.grads, self.dz = spec, o, grads, dz
         self.dy, self.z, self.stats = dy, kept.z, kept.stats
         self.multiplied = o.x if kept.operand is None else kept.operand
         self.dtype = o.weight.dtype  # of the product and its gradients
@@ -347,10 +373,10 @@ class _Backward:
 
     def run(self) -> None:
         spec, inputs, grads, dy = self.spec, self.inputs, self.grads, self.dy
-        x, weight, multiplied = inputs.x, inputs.weight, self.multiplied
+        x, weight = inputs.x, inputs.weight
         before = spec.prologue != () and ("x" in grads or bool(self.asked("prologue")))
         needs_dt = before or "x" in grads
-        needs_dz = needs_dt or "weight" in grads
+        needs_dz = needs_dt or "weight" in grads or self.dz is not None
         # dx = ... + skip: from dy itself where nothing follows the add, else through dx's memory
         adds_to_x = spec.adds and inputs.residual is None and "x" in grads
         late = adds_to_x and "add" in spec.epilogue
@@ -363,20 +389,19 @@ class _Backward:
         if "bias" in grads:
             own["bias"] = grads["bias"]
 
-        dz, size = dy, (dy.shape, (dy.shape[1], 1))  # with its strides
+        dz = dy
         changes = any(stage != "add" for stage in spec.epilogue) or dy.dtype != self.dtype
         whole = self.whole() if late or dskip is not None or own or changes else None
         if whole is not None:
-            new = weight.new_empty_strided(*size) if changes and "weight" in grads else None
+            new = self.new_dz() if changes and ("weight" in grads or self.dz is not None) else None
             if late and spec.epilogue[-1] == "add":
                 dskip, skip = None, (dy, spec.residual_scale)
             saved = self.z
             self.rows("epilogue", dy, saved, new, dskip, own, skip, whole=whole)
-            if "weight" in grads:
-                torch.mm((dy if new is None else new).t(), multiplied, out=grads["weight"])
+            self.dweight(dy if new is None else new)
             return
         if dskip is not None or own or (changes and needs_dz):
-            new = weight.new_empty_strided(*size) if changes and needs_dz else None
+            new = self.new_dz() if changes and needs_dz else None
             self.rows("epilogue", dy, self.z, new, dskip, own)
             dz = dy if new is None else new
         if not spec.prologue:
@@ -384,8 +409,7 @@ class _Backward:
                 self.dx(dz, skip)
             elif "x" in grads:
                 torch.addmm(grads["x"], dz, weight, beta=int(late), out=grads["x"])
-            if "weight" in grads:
-                torch.mm(dz.t(), multiplied, out=grads["weight"])
+            self.dweight(dz)
             return
         dt = weight.new_empty(x.shape) if before else None
         if dt is not None and "weight" not in grads:
@@ -396,6 +420,20 @@ class _Backward:
             early = grads.get("residual") if "add" in spec.prologue else None
             adds = adds_to_x and "add" in spec.prologue
             self.rows("prologue", dt, x, grads.get("x"), early, self.asked("prologue"), skip, adds)
+
+    def new_dz(self) -> Tensor:
+        """Memory for it, contiguous."""
+        M, N = self.dy.shape
+        if self.dz is not None:
+            return self.dz
+        return self.inputs.weight.new_empty_strided((M, N), (N, 1))
+
+    def dweight(self, dz: Tensor) -> None:
+        """dz.T @ x, or dz itself for who multiplies later."""
+        if "weight" in self.grads:
+            torch.mm(dz.t(), self.multiplied, out=self.grads["weight"])
+        if self.dz is not None and dz is not self.dz:
+            self.dz.copy_(dz)
 
     def whole(self) -> WholePlan | None:
         """How one launch makes dz and dx, if it does."""

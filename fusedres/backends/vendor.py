@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_fits
-from ..operands import Operands
+from ..operands import Operands, Outputs
 from ..spec import Spec
 from . import plan, triton
 
@@ -43,11 +43,16 @@ def why_not(spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
 def residual_forward(*call: Any) -> list[Tensor]:
     """The Triton backend's `residual_forward` in two launches, with the same arguments."""
     *operands, recipe, save = call
-    spec, o = Spec.parse(recipe), Operands(*operands)
+    return forward_of(Operands(*operands), recipe, save).list()
+
+
+def forward_of(o: Operands, recipe: str, save: bool, out: Outputs | None = None) -> Outputs:
+    """The Triton backend's `forward_of`, likewise."""
+    spec = Spec.parse(recipe)
     check_fits(spec, o)
-    out = o.empty_outputs(spec, save, True)
+    out = o.empty_outputs(spec, save, True) if out is None else out
     if not out.y.numel():
-        return out.list()
+        return out
     with torch.cuda.device_of(o.x):
         to = out.z
         if to is None:
@@ -58,7 +63,7 @@ def residual_forward(*call: Any) -> list[Tensor]:
             torch.addmm(o.bias, o.x, o.weight.t(), out=to)
         if spec.epilogue or to is not out.y:
             _finish(spec, o, to, out.y, out.stats)
-    return out.list()
+    return out
 
 
 def _finish(spec: Spec, o: Operands, z: Tensor, y: Tensor, stats: Any) -> None:

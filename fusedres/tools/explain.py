@@ -7,16 +7,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..backends import environment_backend, plan
+from ..backends import LOOPS, environment_backend, plan
+from ..chain import Way, rows_told
 from ..functional import composite_only, fused_residual
 from ..layers import customised, first_parameter, watched
-from ..links import AUTOCAST, links_of, unchained
+from ..links import links_of, unchained
 from ..mlp import FusedResidualMLP
 from ..modules import FusedResidual
 from ..network import FusedSequential
@@ -24,7 +26,9 @@ from ..reference import Residual
 from ..spec import Spec, make_spec
 from ..stack import FusedResidualStack
 from .calls import Call, Context
+from .choice import choose
 
+MANY = 1 << 62  # rows, of which no layer is small
 _LINEAR = make_spec("linear", None, None)
 
 
@@ -145,39 +149,41 @@ def _of_stack(
     last = stack[-block:].to_layers()[-1]
     told = explain(last, x, x if block > 1 else None, device=device)
     where = torch.device(device) if device else (stack.weight if x.is_meta else x).device
-    reason: str | None = f"on {where.type} layers are not joined"
+    way: Way | str = f"on {where.type} layers are not joined"
     if where.type == "cpu":
-        reason = stack.why_not_joined(torch.empty((), dtype=x.dtype).expand(x.shape))
+        plain = torch.empty((), dtype=x.dtype).expand(x.shape)
+        way = stack.why_not_joined(plain) or Way()
     elif where.type == "cuda":
-        reason = _not_joined_on_a_gpu(stack, x, where)
-    launches = ", one launch forward, three backward" if where.type == "cuda" else ""
-    how = f"all in one call{launches}" if reason is None else f"one by one: {reason}"
+        way = _way_on_a_gpu(stack, x, where)
+    how = f"all in {way}" if isinstance(way, Way) else f"one by one: {way}"
+    if where.type == "cuda" and isinstance(way, Way) and not way.loop:
+        how += ", one launch forward, three backward"
     title = f"FusedResidualStack of {len(stack)} layers, of which the last is a {told.title}"
     return Explanation(title, told.calls, (f"layers run {how}", *told.notes))
 
 
-def _not_joined_on_a_gpu(stack: FusedResidualStack, x: Tensor, device: torch.device) -> str | None:
-    """What the stack's own `why_not_joined` tells of x there, also of a GPU that is not here."""
+def _way_on_a_gpu(stack: FusedResidualStack, x: Tensor, device: torch.device) -> Way | str:
+    """The stack's own for x there, also on a GPU that is not here."""
     if x.device == device:
-        return stack.why_not_joined(x)
+        return stack._way(x, stack._given())
     from ..backends import chain as triton_chain  # which imports Triton, if it is there
 
     N, M = x.shape[-1], math.prod(x.shape[:-1])
-    if torch.is_autocast_enabled("cuda"):
-        return AUTOCAST
-    backend = environment_backend() if stack.backend == "auto" else stack.backend
-    if backend not in ("auto", "triton"):
+    there: Any = SimpleNamespace(dtype=x.dtype, device=device)
+    given = stack._given()
+    try:
+        _, last, product = stack._typed(there, given[0].dtype)
+    except TypeError:
+        return f"weight is {given[0].dtype}, x {x.dtype}"
+    text = stack._text(there, given)
+    most = triton_chain.most_rows(text, product, N, N, plan.device_of(device))
+    asked = environment_backend() if stack.backend == "auto" else stack.backend
+    if asked in ("auto", "triton") and isinstance(most, int) and most >= M:
+        return Way()
+    backend = choose(stack.backend, Spec.parse(last), product, device, MANY, N, N).backend
+    if backend not in LOOPS:
         return f"the backend is '{backend}'"
-    plain = torch.empty((), dtype=x.dtype)
-    with torch.autocast("cpu", enabled=False):  # which is another device's
-        try:
-            text = stack._text(plain, stack._given())
-        except TypeError:
-            return f"weight is {stack.weight.dtype}, x {x.dtype}"
-    most = triton_chain.most_rows(text, x.dtype, N, N, plan.device_of(device))
-    if isinstance(most, str):
-        return most
-    return None if most >= M else f"for more than {most} rows a launch a layer is faster"
+    return Way(backend, most if isinstance(most, str) else rows_told(most))
 
 
 def _context(

@@ -373,6 +373,7 @@ def test_other_files_with_gpu_tests_are_found() -> None:
         "test_triton.py",
         "test_triton_chain.py",
         "test_triton_grid.py",
+        "test_triton_loop.py",
         "test_triton_mixed.py",
         "test_tune.py",
     ]

@@ -768,6 +768,8 @@ CHAINS = [
     (BF16, 256, 8, 4),
     (F16, 64, 32, 4),
     (F32, 64, 12, 2),
+    (BF16, 320, 8, 2),  # a launch a layer
+    (F32, 512, 6, 1),
 ]
 
 
@@ -779,10 +781,7 @@ CHAINS = [
 def test_chains_as_accurate_as_eager(dtype, width, depth, block, M, order, recompute, nan_filled):
     stack = make_stack(width, depth, block, order, dtype, recompute=recompute)
     x, dy = (torch.randn(M, width, device=DEVICE).to(dtype) for _ in range(2))
-    reason = stack.why_not_joined(x)
-    if reason is not None and width == 256:
-        pytest.skip(reason)
-    assert reason is None
+    assert stack.why_not_joined(x) is None
     found = [chain_results(stack, x, dy, to) for to in (None, dtype, torch.float64)]
     # each over its size to the next power of two, which rounds nothing
     sizes = [2.0 ** t.square().mean().sqrt().log2().round() for t in found[-1].values()]
@@ -790,7 +789,7 @@ def test_chains_as_accurate_as_eager(dtype, width, depth, block, M, order, recom
     assert_as_accurate(*found, what=f"{stack}, {dtype}, {M} rows")
 
 
-@pytest.mark.parametrize("width, M", [(64, 300), (128, 9000), (256, 256)])
+@pytest.mark.parametrize("width, M", [(64, 300), (128, 9000), (256, 256), (512, 700)])
 def test_a_hundred_calls_of_a_chain_and_replays_of_its_graph_are_equal(width, M):
     stack = make_stack(width, 50, 1, "note", BF16)
     x = torch.randn(M, width, device=DEVICE, dtype=BF16, requires_grad=True)
@@ -831,9 +830,28 @@ def test_launches_of_a_chain_do_not_grow_with_depth(depth):
     assert len([e for e in profile.events() if "Memcpy" not in e.name]) <= 8  # bmm may be two
 
 
-def test_a_compiled_chain_is_the_ordinary_call():
-    stack = make_stack(64, 20, 2, "prenorm", BF16)
-    x, dy = (torch.randn(300, 64, device=DEVICE, dtype=BF16) for _ in range(2))
+def test_a_wide_chain_is_a_launch_a_layer_and_few_products():
+    """That is forward; in backward at most two and the products of all weights."""
+    depth, stack = 12, make_stack(512, 12, 1, "note", BF16)
+    x = torch.randn(4096, 512, device=DEVICE, dtype=BF16, requires_grad=True)
+    dy = torch.randn_like(x)
+    assert stack._way(x, stack._given()).loop == "triton"
+    stack(x).backward(dy)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    for p in (x, *stack.parameters()):
+        p.grad = None
+    with torch.profiler.profile(activities=activities) as profile:
+        stack(x).backward(dy)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if "Mem" not in event.name]
+    assert len([name for name in names if "residual_forward" in name]) == depth
+    assert len(names) <= 3 * depth + 8
+
+
+@pytest.mark.parametrize("width, order", [(64, "prenorm"), (512, "note")])
+def test_a_compiled_chain_is_the_ordinary_call(width, order):
+    stack = make_stack(width, 20, 2, order, BF16)
+    x, dy = (torch.randn(300, width, device=DEVICE, dtype=BF16) for _ in range(2))
     found = []
     for module in (stack, torch.compile(stack, fullgraph=True)):
         y = module(x)

@@ -6,8 +6,8 @@ import torch
 from bench.compiled import aot
 from bench.compiled.aot import SHARED, compiled
 from fusedres.backends import CHAIN_WIDTHS
-from fusedres.chain import line_of
 from fusedres.spec import make_spec
+from fusedres.wiring import line_of
 from test_triton_aot import BF16, F32, pytestmark  # noqa: F401
 from test_triton_aot import pool as pool  # a fixture
 

@@ -16,6 +16,7 @@ PARTS = (
     ("test_triton_grid.py", ""),
     ("test_triton_mixed.py", ""),
     ("test_triton_chain.py", ""),
+    ("test_triton_loop.py", ""),
 )
 
 

@@ -250,23 +250,29 @@ def test_a_stack_tells_of_its_last_layer_and_whether_one_call_joins_all():
         assert told.saved_bytes  # it has parameters that want gradients
     there = explain(stack, x, device="cuda").notes[0]
     assert there == "layers run all in one call, one launch forward, three backward"
+    bf16 = {"dtype": torch.bfloat16}
     for other, reason in (
-        (FusedResidualStack(16, 2, gate="scalar"), "it has a gate"),
-        (FusedResidualStack(16, 2, dropout=0.5), "it drops at random"),
-        (FusedResidualStack(16, 2, norm="batch"), "it has a batch norm"),
-        (FusedResidualStack(16, 2, backend="reference"), "the backend is 'reference'"),
-        (FusedResidualStack(512, 2), "(512, 512) features"),
+        (FusedResidualStack(16, 2, gate="scalar", **bf16), "it has a gate"),
+        (FusedResidualStack(16, 2, dropout=0.5, **bf16), "it drops at random"),
+        (FusedResidualStack(16, 2, norm="batch", **bf16), "it has a batch norm"),
+        (FusedResidualStack(512, 2, **bf16), "(512, 512) features"),
     ):
-        there = explain(other, torch.randn(4, other.features), device="cuda").notes[0]
-        assert "one by one" in there and reason in there
+        rows = torch.empty((), **bf16).expand(4096, other.features)
+        there = explain(other, rows, device="cuda").notes[0]
+        assert (
+            there.startswith("layers run all in one call, a launch a layer: ") and reason in there
+        )
+    alone = FusedResidualStack(16, 2, backend="reference")
+    there = explain(alone, torch.randn(4, 16), device="cuda").notes[0]
+    assert there == "layers run one by one: the backend is 'reference'"
     torch.set_autocast_enabled("cuda", True)  # which torch.autocast refuses without a GPU
     try:
-        assert "autocast is on" in explain(stack, x, device="cuda").notes[0]
+        assert "several dtypes" in explain(stack, x, device="cuda").notes[0]
     finally:
         torch.set_autocast_enabled("cuda", False)
-    wide = FusedResidualStack(256, 2, dtype=torch.bfloat16)
-    x = torch.empty((), dtype=torch.bfloat16).expand(4096, 256)
-    assert "rows a launch a layer is faster" in explain(wide, x, device="cuda").notes[0]
+    wide = FusedResidualStack(256, 2, **bf16)
+    x = torch.empty((), **bf16).expand(4096, 256)
+    assert "rows that is faster" in explain(wide, x, device="cuda").notes[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert explain(stack, torch.randn(4, 16)).notes[0] == "layers run all in one call"
         there = explain(stack, torch.randn(4, 16), device="cuda").notes[0]

@@ -13,6 +13,7 @@ PACKAGE = Path(fusedres.__file__).parent
 ROOMS = [
     "spec",
     "operands",
+    "wiring",
     "checks",
     "tracing",
     "dtypes",
@@ -24,6 +25,7 @@ ROOMS = [
     "ops",
     "donation",
     "autograd",
+    "chain_ops",
     "chain",
     "graphs",
     "functional",

@@ -224,7 +224,7 @@ def test_mixed_precision_is_that_of_the_layers(recompute, block, order, autocast
         **settings,
     )
     alone = copy.deepcopy(stack)
-    alone._why_not = lambda *_: "to be compared with"
+    alone._way = lambda *_: "to be compared with"
     x, dy, found = torch.randn(40, 24).to(x_dtype), torch.randn(40, 24), []
     with torch.autocast("cpu", autocast):
         for net in (stack, alone):
@@ -262,7 +262,7 @@ def test_batch_norm_is_that_of_the_layers(block, width, order, recompute, calls)
         activation="silu", recompute=recompute, **gate,
     )  # fmt: skip
     plain = copy.deepcopy(stack)
-    plain._why_not = lambda *_: "to be compared with"
+    plain._way = lambda *_: "to be compared with"
     true = Plain(stack).double()
     x, dy = torch.randn(90, width), torch.randn(90, width)
     for training in (True, False):
@@ -334,7 +334,7 @@ def test_masks_are_those_of_the_layers(drops, block, recompute, calls):
         24, 6, layers_per_block=block, recompute=recompute, activation="silu", **DROPS[drops]
     )
     alone = copy.deepcopy(stack)
-    alone._why_not = lambda *_: "to be compared with"
+    alone._way = lambda *_: "to be compared with"
     x, dy, after = torch.randn(5, 7, 24), torch.randn(5, 7, 24), []
     found = []
     for net in (stack, alone):
