@@ -36,10 +36,11 @@ def _triton_forward_fake(
     x: Tensor, operands: list[Tensor], links: str, depth: int, keep: int
 ) -> list[Tensor]:
     """All links have one shape: what is kept is one tensor of inputs, and one of z."""
-    specs = [spec for spec, *_ in wiring.split(links, depth, tuple(operands))]
-    kept = [x.new_empty((len(specs), *x.shape))] if keep else []
+    specs, weight = [spec for spec, *_ in wiring.split(links, depth, operands)], operands[0]
+    size = len(specs), *x.shape
+    kept = [(x if specs[-1].prologue else weight).new_empty(size)] if keep else []
     if keep == 1 and specs[-1].saves_z:
-        kept.append(torch.empty_like(kept[0]))
+        kept.append(weight.new_empty(size))
     return [x.new_empty(x.shape), *kept]
 
 

@@ -86,11 +86,11 @@ class FusedResidualStack(nn.Module):
     of an nn.Sequential of layers (``0.linear.weight``, ...) loads, too.
 
     All layers are one call on a CPU for N <= 512. On a GPU they are where the Triton backend can
-    run them. For N = 16, 32, 64, 128 and 256 without dropout, drop-path, batch norm, gate and
-    autocast, in bfloat16 and float16 (float32: up to 64; 256 for no more rows than one wave of
-    programs takes, from Hopper on), it is one launch forward and three backward; else a launch or
-    two a layer, and all weights' gradients in few products. Else layers are called one by one.
-    `why_not_joined` tells why.
+    run them. For N = 16, 32, 64, 128 and 256 without dropout, drop-path, batch norm and gate,
+    in bfloat16 and float16, under autocast, too (float32: up to 64; 256 for no more rows than one
+    wave of programs takes, from Hopper on), it is one launch forward and three backward; else a
+    launch or two a layer, and all weights' gradients in few products. Else layers are called one by
+    one. `why_not_joined` tells why.
 
     Raises ValueError for a setting outside these lists, TypeError or ValueError for a tensor that
     does not fit, NotImplementedError where a named backend cannot run a call.

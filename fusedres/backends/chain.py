@@ -1,7 +1,7 @@
 """Chains of links that are alike in Triton: one launch forward, three backward.
 
 What is asked of a chain is narrower than of a layer: N = K, a power of two up to 256, one recipe
-without dropout, gate and batch norm. loop.py takes the others.
+without dropout, gate and batch norm, one dtype but for x and y in fp32. loop.py takes the others.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ class Pattern(NamedTuple):
     spec: Spec  # of a block's last link; the others have no add
     block: int  # links
     there: tuple[bool, ...]  # which of bias, norm_weight, norm_bias there are
+    mixed: bool  # x and y are fp32, products 16-bit
+
+    @property
+    def crowded(self) -> bool:
+        """Whether fp32 tiles stand before `linear`, too, and take the registers of rows."""
+        return self.mixed and bool(self.spec.prologue)
 
 
 class ChainTile(NamedTuple):
@@ -65,8 +71,8 @@ def pattern_of(links: str) -> Pattern | str:
             return "it has a gate"
         if "add" in spec.prologue:
             return "it adds before linear"
-        if spec.dtypes:
-            return "it has several dtypes"
+        if not {*spec.dtypes} <= {"float32"}:
+            return "it has several dtypes, of which not all are float32"
     block = next((i + 1 for i, spec in enumerate(specs) if spec.adds), 1)
     if len(lines) % block or lines != lines[:block] * (len(lines) // block):
         return "its links are not alike"
@@ -81,7 +87,12 @@ def pattern_of(links: str) -> Pattern | str:
         return "its links are not alike, or have more than weight, bias and a norm's two"
     if last.adds and lines[block - 1].back != block - 1:
         return "it adds another input than its block's"
-    return Pattern(last, block, there[:3])
+    mixed = specs[0].x_dtype is not None
+    if mixed is (last.y_dtype is None) or (last.residual_dtype and not mixed):
+        return "x and y have different dtypes"
+    if mixed and last.saves_residual:
+        return "it has several dtypes, and a stage after add"
+    return Pattern(last, block, there[:3], mixed)
 
 
 def limit(links: str, dtype: torch.dtype, device: torch.device, N: int, K: int) -> int | str:
@@ -113,7 +124,12 @@ def most_rows(links: str, dtype: torch.dtype, N: int, K: int, here: planner.Devi
 
 
 def tile_of(
-    dtype: torch.dtype, M: int, N: int, device: planner.Device, backward: bool = False
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    device: planner.Device,
+    backward: bool = False,
+    crowded: bool = False,
 ) -> ChainTile:
     """Not measured: tiles that compile without spills. Backward has at most 32 rows, whose products
     take their left operand from registers without harm.
@@ -122,7 +138,7 @@ def tile_of(
         return ChainTile(16, 8, 1)
     if dtype == torch.float32:
         return ChainTile(16, 8, 2) if backward else ChainTile(16, 4, 3)
-    most = 32 if backward else 64
+    most = (32 if backward else 64) // (2 if crowded else 1)
     return _fitting(ChainTile(most if M >= MANY else 16, 4 if N <= 64 else 8, 3), N, device)
 
 
@@ -159,12 +175,14 @@ def chain_forward(
     pattern = _pattern(links)
     spec, p = pattern.spec, Parameters.of(operands, links, depth, pattern)
     (M, N), L = x.shape, p.weight.shape[0]
-    _check(x, p)
+    _check(x, p, pattern.mixed)
     y = x.new_empty((M, N))
-    inputs = x.new_empty((L, M, N)) if keep else None
-    z = x.new_empty((L, M, N)) if keep == 1 and spec.saves_z else None
+    read = x if spec.prologue else p.weight  # by its stages, or by the product alone
+    inputs = read.new_empty((L, M, N)) if keep else None
+    z = p.weight.new_empty((L, M, N)) if keep == 1 and spec.saves_z else None
     if M:
-        tile = tile_of(x.dtype, M, N, planner.device_of(x.device))
+        device = planner.device_of(x.device)
+        tile = tile_of(p.weight.dtype, M, N, device, False, pattern.crowded)
         with torch.cuda.device_of(x):
             kernels.residual_chain_forward_kernel[(ceil_div(M, tile.BLOCK_M),)](
                 x, *p, inputs, z, y, M, L, spec.eps, spec.residual_scale, *x.stride(),
@@ -192,12 +210,13 @@ def chain_backward(
     """
     pattern = _pattern(links)
     spec, p = pattern.spec, Parameters.of(operands, links, depth, pattern)
-    _check(x, p)
+    _check(x, p, pattern.mixed)
     (M, N), L = x.shape, p.weight.shape[0]
     if tuple(dy.shape) != (M, N):
         raise RuntimeError(f"fusedres: dy is {tuple(dy.shape)}, expected {(M, N)}")
     inputs, z = (*saved, None)[:2]
-    tile = tile_of(x.dtype, M, N, planner.device_of(x.device), backward=True)
+    device = planner.device_of(x.device)
+    tile = tile_of(p.weight.dtype, M, N, device, True, pattern.crowded)
     programs = ceil_div(M, tile.BLOCK_M)
 
     kinds = 1 + sum(pattern.there)
@@ -209,8 +228,8 @@ def chain_backward(
         for grad in grads.values():
             grad.zero_()
         return _in_order(dx, grads, p, depth, wanted)
-    dz = x.new_empty((L, M, N)) if "weight" in grads else None
-    operand = x.new_empty((L, M, N)) if "weight" in grads and spec.prologue else None
+    dz = p.weight.new_empty((L, M, N)) if "weight" in grads else None
+    operand = p.weight.new_empty((L, M, N)) if "weight" in grads and spec.prologue else None
     outs = [grads.get(name) for name in ("bias", "norm_weight", "norm_bias")]
     partial = [
         None if t is None else x.new_empty((L, programs, N), dtype=torch.float32) for t in outs
@@ -255,7 +274,7 @@ def _pattern(links: str) -> Pattern:
     return found
 
 
-def _check(x: Tensor, p: Parameters) -> None:
+def _check(x: Tensor, p: Parameters, mixed: bool) -> None:
     """What kernels, which only see pointers, would get wrong in silence."""
     L, N = p.weight.shape[0], x.shape[1]
     if N not in CHAIN_WIDTHS:
@@ -267,6 +286,7 @@ def _check(x: Tensor, p: Parameters) -> None:
                 f"fusedres: a chain's {name} is {tuple(t.shape)} on {t.device}, "
                 f"expected {expected} on {x.device}"
             )
+    product = p.weight.dtype if mixed and x.dtype == torch.float32 else x.dtype
     for name, t in (("weight", p.weight), ("bias", p.bias)):
-        if t is not None and t.dtype != x.dtype:
+        if t is not None and t.dtype != product:
             raise RuntimeError(f"fusedres: a chain's {name} is {t.dtype}, x is {x.dtype}")

@@ -70,13 +70,15 @@ def residual_chain_forward_kernel(
 
     x, y (M, N) ; weight (L, N, N) ; bias, norm_weight, norm_bias (L, N) or None ; inputs, z
     (L, M, N) or None: x_l and z_l, for backward. All contiguous but x; all in weight's type but for
-    the norm's parameters. A program owns BLOCK_M rows. What is added from link to link stays in
-    fp32; what is multiplied or normalised is rounded to weight's type.
+    the norm's parameters, and for x, y and inputs, which may be fp32. A program owns BLOCK_M rows.
+    What is added from link to link stays in fp32; what a norm before linear acts on is rounded to
+    x's type, what is multiplied to weight's.
 
     The operand is reassigned at the end of each round: the left operand of a product lies in shared
     memory only if it is an argument of its loop (see product.py on those in registers).
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    x_dtype: tl.constexpr = x_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, N)
@@ -90,7 +92,7 @@ def residual_chain_forward_kernel(
         tl.store(inputs_ptr + first * N + at, x, rows)
     stream = x.to(tl.float32)
     source = stream
-    operand = x
+    operand = x.to(dtype)
     if len(PROLOGUE) > 0:
         gamma = row_of(norm_weight_ptr, 0, n, N, 1.0)
         beta = row_of(norm_bias_ptr, 0, n, N, 0.0)
@@ -115,12 +117,13 @@ def residual_chain_forward_kernel(
         )
         stream = values[len(EPILOGUE)]
         source = stream if B == 1 else tl.where((link + 1) % B == 0, stream, source)
-        operand = stream.to(dtype)
+        rounded = stream.to(x_dtype)
+        operand = rounded.to(dtype)
         if inputs_ptr is not None:
-            tl.store(inputs_ptr + after * plane + first * N + at, operand, rows & (link + 1 < L))
+            tl.store(inputs_ptr + after * plane + first * N + at, rounded, rows & (link + 1 < L))
         if len(PROLOGUE) > 0:
             values, _, _ = run_link(
-                operand.to(tl.float32), source, True, gamma, beta, eps, scale,
+                rounded.to(tl.float32), source, True, gamma, beta, eps, scale,
                 PROLOGUE, CENTRED, ACT, N, B,
             )
             operand = values[len(PROLOGUE)].to(dtype)

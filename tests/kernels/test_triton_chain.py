@@ -9,7 +9,7 @@ import torch
 from fusedres import FusedResidual, FusedResidualStack, FusedSequential, chain
 from fusedres.chain import composite_chain
 from oracle import assert_as_accurate
-from triton_run import BF16, DEVICE, DTYPES, F32, INTERPRET, MARKS, Launches
+from triton_run import BF16, DEVICE, DTYPES, F16, F32, INTERPRET, MARKS, Launches
 from triton_run import _clean as _clean  # a fixture, for every test
 
 from fusedres.backends import chain as backend  # isort: skip
@@ -297,6 +297,39 @@ def test_what_is_a_launch_a_layer_says_why(way, calls):
     assert stack(x).shape == x.shape and calls == [2]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"order": "prenorm", "layers_per_block": 2}, {"order": "note", "norm": None}],
+    ids=str,
+)
+def test_under_autocast_what_is_added_stays_in_float32(settings, recompute, calls):
+    torch.manual_seed(0)
+    settings = {"activation": "silu", "recompute": recompute, **settings}
+    stack = FusedResidualStack(32, 4, **settings, device=DEVICE)
+    (x, dy), given = torch.randn(2, 40, 32, device=DEVICE), stack._given()
+    text, names = stack._text(x, given), ["x", *dict(stack.named_parameters())]
+
+    def plain(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *stack.parameters())]
+        y = composite_chain(text, 4, None, 1, leaves[0], tuple(leaves[1:]))
+        grads = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+        return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
+
+    with torch.autocast(x.device.type, F16):
+        assert stack._way(x, given) == chain.Way()
+        ours, eager = step(stack, x, dy), plain(F32)
+    assert calls == [4, 4] and ours["y"].dtype == F32
+    assert_as_accurate(ours, eager, plain(torch.float64), f"{stack}")
+
+
+def test_under_autocast_a_sum_that_a_norm_looks_at_is_a_launch_a_layer(calls):
+    stack = FusedResidualStack(32, 2, order="postnorm", device=DEVICE, backend="triton")
+    x = torch.randn(18, 32, device=DEVICE)
+    with torch.autocast(x.device.type, F16):
+        assert "a stage after add" in stack._way(x, stack._given()).why
+
+
 @pytest.mark.parametrize(
     "links, reason",
     [
@@ -307,7 +340,9 @@ def test_what_is_a_launch_a_layer_says_why(way, calls):
         ("0 linear-dropout dropout=0.5\n0<1 linear-add", "drops at random"),
         ("55 linear-norm-add norm=batch", "batch norm"),
         ("48 linear-act-add", "more than weight, bias"),
-        ("0 linear-add x_dtype=float32", "several dtypes"),
+        ("0 linear-add x_dtype=float32", "different dtypes"),
+        ("0 linear-add x_dtype=float32 y_dtype=float64", "not all are float32"),
+        ("0 linear-add-act activation=silu x_dtype=float32 y_dtype=float32", "stage after add"),
     ],
 )
 def test_links_that_are_refused(links, reason):
@@ -333,10 +368,16 @@ def test_rows_of_a_wide_stack(calls, monkeypatch):
     limit.func.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("order, keep", [("note", 1), ("preact", 1), ("note", 2), ("note", 0)])
-def test_the_ops_are_what_their_fakes_say(order, keep):
+def test_the_ops_are_what_their_fakes_say(order, keep, dtype):
+    """Those of x in float32, also beside 16-bit weights."""
     case = Case(M=18, order=order)
     x, *operands = case.tensors
+    if dtype != F32:
+        operands[:2] = [t.to(dtype) for t in operands[:2]]
+        case.links += " x_dtype=float32 y_dtype=float32"
+        case.tensors = [x, *operands]
     call = x, operands, case.links, case.depth
     tests = ("test_schema", "test_faketensor")
     ops = torch.ops.fusedres

@@ -1,5 +1,7 @@
 """The chain's kernels compiled without a GPU, as test_triton_aot.py does it for layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,13 +20,18 @@ def empty(*shape, dtype):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch(dtype, M, N, order="note", block=1, activation="silu", depth=100):
-    """What a training step of a chain launches, and its backward that computes z again."""
+def launch(dtype, M, N, order="note", block=1, activation="silu", depth=100, x_dtype=None):
+    """What a training step of a chain launches, and its backward that computes z again; under
+    autocast x is of another dtype.
+    """
     last = make_spec(order, "layer", activation)
     inner = make_spec("-".join(s for s in last.stages if s != "add"), "layer", activation)
+    if x_dtype is not None:
+        name = str(x_dtype).removeprefix("torch.")
+        last, inner = (replace(spec, x_dtype=name, y_dtype=name) for spec in (last, inner))
     lines = [line_of(0b111, 0, inner.text)] * (block - 1)
     links = "\n".join([*lines, line_of(0b111, block - 1, last.text)])
-    x, vector = empty(M, N, dtype=dtype), empty(depth, N, dtype=F32)
+    x, vector = empty(M, N, dtype=x_dtype or dtype), empty(depth, N, dtype=F32)
     operands = [empty(depth, N, N, dtype=dtype), vector.to(dtype), vector, vector]
     y, *saved = backend.chain_forward(x, operands, links, depth, 1)
     backend.chain_backward(y, saved, x, operands, links, depth, "11111")
@@ -47,10 +54,14 @@ def test_every_tile(sm, pool):
     sizes = [(BF16, M, N) for N in CHAIN_WIDTHS for M in (512, 65536) if N < 256 or M == 512]
     sizes = [(F32, 512, 64), *sizes[2 : 9 - (sm == 80)]]  # 16 features have 32's tiles
     jobs = [(sm, *size, *RECIPES[(i + sm) % 3]) for i, size in enumerate(sizes)]
+    jobs += [(sm, BF16, 65536, 128, *recipe, 100, F32) for recipe in RECIPES[:2]]  # autocast
     told = []
     for arguments, found in pool.map(job, jobs):
-        _, dtype, M, N, *_ = arguments
-        tiles = [backend.tile_of(dtype, M, N, aot.device(sm), back) for back in (False, True)]
+        _, dtype, M, N, order, *more = arguments
+        crowded = more[-1] == F32 and order == "prenorm"
+        tiles = [
+            backend.tile_of(dtype, M, N, aot.device(sm), back, crowded) for back in (False, True)
+        ]
         assert [kernel["kernel"] for kernel in found] == KERNELS + KERNELS[1:] * (N > 32)
         for kernel in found:
             forward = "forward" in kernel["kernel"]

@@ -267,7 +267,10 @@ def test_a_stack_tells_of_its_last_layer_and_whether_one_call_joins_all():
     assert there == "layers run one by one: the backend is 'reference'"
     torch.set_autocast_enabled("cuda", True)  # which torch.autocast refuses without a GPU
     try:
-        assert "several dtypes" in explain(stack, x, device="cuda").notes[0]
+        there = explain(stack, x, device="cuda").notes[0]
+        assert there == "layers run all in one call, one launch forward, three backward"
+        other = FusedResidualStack(16, 2, order="postnorm")
+        assert "a stage after add" in explain(other, x, device="cuda").notes[0]
     finally:
         torch.set_autocast_enabled("cuda", False)
     wide = FusedResidualStack(256, 2, **bf16)
