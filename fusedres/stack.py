@@ -86,7 +86,7 @@ class FusedResidualStack(nn.Module):
     of an nn.Sequential of layers (``0.linear.weight``, ...) loads, too.
 
     All layers are one call on a CPU for N <= 512. On a GPU they are where the Triton backend can
-    run them. For N = 16, 32, 64, 128 and 256 without dropout, drop-path, batch norm and gate,
+    run them. For N = 16, 32, 64, 128 and 256 without dropout, drop-path and batch norm,
     in bfloat16 and float16, under autocast, too (float32: up to 64; 256 for no more rows than one
     wave of programs takes, from Hopper on), it is one launch forward and three backward; else a
     launch or two a layer, and all weights' gradients in few products. Else layers are called one by

@@ -1,7 +1,7 @@
 """Chains of links that are alike in Triton: one launch forward, three backward.
 
 What is asked of a chain is narrower than of a layer: N = K, a power of two up to 256, one recipe
-without dropout, gate and batch norm, one dtype but for x and y in fp32. loop.py takes the others.
+without dropout and batch norm, one dtype but for x and y in fp32. loop.py takes the others.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ MANY = 4096  # rows, from which on programs take more of them
 class Pattern(NamedTuple):
     """What the links of a chain have in common."""
 
-    spec: Spec  # of a block's last link; the others have no add
+    spec: Spec  # of a block's last link; the others have no add and no gate
     block: int  # links
     there: tuple[bool, ...]  # which of bias, norm_weight, norm_bias there are
     mixed: bool  # x and y are fp32, products 16-bit
 
-    @property
-    def crowded(self) -> bool:
-        """Whether fp32 tiles stand before `linear`, too, and take the registers of rows."""
-        return self.mixed and bool(self.spec.prologue)
+    def crowded(self, backward: bool) -> bool:
+        """Whether more than usual takes the registers of rows: fp32 tiles before `linear`, too, or
+        a gate's gradient.
+        """
+        gates = backward and self.spec.gate is not None
+        return gates or (self.mixed and bool(self.spec.prologue))
 
 
 class ChainTile(NamedTuple):
@@ -67,8 +69,8 @@ def pattern_of(links: str) -> Pattern | str:
             return "it drops at random"
         if spec.norm == "batch":
             return "it has a batch norm"
-        if spec.gate is not None:
-            return "it has a gate"
+        if "gate" in spec.prologue:
+            return "it has a gate before linear"
         if "add" in spec.prologue:
             return "it adds before linear"
         if not {*spec.dtypes} <= {"float32"}:
@@ -78,12 +80,14 @@ def pattern_of(links: str) -> Pattern | str:
         return "its links are not alike"
     *before, last = specs[:block]
     there = lines[0].there
-    inner = tuple(stage for stage in last.stages if stage != "add")
+    inner = tuple(stage for stage in last.stages if stage not in ("add", "gate"))
     for spec in before:
         alike = (spec.stages, spec.norm, spec.activation) == (inner, last.norm, last.activation)
         if not alike or (last.norm and spec.eps != last.eps):
             return "its links are not alike"
-    if len({line.there for line in lines}) > 1 or any(there[3:]):
+    gates = [line.there[3] for line in lines[:block]]
+    odd = gates != [False] * len(before) + [last.gate is not None]
+    if len({line.there[:3] for line in lines}) > 1 or odd or any(there[4:]):
         return "its links are not alike, or have more than weight, bias and a norm's two"
     if last.adds and lines[block - 1].back != block - 1:
         return "it adds another input than its block's"
@@ -118,6 +122,8 @@ def most_rows(links: str, dtype: torch.dtype, N: int, K: int, here: planner.Devi
         return f"in float32 {N} features are too many for one launch, 64 are not"
     if N < 256:
         return MOST_ROWS
+    if found.mixed and found.spec.gate and found.spec.prologue:
+        return f"{N} features, a gate and several dtypes are too many for one launch"
     if here.shared < HOPPER:
         return f"before Hopper {N} features are too many for one launch"
     return here.processors * 16  # one wave; a program waits for all weights, so two are too slow
@@ -155,15 +161,18 @@ class Parameters(NamedTuple):
     bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
+    gate: Tensor | None  # (L / B, N) or (L / B, 1)
 
     @classmethod
     def of(cls, operands: list[Tensor], links: str, depth: int, pattern: Pattern) -> Parameters:
         """From a chain's operands: `depth` not 0 says that they are stacked already."""
-        kinds = 1 + sum(pattern.there)
+        there = (True, *pattern.there, pattern.spec.gate is not None)
         if not depth:
-            operands = [torch.stack(operands[kind::kinds]) for kind in range(kinds)]
+            links_own = (own for *_, own in wiring.split(links, 0, operands))
+            kinds = ([t for t in kind if t is not None] for kind in zip(*links_own, strict=True))
+            operands = [torch.stack(kind) for kind in kinds if kind]
         rest = (t.contiguous() for t in operands)
-        return cls(next(rest), *(next(rest) if has else None for has in pattern.there))
+        return cls(*(next(rest) if has else None for has in there))  # type: ignore[arg-type]
 
 
 def chain_forward(
@@ -175,19 +184,19 @@ def chain_forward(
     pattern = _pattern(links)
     spec, p = pattern.spec, Parameters.of(operands, links, depth, pattern)
     (M, N), L = x.shape, p.weight.shape[0]
-    _check(x, p, pattern.mixed)
+    _check(x, p, pattern)
     y = x.new_empty((M, N))
     read = x if spec.prologue else p.weight  # by its stages, or by the product alone
     inputs = read.new_empty((L, M, N)) if keep else None
     z = p.weight.new_empty((L, M, N)) if keep == 1 and spec.saves_z else None
     if M:
         device = planner.device_of(x.device)
-        tile = tile_of(p.weight.dtype, M, N, device, False, pattern.crowded)
+        tile = tile_of(p.weight.dtype, M, N, device, False, pattern.crowded(False))
         with torch.cuda.device_of(x):
             kernels.residual_chain_forward_kernel[(ceil_div(M, tile.BLOCK_M),)](
                 x, *p, inputs, z, y, M, L, spec.eps, spec.residual_scale, *x.stride(),
                 PROLOGUE=spec.prologue, EPILOGUE=spec.epilogue, NORM_BEFORE="norm" in spec.prologue,
-                CENTRED=spec.norm != "rms", B=pattern.block,
+                CHANNEL=spec.gate == "channel", CENTRED=spec.norm != "rms", B=pattern.block,
                 ACT=layers.activation_functions(spec.activation, x.dtype)[0],
                 PRECISION=layers._precision(), N=N, **tile.options(),
             )  # fmt: skip
@@ -210,27 +219,28 @@ def chain_backward(
     """
     pattern = _pattern(links)
     spec, p = pattern.spec, Parameters.of(operands, links, depth, pattern)
-    _check(x, p, pattern.mixed)
+    _check(x, p, pattern)
     (M, N), L = x.shape, p.weight.shape[0]
     if tuple(dy.shape) != (M, N):
         raise RuntimeError(f"fusedres: dy is {tuple(dy.shape)}, expected {(M, N)}")
     inputs, z = (*saved, None)[:2]
     device = planner.device_of(x.device)
-    tile = tile_of(p.weight.dtype, M, N, device, True, pattern.crowded)
+    tile = tile_of(p.weight.dtype, M, N, device, True, pattern.crowded(True))
     programs = ceil_div(M, tile.BLOCK_M)
 
-    kinds = 1 + sum(pattern.there)
-    asked = [name for name, t in zip(Parameters._fields, p, strict=True) if t is not None]
-    asked = [name for kind, name in enumerate(asked) if "1" in wanted[1 + kind :: kinds]]
-    grads = {n: torch.empty_like(getattr(p, n)) for n in asked}
+    asked = _asked(links, depth, p, wanted)
+    grads = {n: torch.empty_like(getattr(p, n)) for n in Parameters._fields if (n, "1") in asked}
     dx = x.new_empty((M, N)) if wanted[0] == "1" else None
     if not M:
         for grad in grads.values():
             grad.zero_()
-        return _in_order(dx, grads, p, depth, wanted)
+        return _in_order(dx, grads, asked, depth)
     dz = p.weight.new_empty((L, M, N)) if "weight" in grads else None
     operand = p.weight.new_empty((L, M, N)) if "weight" in grads and spec.prologue else None
-    outs = [grads.get(name) for name in ("bias", "norm_weight", "norm_bias")]
+    outs = [grads.get(name) for name in ("bias", "norm_weight", "norm_bias", "gate")]
+    of_links = pattern.block == 1 and spec.gate == "channel"
+    if outs[-1] is not None and not of_links:
+        outs[-1] = x.new_empty((L, N), dtype=torch.float32)
     partial = [
         None if t is None else x.new_empty((L, programs, N), dtype=torch.float32) for t in outs
     ]
@@ -240,31 +250,47 @@ def chain_backward(
             dy, inputs, z, *p, dx, dz, operand, *partial, M, L, spec.eps, spec.residual_scale,
             *dy.stride(), PROLOGUE=spec.prologue, EPILOGUE=spec.epilogue,
             AGAIN=z is None and spec.saves_z, SHORTCUT=spec.saves_residual,
-            CENTRED=spec.norm != "rms", ACT=act, ACT_GRAD=act_grad,
+            CHANNEL=spec.gate == "channel", CENTRED=spec.norm != "rms", ACT=act, ACT_GRAD=act_grad,
             PRECISION=layers._precision(), B=pattern.block, N=N, **tile.options(),
         )  # fmt: skip
         if dz is not None:
             multiplied: Any = inputs if operand is None else operand
             torch.bmm(dz.transpose(1, 2), multiplied, out=grads["weight"])
-        if any(t is not None for t in outs):
+        sums = [(a, b) for a, b in zip(partial, outs, strict=True) if b is not None]
+        if sums:
             kernels.residual_chain_sums_kernel[(L * (N // SUMS["COLUMNS"]),)](
-                tuple(partial), tuple(outs), programs, N=N, **SUMS
+                *zip(*sums, strict=True), programs, N=N, **SUMS
             )
-    return _in_order(dx, grads, p, depth, wanted)
+        if outs[-1] is not None and not of_links:
+            last = outs[-1][pattern.block - 1 :: pattern.block]
+            grads["gate"].copy_(last if spec.gate == "channel" else last.sum(1, keepdim=True))
+    return _in_order(dx, grads, asked, depth)
+
+
+def _asked(links: str, depth: int, p: Parameters, wanted: str) -> list[tuple[str, str]]:
+    """For each operand, in the op's order, its name and whether its gradient is wanted, "1"."""
+    names, flags = Parameters._fields, wanted[1:]
+    if depth:
+        there = [name for name, t in zip(names, p, strict=True) if t is not None]
+        return list(zip(there, flags, strict=True))
+    links_own = (own for *_, own in wiring.split(links, 0, flags))
+    found = (zip(names, own, strict=False) for own in links_own)
+    return [(name, flag) for own in found for name, flag in own if flag is not None]
 
 
 def _in_order(
-    dx: Tensor | None, grads: dict[str, Tensor], p: Parameters, depth: int, wanted: str
+    dx: Tensor | None, grads: dict[str, Tensor], asked: list[tuple[str, str]], depth: int
 ) -> list[Tensor]:
     """The gradients as the op returns them: of x, of each stack or of each link's operands."""
-    L = len(p.weight)
-    there = (name for name, t in zip(Parameters._fields, p, strict=True) if t is not None)
-    stacks = [grads.get(name) for name in there]
-    if not depth:
-        links = zip(*([None] * L if t is None else t.unbind() for t in stacks), strict=True)
-        stacks = [t for link in links for t in link]
-    found = zip((dx, *stacks), wanted, strict=True)
-    return [t for t, need in found if t is not None and need == "1"]
+    found = [] if dx is None else [dx]
+    if depth:
+        return [*found, *(grads[name] for name, flag in asked if flag == "1")]
+    each = {name: iter(t.unbind()) for name, t in grads.items()}
+    for name, flag in asked:
+        t = next(each[name]) if name in each else None
+        if t is not None and flag == "1":
+            found.append(t)
+    return found
 
 
 def _pattern(links: str) -> Pattern:
@@ -274,19 +300,22 @@ def _pattern(links: str) -> Pattern:
     return found
 
 
-def _check(x: Tensor, p: Parameters, mixed: bool) -> None:
+def _check(x: Tensor, p: Parameters, pattern: Pattern) -> None:
     """What kernels, which only see pointers, would get wrong in silence."""
     L, N = p.weight.shape[0], x.shape[1]
     if N not in CHAIN_WIDTHS:
         raise RuntimeError(f"fusedres: x has {N} features, a chain in Triton has {CHAIN_WIDTHS}")
+    sizes = {"weight": (L, N, N), "gate": (L // pattern.block, 1)}
+    if pattern.spec.gate == "channel":
+        sizes["gate"] = L // pattern.block, N
     for name, t in p._asdict().items():
-        expected = (L, N, N) if name == "weight" else (L, N)
+        expected = sizes.get(name, (L, N))
         if t is not None and (tuple(t.shape) != expected or t.device != x.device):
             raise RuntimeError(
                 f"fusedres: a chain's {name} is {tuple(t.shape)} on {t.device}, "
                 f"expected {expected} on {x.device}"
             )
-    product = p.weight.dtype if mixed and x.dtype == torch.float32 else x.dtype
+    product = p.weight.dtype if pattern.mixed and x.dtype == torch.float32 else x.dtype
     for name, t in (("weight", p.weight), ("bias", p.bias)):
         if t is not None and t.dtype != product:
             raise RuntimeError(f"fusedres: a chain's {name} is {t.dtype}, x is {x.dtype}")

@@ -157,7 +157,8 @@ def _of_stack(
         way = _way_on_a_gpu(stack, x, where)
     how = f"all in {way}" if isinstance(way, Way) else f"one by one: {way}"
     if where.type == "cuda" and isinstance(way, Way) and not way.loop:
-        how += ", one launch forward, three backward"
+        sums = stack.gate_kind == "scalar" or (stack.gate_kind and block > 1)
+        how += ", one launch forward, three backward" + " and the gates' sums" * bool(sums)
     title = f"FusedResidualStack of {len(stack)} layers, of which the last is a {told.title}"
     return Explanation(title, told.calls, (f"layers run {how}", *told.notes))
 

@@ -25,10 +25,10 @@ class Case:
         torch.manual_seed(0)
         settings = {"activation": "silu", **settings}
         stack = FusedResidualStack(N, depth, layers_per_block=block, **settings)
-        for name in ("norm_weight", "norm_bias"):
+        for name, mean in (("norm_weight", 1.0), ("norm_bias", 0.0), ("gate", 0.7)):
             t = getattr(stack, name)
             if t is not None:
-                torch.nn.init.normal_(t, 1.0 if name == "norm_weight" else 0.0, 0.3)
+                torch.nn.init.normal_(t, mean, 0.3)
         given = stack._given()
         self.depth, self.what = depth, f"{stack}, {dtype}"
         self.links = stack._text(torch.empty(()), given)
@@ -89,6 +89,10 @@ def test_the_numbers_of_its_layers(order, norm, block):
         {"order": "linear-add", "norm": None, "activation": None, "residual_scale": 0.3},
         {"block": 3, "depth": 6, "order": "resnet-v1", "norm": "rms"},
         {"depth": 1},
+        {"gate": "channel"},
+        {"gate": "channel", "block": 2, "order": "prenorm", "norm": "rms"},
+        {"gate": "scalar", "block": 2, "order": "postnorm"},
+        {"gate": "scalar", "order": "linear-gate-norm-act-add", "depth": 3},
         {"depth": 24, "N": 16, "M": 16, "eps": 1e-3},
         {"N": 64, "M": 5},
         {"N": 128, "M": 17, "depth": 2, "block": 2},
@@ -131,16 +135,16 @@ def test_z_computed_again(order):
 
 
 def test_gradients_that_nobody_wants():
-    case = Case(M=20, order="prenorm")
+    case = Case(M=20, order="prenorm", gate="scalar")
     every = case.ours()
-    for wanted in ("10000", "01000", "00100", "00011", "11111"):
+    for wanted in ("100000", "010000", "001000", "000110", "000001", "111111"):
         found = case.ours(wanted=wanted)
         assert len(found) == 1 + wanted.count("1")
         assert all(torch.equal(t, every[name]) for name, t in found.items())
 
 
 def test_operands_of_their_own_and_views_give_the_same_bits():
-    case = Case(M=20)
+    case = Case(M=20, gate="channel")
     ours, own = case.ours(), case.without_stacking().ours()
     for name in case.names:
         parts = [own["dx"]] if name == "x" else [own[f"d{name} {i}"] for i in range(case.depth)]
@@ -277,7 +281,7 @@ def test_layers_of_one_kind_in_a_row_are_a_call(calls):
 
 
 WAYS = {
-    "gate": ({"gate": "scalar"}, "a gate"),
+    "gate": ({"gate": "scalar", "order": "gate-linear-act-add"}, "a gate before linear"),
     "dropout": ({"dropout": 0.5}, "at random"),
     "batch norm": ({"norm": "batch"}, "batch norm"),
     "width": ({"features": 40}, "one launch takes 16, 32, 64, 128, 256, in and out"),
@@ -362,6 +366,8 @@ def test_rows_of_a_wide_stack(calls, monkeypatch):
     assert limit(BF16, where, 256, 256) == 32
     assert limit(BF16, where, 128, 128) > 1 << 20
     assert "features" in limit(BF16, where, 512, 512)
+    gated = "15 norm-linear-gate-add norm=layer gate=scalar x_dtype=float32 y_dtype=float32"
+    assert "a gate and several dtypes" in limit.func("auto", gated, BF16, where, 256, 256)
     limit.func.cache_clear()
     monkeypatch.setattr(planner, "device_of", lambda _: device._replace(shared=160 << 10))
     assert "before Hopper" in limit(BF16, where, 256, 256)
@@ -402,5 +408,8 @@ def test_operands_that_do_not_fit_are_told():
     _, *saved = case.forward()
     with pytest.raises(RuntimeError, match=r"dy is \(9, 32\), expected \(18, 32\)"):
         backend.chain_backward(case.dy[:9], saved, x, [weight, *rest], case.links, 4, "11111")
-    with pytest.raises(RuntimeError, match="a gate"):
-        backend.chain_forward(x, [weight, *rest], "15 linear-gate-add gate=scalar", 4, 0)
+    links, gate = "15 linear-gate-add gate=scalar", torch.randn(4, 32, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"gate is \(4, 32\) on .*, expected \(4, 1\)"):
+        backend.chain_forward(x, [weight, *rest, gate], links, 4, 0)
+    with pytest.raises(RuntimeError, match="a batch norm"):
+        backend.chain_forward(x, [weight, *rest], "7 linear-norm-add norm=batch", 4, 0)

@@ -20,23 +20,31 @@ def empty(*shape, dtype):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch(dtype, M, N, order="note", block=1, activation="silu", depth=100, x_dtype=None):
-    """What a training step of a chain launches, and its backward that computes z again; under
-    autocast x is of another dtype.
+def launch(
+    dtype, M, N, order="note", block=1, activation="silu", depth=100, x_dtype=None, gate=None
+):
+    """What a training step of a chain launches, and its backward that computes z again, or, of 32
+    features, one that does not sum up everything; under autocast x is of another dtype.
     """
-    last = make_spec(order, "layer", activation)
-    inner = make_spec("-".join(s for s in last.stages if s != "add"), "layer", activation)
+    last = make_spec(order, "layer", activation, gate)
+    order = "-".join(stage for stage in last.stages if stage not in ("add", "gate"))
+    inner = make_spec(order, "layer", activation)
     if x_dtype is not None:
         name = str(x_dtype).removeprefix("torch.")
         last, inner = (replace(spec, x_dtype=name, y_dtype=name) for spec in (last, inner))
     lines = [line_of(0b111, 0, inner.text)] * (block - 1)
-    links = "\n".join([*lines, line_of(0b111, block - 1, last.text)])
+    links = "\n".join([*lines, line_of(0b1111 if gate else 0b111, block - 1, last.text)])
     x, vector = empty(M, N, dtype=x_dtype or dtype), empty(depth, N, dtype=F32)
     operands = [empty(depth, N, N, dtype=dtype), vector.to(dtype), vector, vector]
+    if gate:
+        operands.append(empty(depth // block, N if gate == "channel" else 1, dtype=F32))
+    wanted = "1" * (1 + len(operands))
     y, *saved = backend.chain_forward(x, operands, links, depth, 1)
-    backend.chain_backward(y, saved, x, operands, links, depth, "11111")
+    backend.chain_backward(y, saved, x, operands, links, depth, wanted)
     if N > 32:
-        backend.chain_backward(y, saved[:1], x, operands, links, depth, "11111")
+        backend.chain_backward(y, saved[:1], x, operands, links, depth, wanted)
+    else:
+        backend.chain_backward(y, saved, x, operands, links, depth, wanted[:-1] + "0")
 
 
 def job(arguments):
@@ -55,14 +63,17 @@ def test_every_tile(sm, pool):
     sizes = [(F32, 512, 64), *sizes[2 : 9 - (sm == 80)]]  # 16 features have 32's tiles
     jobs = [(sm, *size, *RECIPES[(i + sm) % 3]) for i, size in enumerate(sizes)]
     jobs += [(sm, BF16, 65536, 128, *recipe, 100, F32) for recipe in RECIPES[:2]]  # autocast
+    jobs += [(sm, BF16, 65536, 128, *recipe, 100, None, "channel") for recipe in RECIPES[1:]]
     told = []
     for arguments, found in pool.map(job, jobs):
         _, dtype, M, N, order, *more = arguments
-        crowded = more[-1] == F32 and order == "prenorm"
+        crowded = [F32 in more and order == "prenorm"] * 2  # forward, backward
+        crowded[1] |= "channel" in more
         tiles = [
-            backend.tile_of(dtype, M, N, aot.device(sm), back, crowded) for back in (False, True)
+            backend.tile_of(dtype, M, N, aot.device(sm), back, crowded[back])
+            for back in (False, True)
         ]
-        assert [kernel["kernel"] for kernel in found] == KERNELS + KERNELS[1:] * (N > 32)
+        assert [kernel["kernel"] for kernel in found] == KERNELS + KERNELS[1:]
         for kernel in found:
             forward = "forward" in kernel["kernel"]
             tile = tiles[not forward]

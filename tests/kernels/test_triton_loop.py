@@ -65,7 +65,7 @@ SETTINGS = [
     {"order": "resnet-v1", "norm": "batch", "layers_per_block": 2},
     {"norm": "batch", "momentum": None},
     {"gate": "channel", "layers_per_block": 2},
-    {"gate": "scalar", "N": 32},
+    {"gate": "scalar"},
     {"dropout": 0.3, "drop_path": 0.4, "layers_per_block": 2},
     {"order": "preact", "norm": "batch", "dropout": 0.3},
     {"order": "linear-add", "norm": None, "activation": None, "bias": False},

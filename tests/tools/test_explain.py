@@ -250,9 +250,14 @@ def test_a_stack_tells_of_its_last_layer_and_whether_one_call_joins_all():
         assert told.saved_bytes  # it has parameters that want gradients
     there = explain(stack, x, device="cuda").notes[0]
     assert there == "layers run all in one call, one launch forward, three backward"
+    gated = FusedResidualStack(16, 6, gate="scalar")
+    assert explain(gated, x, device="cuda").notes[0] == f"{there} and the gates' sums"
     bf16 = {"dtype": torch.bfloat16}
     for other, reason in (
-        (FusedResidualStack(16, 2, gate="scalar", **bf16), "it has a gate"),
+        (
+            FusedResidualStack(16, 2, gate="scalar", order="gate-linear-add", **bf16),
+            "a gate before",
+        ),
         (FusedResidualStack(16, 2, dropout=0.5, **bf16), "it drops at random"),
         (FusedResidualStack(16, 2, norm="batch", **bf16), "it has a batch norm"),
         (FusedResidualStack(512, 2, **bf16), "(512, 512) features"),
