@@ -48,7 +48,7 @@ def layout(links: str, depth: int, x: torch.dtype, product: torch.dtype, keep: i
     specs = [Spec.parse(lines[link % block].recipe) for link in range(L)]
     dtypes, reads = [x], [keep == 2] * L
     for link, spec in enumerate(specs):
-        reads[link] |= bool(spec.prologue) or not spec.casts
+        reads[link] |= not spec.casts
         if spec.saves_residual:
             reads[link - lines[link % block].back] = True
         dtypes.append(y_dtype(spec.text, product))

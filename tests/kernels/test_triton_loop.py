@@ -89,7 +89,11 @@ def test_the_bits_of_the_layers(settings, calls):
         assert torch.equal(stack(x), stack._one_by_one(x)) and calls.pop() == len(stack)
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm": None, "layers_per_block": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"norm": None, "layers_per_block": 2}, {"order": "postnorm", "layers_per_block": 2}],
+    ids=str,
+)
 def test_under_autocast(settings, calls):
     """Products in fp16, what is added in fp32."""
     stack = make(**settings)
