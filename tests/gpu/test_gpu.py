@@ -780,7 +780,27 @@ CHAINS = [
 @pytest.mark.parametrize("dtype, width, depth, block", CHAINS)
 def test_chains_as_accurate_as_eager(dtype, width, depth, block, M, order, recompute, nan_filled):
     stack = make_stack(width, depth, block, order, dtype, recompute=recompute)
-    x, dy = (torch.randn(M, width, device=DEVICE).to(dtype) for _ in range(2))
+    as_accurate_as_eager(stack, M, dtype)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gate": "channel", "gate_init": 0.7},
+        {"gate": "scalar", "gate_init": 0.7, "block": 2},
+        {"norm": "rms"},
+        {"norm": None, "bias": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("width", [64, 128, 320])
+def test_chains_with_gates_and_without_other_parameters(width, settings, nan_filled):
+    settings = {"block": 1, "order": "note", **settings}
+    as_accurate_as_eager(make_stack(width, 8, dtype=BF16, **settings), 300, BF16)
+
+
+def as_accurate_as_eager(stack, M, dtype):
+    x, dy = (torch.randn(M, stack.features, device=DEVICE).to(dtype) for _ in range(2))
     assert stack.why_not_joined(x) is None
     found = [chain_results(stack, x, dy, to) for to in (None, dtype, torch.float64)]
     # each over its size to the next power of two, which rounds nothing
