@@ -65,11 +65,23 @@ def test_while_torch_is_imported(tmp_path):
     interrupted(tmp_path, ["info"], "importing")
 
 
+def test_within_an_exec():
+    text = """
+import sys
+from fusedres.tools.interrupted import said
+try:
+    exec("raise KeyboardInterrupt")
+except KeyboardInterrupt:
+    sys.exit(said())
+"""
+    assert subprocess.run([sys.executable, "-c", text], cwd=ROOT).returncode == 130
+
+
 @pytest.mark.parametrize(
     "arguments, first, seconds",
     [
         (["bench", "--shape", "64x64", "--seconds", "60", "--threads", "1"], "bench [", 0.5),
-        (["selftest", "--seconds", "60"], "cpu", 0.2),
+        (["selftest", "--seconds", "60"], "cpu", 0.0),
         (["demo", "--quick"], "Training", 0.0),
         (["demo", "--quick"], "Training", 4.0),
     ],
