@@ -18,8 +18,8 @@ CODE = 130
 def said() -> int:
     """The exit code, once the line is printed."""
     print("interrupted", file=sys.stderr, flush=True)
-    # CPython takes a KeyboardInterrupt that left an exec of text for unhandled, even if it is caught
-    # later, and ends by the signal instead of a code; the next exec makes it forget.
+    # CPython takes a KeyboardInterrupt that left an exec of text for unhandled, even if it is
+    # caught later, and ends by the signal instead of a code; the next exec makes it forget.
     exec("")
     return CODE
 

@@ -65,16 +65,18 @@ def test_while_torch_is_imported(tmp_path):
     interrupted(tmp_path, ["info"], "importing")
 
 
-def test_within_an_exec():
-    text = """
+def test_within_an_exec(tmp_path):
+    (tmp_path / "work.py").write_text("""
 import sys
 from fusedres.tools.interrupted import said
 try:
     exec("raise KeyboardInterrupt")
 except KeyboardInterrupt:
     sys.exit(said())
-"""
-    assert subprocess.run([sys.executable, "-c", text], cwd=ROOT).returncode == 130
+""")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "work"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment).returncode == 130
 
 
 @pytest.mark.parametrize(
