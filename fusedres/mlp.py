@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from . import chain, checks
 from .checks import Backend
+from .glu import glu as gated_unit
+from .layers import activation_name
 from .links import Part, joined, links_of, unchained
 from .modules import FusedResidual, project
 from .spec import STAGES, Gate, Norm, one_of, unknown_stage
@@ -29,7 +31,7 @@ MLP_SHORTCUTS = ("identity", "linear")
 # What a block hands to its layers, and what their shapes come from.
 _OF_LAYERS = ("norm", "activation", "bias", "eps", "momentum", "gate", "gate_init", "dropout",
               "hidden_dropout", "drop_path", "residual_scale")  # fmt: skip
-_FIXED = ("features", "hidden_features", "out_features", "order", "adds")
+_FIXED = ("features", "hidden_features", "out_features", "order", "adds", "glu")
 
 
 def split_order(order: str) -> tuple[str, str]:
@@ -63,6 +65,22 @@ def split_order(order: str) -> tuple[str, str]:
     raise ValueError(f"fusedres: order {order!r} does not split into two layers of distinct stages")
 
 
+def gated_halves(order: str) -> tuple[str, str]:
+    """What split_order gives, without the ``act`` between the matmuls: the gated unit is that one.
+
+    Raises ValueError for an order that has anything else there.
+    """
+    split_order(order)
+    stages = MLP_ORDERS.get(order, order).split("-")
+    first = stages.index("linear")
+    second = stages.index("linear", first + 1)
+    if stages[first + 1 : second] != ["act"]:
+        raise ValueError(
+            f"fusedres: glu=True needs 'act' alone between the two 'linear', got order {order!r}"
+        )
+    return "-".join(stages[: first + 1]), "-".join(stages[second:])
+
+
 class FusedResidualMLP(nn.Module):
     """The residual block of two matmuls, W1 (hidden, K) and W2 (N, hidden), in two fused calls.
 
@@ -92,6 +110,10 @@ class FusedResidualMLP(nn.Module):
         shortcut: "identity" (default where K = N), "linear" (default where not: parameters
             ``shortcut.weight`` (N, K) and ``shortcut.bias``) or a module. "identity" with K != N
             makes `residual` required.
+        glu: a gated linear unit, ``act(a) * b``, in the place of ``act(z)``: SwiGLU with
+            activation="silu", GEGLU with "gelu", ReGLU with "relu". ``fc1.linear`` gives ``2 *
+            hidden_features`` (its weight is (2 hidden, K)), a is their first half; torch's F.glu
+            and timm's GluMlp activate the second. Orders with ``act`` alone between the matmuls.
         norm, activation, bias, eps, momentum, backend, device, dtype: as in FusedResidual.
 
     Shapes: x (..., K), residual (..., N) or what the shortcut takes, y (..., N); floating dtypes.
@@ -103,7 +125,8 @@ class FusedResidualMLP(nn.Module):
     does not fit, NotImplementedError where a named backend cannot run a call.
 
     Sources: https://arxiv.org/abs/2010.11929 (ViT), https://arxiv.org/abs/2106.11959 (RTDL),
-    https://arxiv.org/abs/1810.04805 (BERT), https://arxiv.org/abs/2405.16158 (BRO).
+    https://arxiv.org/abs/1810.04805 (BERT), https://arxiv.org/abs/2405.16158 (BRO),
+    https://arxiv.org/abs/2002.05202 (GLU).
     """
 
     def __init__(
@@ -125,6 +148,7 @@ class FusedResidualMLP(nn.Module):
         drop_path: float = 0.0,
         residual_scale: float = 1.0,
         shortcut: Literal["identity", "linear"] | nn.Module | None = None,
+        glu: bool = False,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -138,8 +162,10 @@ class FusedResidualMLP(nn.Module):
             out_features=K if out_features is None else out_features,
         )
         checks.check_settings(op, bias, momentum, gate, gate_init)
-        first, second = split_order(order)
+        first, second = self._halves(order, glu, activation)
         self.features, self.hidden_features, self.out_features, self.order = K, H, N, order
+        self.glu = glu
+        self._activation = activation or ""  # what the gated unit names
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         settings: dict[str, Any] = {
             "norm": norm,
@@ -151,7 +177,9 @@ class FusedResidualMLP(nn.Module):
             **where,
         }
         self._backend = backend
-        self.fc1 = FusedResidual(K, H, order=first, dropout=hidden_dropout, **settings)
+        self.hidden_drop = nn.Dropout(hidden_dropout) if glu else None
+        its = {"order": first, "dropout": 0.0 if glu else hidden_dropout, **settings}
+        self.fc1 = FusedResidual(K, 2 * H if glu else H, **its)
         self.fc2 = FusedResidual(
             H,
             N,
@@ -175,6 +203,14 @@ class FusedResidualMLP(nn.Module):
         elif one_of("shortcut", shortcut, MLP_SHORTCUTS) == "linear" and self.adds:
             self.shortcut = nn.Linear(K, N, **where)
 
+    @staticmethod
+    def _halves(order: str, glu: bool, activation: object) -> tuple[str, str]:
+        if not isinstance(glu, bool):
+            raise TypeError(f"fusedres: glu must be True or False, got {glu!r}")
+        if glu and activation is None:
+            raise ValueError("fusedres: glu=True needs an activation, 'silu' say, got None")
+        return gated_halves(order) if glu else split_order(order)
+
     @property
     def backend(self) -> str:
         """Of both layers and of a linear shortcut; may be assigned."""
@@ -187,7 +223,9 @@ class FusedResidualMLP(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OF_LAYERS:
-            checks.refuse_assignment(type(self).__name__, name, "set it of .fc1 and .fc2")
+            gated = name == "hidden_dropout" and self.__dict__.get("glu")
+            where = "set .hidden_drop.p" if gated else "set it of .fc1 and .fc2"
+            checks.refuse_assignment(type(self).__name__, name, where)
         if name in _FIXED and name in self.__dict__:
             checks.refuse_assignment(type(self).__name__, name, "make another block")
         super().__setattr__(name, value)
@@ -208,12 +246,21 @@ class FusedResidualMLP(nn.Module):
                 return y
         if self.adds:
             residual = self._shortcut(x, residual)
-        return self.fc2(self.fc1(x), residual)
+        return self.fc2(self._hidden(x), residual)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """What the second matmul gets, (..., hidden)."""
+        z = self.fc1(x)
+        if self.hidden_drop is None:
+            return z
+        return self.hidden_drop(gated_unit(z, self._activation, self.backend))
 
     def parts(self) -> list[Part] | None:
         """Its two layers, where they are all that a call with x alone is, and narrow enough for one
         call to be faster than two.
         """
+        if self.glu:
+            return None
         if self.adds and (self.shortcut is not None or self.features != self.out_features):
             return None
         if self.features * self.hidden_features > _NARROW:
@@ -256,28 +303,30 @@ class FusedResidualMLP(nn.Module):
         drop_path: float = 0.0,
         residual_scale: float = 1.0,
         shortcut: Literal["identity", "linear"] | nn.Module | None = None,
+        glu: bool = False,
         backend: Backend = "auto",
     ) -> FusedResidualMLP:
         """A block that shares the parameters of the given layers (the same modules become its
         layers' submodules).
 
         Args:
-            linear1, linear2: the nn.Linear (K to hidden) and (hidden to N).
+            linear1, linear2: the nn.Linear (K to hidden, with `glu` to 2 hidden) and (hidden to N).
             norm: an nn.LayerNorm, nn.RMSNorm or nn.BatchNorm1d; a pair of them for orders with two.
             activation: a name, a torch.nn module such as nn.GELU(), or None.
             gate: as the constructor's, or the nn.Parameter of a LayerScale, which is shared.
-            order, gate_init, hidden_dropout, dropout, drop_path, residual_scale, shortcut, backend:
-                as the constructor's.
+            order, gate_init, hidden_dropout, dropout, drop_path, residual_scale, shortcut, glu,
+                backend: as the constructor's.
 
         Raises TypeError or ValueError where a layer does not fit.
         """
-        op, halves = f"{cls.__name__}.from_layers", split_order(order)
+        op, halves = f"{cls.__name__}.from_layers", cls._halves(order, glu, activation)
         for name, linear in (("linear1", linear1), ("linear2", linear2)):
             if not isinstance(linear, nn.Linear):
                 raise TypeError(f"{op}: {name} must be an nn.Linear, got {type(linear).__name__}")
         (K, H), (h, N) = ((f.in_features, f.out_features) for f in (linear1, linear2))
-        if h != H:
-            raise ValueError(f"{op}: linear2 takes {h} features, linear1 gives {H}")
+        if h * (1 + glu) != H:
+            twice = ", glu=True needs twice as many" if glu else ""
+            raise ValueError(f"{op}: linear2 takes {h} features, linear1 gives {H}{twice}")
         several = isinstance(norm, (list, tuple, nn.ModuleList))
         norms: list[Any] = [] if norm is None else list(cast(Any, norm)) if several else [norm]
         wanted = sum("norm" in half.split("-") for half in halves)
@@ -286,12 +335,14 @@ class FusedResidualMLP(nn.Module):
         left = iter(norms)
         weight = linear1.weight
         where: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        gating = activation_name(activation) if glu else None
         block = cls(
-            K, H, N, order=order, norm=None, activation=None, shortcut=shortcut, backend=backend,
-            device="meta",
+            K, h, N, order=order, norm=None, activation=gating, hidden_dropout=hidden_dropout,
+            shortcut=shortcut, glu=glu, backend=backend, device="meta",
         )  # fmt: skip
         if isinstance(block.shortcut, nn.Linear) and block.shortcut is not shortcut:
             block.shortcut = nn.Linear(K, N, **where)
+        head = {"dropout": 0.0 if glu else hidden_dropout}
         tail: dict[str, Any] = {
             "gate": gate, "gate_init": gate_init, "dropout": dropout, "drop_path": drop_path,
             "residual_scale": residual_scale, "shortcut": "identity",
@@ -302,7 +353,7 @@ class FusedResidualMLP(nn.Module):
                 order=half, backend=backend, **its,
             )
             for linear, half, its in zip(
-                (linear1, linear2), halves, ({"dropout": hidden_dropout}, tail), strict=True
+                (linear1, linear2), halves, (head, tail), strict=True
             )
         )  # fmt: skip
         return block.train(linear1.training)
@@ -311,4 +362,6 @@ class FusedResidualMLP(nn.Module):
         raise NotImplementedError(f"FusedResidualMLP: {checks.SCRIPT}")
 
     def extra_repr(self) -> str:
-        return f"{self.features}, {self.hidden_features}, {self.out_features}, order={self.order!r}"
+        glu = f", glu={self._activation}" if self.glu else ""
+        widths = f"{self.features}, {self.hidden_features}, {self.out_features}"
+        return f"{widths}, order={self.order!r}{glu}"

@@ -66,6 +66,7 @@ SUITES = {
         "or (numbers and rms)",
     ),
     "settings": ("settings", ""),
+    "glu": ("glu", "unit or views"),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
     "triton drops": ("triton", "masks or everything_on"),
     "triton acts": ("triton", "activation or scales or cdf"),
@@ -170,6 +171,14 @@ TABLE = {
     ("running", "the biased variance is kept", "static_cast<double>(rows - 1) : 1",
      "static_cast<double>(rows) : 1"),
     ("running", "an average that forgets this batch", "*count + 1.0", "*count + 0.0"),
+],
+"csrc/cpu/glu.h": [
+    ("glu", "da does not know b", "    multiply_rows(d, b, n);\n", ""),
+    ("glu", "db takes the derivative of what it multiplies", "activate_grad(g.act, d, a, n)",
+     "activate_grad(g.act, d, t, n)"),
+],
+"csrc/glu.cpp": [
+    ("glu", "both halves begin where the first does", "rows.features * bytes", "0 * bytes"),
 ],
 "csrc/cpu/storage.h": [
     ("half", "bf16 is cut off, not rounded", "(u + 0x7FFF + ((u >> 16) & 1)) >> 16", "u >> 16"),

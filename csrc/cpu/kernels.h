@@ -95,6 +95,13 @@ struct WeightGradient {
   int64_t part_stride = 0;
 };
 
+// h = act(a) * b, row by row; where dy has data: da = dy * b * act'(a), db = dy * act(a) instead.
+struct Glu {
+  Act act = Act::none;
+  Rows a, b, h;
+  Rows dy, da, db;
+};
+
 template <class A>
 struct Kernels {
   // For `statistics`, (2, width) of double: mean, and sum of squared distances from it, of what
@@ -105,6 +112,7 @@ struct Kernels {
                           int64_t end);
   // dweight[n] = the sum of `count` parts' rows n, for n in [begin, end).
   void (*add_parts)(const WeightGradient<A>&, int64_t count, int64_t begin, int64_t end);
+  void (*glu)(const Glu&, int64_t begin, int64_t end);
   // b = matrix.T if `transposed`, else matrix, panels [begin, end).
   void (*pack)(const Rows& matrix, bool transposed, const Packed& b, int64_t begin, int64_t end);
   int64_t (*packed_bytes)(const Packed&);

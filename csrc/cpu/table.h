@@ -6,6 +6,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/glu.h"
 
 namespace fusedres::cpu::FUSEDRES_ISA {
 
@@ -51,6 +52,7 @@ constexpr Kernels<A> table() {
     });
   };
   k.add_parts = add_parts<A>;
+  k.glu = glu<A>;
   k.pack = [](const Rows& matrix, bool transposed, const Packed& b, int64_t begin, int64_t end) {
     with_unit<A>(b.dtype,
                  [&](auto unit) { pack_units<decltype(unit)>(matrix, transposed, b, begin, end); });

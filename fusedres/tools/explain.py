@@ -17,6 +17,7 @@ from .. import checks
 from ..backends import LOOPS, environment_backend, plan
 from ..chain import Way, rows_told
 from ..functional import composite_only, fused_residual
+from ..glu import why_not_one_pass
 from ..layers import customised, first_parameter, watched
 from ..links import links_of, unchained
 from ..mlp import FusedResidualMLP
@@ -308,6 +309,10 @@ def _of_mlp(
         notes.append(f"the shortcut is a call of its own{f': {called}' if called else ''}")
         third = context.dtype
     context = replace(context, x_dtype=hidden, residual_dtype=third)
+    if mlp.glu:
+        why_not = why_not_one_pass(mlp._activation, mlp.backend, context.device)
+        how = f"plain torch ops: {why_not}" if why_not else "one pass each way"
+        notes.append(f"the gated linear unit between the matmuls is {how}")
     more, more_notes = _of_layer(context, mlp.fc2, mlp.hidden_features, residual, "fc2")
     return calls + more, [*notes, *more_notes, "two matmuls are two calls, fc1 and fc2"]
 

@@ -29,6 +29,7 @@ ROOMS = [
     "chain",
     "graphs",
     "functional",
+    "glu",
     "modules",
     "links",
     "mlp",
