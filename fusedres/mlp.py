@@ -14,7 +14,7 @@ from .glu import glu as gated_unit
 from .layers import activation_name
 from .links import Part, joined, links_of, unchained
 from .modules import FusedResidual, project
-from .spec import STAGES, Gate, Norm, one_of, unknown_stage
+from .spec import STAGES, Gate, Norm, make_spec, one_of, unknown_stage
 
 MLP_ORDERS = {
     "prenorm": "norm-linear-act-linear-add",
@@ -177,7 +177,9 @@ class FusedResidualMLP(nn.Module):
             **where,
         }
         self._backend = backend
-        self.hidden_drop = nn.Dropout(hidden_dropout) if glu else None
+        if glu:  # it acts behind the unit, where no layer's stages reach
+            make_spec("linear-dropout", dropout=hidden_dropout)  # raises if it is no probability
+        self.hidden_drop = nn.Dropout(float(hidden_dropout)) if glu else None
         its = {"order": first, "dropout": 0.0 if glu else hidden_dropout, **settings}
         self.fc1 = FusedResidual(K, 2 * H if glu else H, **its)
         self.fc2 = FusedResidual(

@@ -106,6 +106,8 @@ class FusedSequential(nn.Sequential):
 def _why_alone(module: nn.Module, x: Tensor) -> str:
     streams = [Stream(x.shape[-1], x.dtype)]
     parts = _parts(module) if isinstance(module, JOINED) else [Part(module)]
+    if parts is None and getattr(module, "glu", False):
+        return "it has a gated linear unit between its matmuls"
     if parts is None:
         return "it has hooks, a shortcut of its own, or its forward was replaced"
     for layer, back in parts:

@@ -311,7 +311,11 @@ def _of_mlp(
     context = replace(context, x_dtype=hidden, residual_dtype=third)
     if mlp.glu:
         why_not = why_not_one_pass(mlp._activation, mlp.backend, context.device)
-        how = f"plain torch ops: {why_not}" if why_not else "one pass each way"
+        how = (
+            f"plain torch ops: {why_not}"
+            if why_not
+            else "one pass each way, for which what fc1 gives is kept"
+        )
         notes.append(f"the gated linear unit between the matmuls is {how}")
     more, more_notes = _of_layer(context, mlp.fc2, mlp.hidden_features, residual, "fc2")
     return calls + more, [*notes, *more_notes, "two matmuls are two calls, fc1 and fc2"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusedres import FusedResidualMLP, explain
+from fusedres import FusedResidualMLP, FusedSequential, explain
 from fusedres.backends import native
 from fusedres.glu import composite_glu, glu
 from fusedres.spec import ACTIVATIONS
@@ -171,6 +171,8 @@ def test_explained():
     block, x = block_and_x()
     assert "unit between the matmuls is one pass each way" in str(explain(block, x))
     assert "no kernel for it on cuda" in str(explain(block, x, device="cuda"))
+    (told,) = FusedSequential(block).chains(x)
+    assert "it has a gated linear unit" in told
 
 
 def test_refused():
@@ -180,6 +182,8 @@ def test_refused():
         FusedResidualMLP(K, order="bro", glu=True)
     with pytest.raises(TypeError, match="glu must be True or False, got 'swiglu'"):
         FusedResidualMLP(K, glu="swiglu")
+    with pytest.raises((TypeError, ValueError), match="dropout"):
+        FusedResidualMLP(K, hidden_dropout="a lot", glu=True)
     with pytest.raises(ValueError, match=r"linear1 gives 53, glu=True needs twice as many"):
         FusedResidualMLP.from_layers(
             nn.Linear(K, H),
