@@ -75,7 +75,7 @@ SUITES = {
     "triton sums": ("triton", "rows_past or many_programs or same_call"),
     "triton widths": ("triton", "odd_width or alignment_is or every_alignment"),
     "plan": ("plan", "narrower or powers_of_two or without_wgmma"),
-    "triton host": ("triton_host", "later_launch or once"),
+    "triton host": ("triton_host", "later_launch or once or tape"),
     "triton mixed": ("triton_mixed", "inference or overflows or looks_at"),
     "triton chain": ("triton_chain", "numbers or other_settings or past_the_end or nobody or own"),
     "triton loop": ("triton_loop", "bits_of or autocast or accurate or frozen or recompute"),
@@ -436,6 +436,12 @@ TABLE = {
     ("triton host", "pointers are not asked for their alignment", "t.data_ptr() & 15)", "0)"),
     ("triton host", "calls are kept for ever", "_calls.clear()", "pass"),
     ("triton host", "profilers miss a launch", "is not kernel or hooked()", "is not kernel"),
+],
+"fusedres/backends/tape.py": [
+    ("triton host", "one tensor in two places is taken for one", "t if t is None else t.detach()",
+     "t"),
+    ("triton host", "tensors of the first call are kept", "None if _has_tensor(value) else value",
+     "value"),
 ],
 "fusedres/backends/vendor.py": [
     ("triton widths", "odd rows go to Triton", "bool(N % 2 or K % 2)", "False"),

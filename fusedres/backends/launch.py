@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..operands import Operands, Outputs
 from ..spec import Spec
+from .tape import Tape
 
 try:
     from triton import knobs
@@ -59,9 +60,10 @@ def hooked() -> bool:
 class Call:
     """What does not change between calls of one key."""
 
-    __slots__ = ("compiled", "known")
+    __slots__ = ("compiled", "known", "tape")
 
     def __init__(self) -> None:
+        self.tape: Tape | None = None
         self.known: dict[str, Any] = {}
         self.compiled: dict[str, tuple[Any, ...]] = {}
 

@@ -10,7 +10,6 @@ import os
 import shutil
 import sysconfig
 import threading
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from ..spec import ACTIVATIONS, Spec
 from . import plan as planner
 from .launch import Call, call_of, key_of, places
 from .plan import Plan, WholePlan, ceil_div
+from .tape import Tape
 
 try:
     import triton
@@ -124,13 +124,13 @@ def alignment(N: int, *matrices: Tensor | None) -> int:
 
 
 def stage_operands(
-    spec: Spec, o: Operands, stats: Tensor | None, align: int = 1, ready: Call | None = None
+    spec: Spec, o: Operands, stats: Any, align: int = 1, ready: Call | None = None
 ) -> StageOperands:
-    """What the stages read; `stats` (2, C) are this batch's mean and biased variance."""
+    """What the stages read; `stats`, (2, C) or a pair: this batch's mean and biased variance."""
     shortcut = (o.x if o.residual is None else o.residual) if spec.adds else None
     mean, var = o.running_mean, o.running_var
     if spec.batch_stats and stats is not None:
-        mean, var = stats.unbind()
+        mean, var = stats.unbind() if isinstance(stats, Tensor) else stats
     numbers = (ready or Call()).once("numbers", _stage_numbers, spec, o, shortcut, align)
     return StageOperands(o.norm_weight, o.norm_bias, mean, var, o.gate, shortcut, o.seed, *numbers)
 
@@ -243,38 +243,80 @@ def backward_of(
     else each gets its own. `dz` (M, N): where the product's gradient goes, in place of a product
     with what was multiplied; of recipes without a stage before ``linear``.
     """
-    spec, operands, into = Spec.parse(recipe), o[:-1], into or {}
-    tensors = (dy, *saved, *operands)
+    into = into or {}
+    tensors = (dy, *saved, *o[:-1], *into.values(), dz)
     device = planner.device_of(dy.device)
     exact = o.weight.dtype != torch.float32 or _precision()
-    where = (*into, *places([*into.values(), dz]), dz is None)
-    ready = call_of((recipe, needs, device, exact, o.sample_rows, where, *key_of(tensors)))
-    kept = Outputs(dy, *[i if i is None else saved[i] for i in ready.once("kept", _kept, spec)])
-    ready.once("checked", check_fits, spec, o, dy, kept.z)
-    new = torch.empty_like  # the faster way where it gives contiguous ones
-    grads = {}
-    for i, name, contiguous in ready.once("wanted", _wanted, needs, operands):
-        t: Any = operands[i]
-        own = into.get(name)
-        grads[name] = own if own is not None else new(t) if contiguous else t.new_empty(t.shape)
-    if not dy.numel() or (not o.x.numel() and spec.prologue):
-        return {name: grad.zero_() for name, grad in grads.items()}
+    key = (recipe, needs, device, exact, o.sample_rows, len(saved), *into)
+    ready = call_of((*key, *key_of(tensors)))
     with torch.cuda.device_of(dy):
-        _Backward(spec, o, dy, kept, grads, device, ready, dz).run()
+        if ready.tape is None:
+            tape = Tape(tensors)
+            found = _first_backward(tape, ready, device, len(saved), o, recipe, needs, [*into])
+            tape.end(list(found.values()))
+            ready.known["gradients"], ready.tape = list(found), tape
+            return found
+        again = ready.tape.repeat(tensors)
+        return dict(zip(ready.known["gradients"], again, strict=True))
+
+
+def _first_backward(
+    tape: Tape, ready: Call, device: planner.Device, saved: int, like: Operands, *call: Any
+) -> dict[str, Tensor]:
+    """`backward_of` on the tape's inputs: dy, as many saved tensors, operands like these, memory
+    for the gradients named last, dz.
+    """
+    recipe, needs, names = call
+    inputs: list[Any] = tape.inputs
+    dy, given, rest, dz = inputs[0], inputs[1 : 1 + saved], inputs[1 + saved : -1], inputs[-1]
+    operands = rest[: len(like) - 1]
+    into = dict(zip(names, rest[len(operands) :], strict=True))
+    spec, o = Spec.parse(recipe), Operands._make((*operands, like.sample_rows))
+    kept = Outputs(dy, *_kept(spec, given))
+    check_fits(spec, o, dy, kept.z)
+    grads = {
+        name: into[name] if name in into else _like(tape, t)
+        for i, (name, t) in enumerate(zip(DIFFERENTIABLE, operands, strict=False))
+        if needs >> i & 1
+    }
+    if dy.numel() and (o.x.numel() or not spec.prologue):
+        _Backward(spec, o, dy, kept, grads, device, ready, tape, dz).run()
+    else:
+        for grad in grads.values():
+            tape.do(Tensor.zero_, grad)
     return grads
 
 
-def _kept(spec: Spec) -> list[int | None]:
-    """Where z, stats and operand stand among what forward saved."""
+def _kept(spec: Spec, saved: list[Tensor]) -> list[Tensor | None]:
+    """z, stats and operand among what forward saved."""
     has_stats = spec.norm is not None and (spec.norm != "batch" or spec.batch_stats)
-    there = (spec.saves_z, has_stats, spec.casts)
-    return [sum(there[:i]) if has else None for i, has in enumerate(there)]
+    given = iter(saved)
+    return [next(given) if has else None for has in (spec.saves_z, has_stats, spec.casts)]
 
 
-def _wanted(needs: int, operands: Sequence[Any]) -> list[tuple[int, str, bool]]:
-    """Place, name and contiguity of the operands whose gradients are asked for."""
-    wanted = ((i, name) for i, name in enumerate(DIFFERENTIABLE) if needs >> i & 1)
-    return [(i, name, operands[i].is_contiguous()) for i, name in wanted]
+def _like(tape: Tape, t: Tensor) -> Tensor:
+    """Of t's shape and dtype, contiguous, unwritten."""
+    if t.is_contiguous():
+        return tape.do(torch.empty_like, t)  # the faster way
+    return tape.do(Tensor.new_empty, t, t.shape)
+
+
+def _floats(t: Tensor, size: Any, stride: Any) -> Tensor:
+    """float32 on t's device, unwritten."""
+    return t.new_empty_strided(size, stride, dtype=torch.float32)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.mm(a, b, out=out)
+
+
+def _turned_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.mm(a.t(), b, out=out)
+
+
+def _product_beside(out: Tensor, a: Tensor, b: Tensor, late: bool) -> None:
+    """a @ b, added to what `out` holds if `late`."""
+    torch.addmm(out, a, b, beta=int(late), out=out)
 
 
 def plan_whole(
@@ -320,7 +362,7 @@ def backward_launches(
 
 
 class RowsLaunch(NamedTuple):
-    """What does not change between launches of a row-major kernel of calls of one key."""
+    """How a row-major kernel is launched."""
 
     kernel: str
     programs: int
@@ -349,30 +391,30 @@ class _Backward:
         grads: Any,
         device: planner.Device,
         ready: Call,
+        tape: Tape,
         dz: Tensor | None,
     ) -> None:
         self.spec, self.inputs, self.grads, self.dz = spec, o, grads, dz
         self.dy, self.z, self.stats = dy, kept.z, kept.stats
         self.multiplied = o.x if kept.operand is None else kept.operand
         self.dtype = o.weight.dtype  # of the product and its gradients
-        self.device, self.ready = device, ready
-        matrices = (o.x, o.weight, o.residual, dy, kept.z)
-        self.align = ready.once("align", alignment, o.weight.shape[0], *matrices)
-        self.operands = stage_operands(spec, o, kept.stats, self.align, ready)
+        self.device, self.ready, self.tape = device, ready, tape
+        self.align = alignment(o.weight.shape[0], o.x, o.weight, o.residual, dy, kept.z)
+        stats = None
+        if spec.batch_stats:
+            stats = tuple(tape.do(torch.select, kept.stats, 0, i) for i in (0, 1))
+        self.operands = stage_operands(spec, o, stats, self.align)
 
     def asked(self, where: str) -> dict[str, Tensor]:
         """The gradients asked for of what the stages `where` read, but for x."""
-        return {name: self.grads[name] for name in self.ready.once(where + "'s", self.names, where)}
-
-    def names(self, where: str) -> list[str]:
         of_stage = {"norm": ("norm_weight", "norm_bias"), "gate": ("gate",)}
         if self.inputs.residual is not None:
             of_stage["add"] = ("residual",)
         found = (name for stage in getattr(self.spec, where) for name in of_stage.get(stage, ()))
-        return [name for name in found if name in self.grads]
+        return {name: self.grads[name] for name in found if name in self.grads}
 
     def run(self) -> None:
-        spec, inputs, grads, dy = self.spec, self.inputs, self.grads, self.dy
+        spec, inputs, grads, dy, do = self.spec, self.inputs, self.grads, self.dy, self.tape.do
         x, weight = inputs.x, inputs.weight
         before = spec.prologue != () and ("x" in grads or bool(self.asked("prologue")))
         needs_dt = before or "x" in grads
@@ -408,12 +450,12 @@ class _Backward:
             if spec.casts and "x" in grads:
                 self.dx(dz, skip)
             elif "x" in grads:
-                torch.addmm(grads["x"], dz, weight, beta=int(late), out=grads["x"])
+                do(_product_beside, grads["x"], dz, weight, late)
             self.dweight(dz)
             return
-        dt = weight.new_empty(x.shape) if before else None
+        dt = do(Tensor.new_empty, weight, x.shape) if before else None
         if dt is not None and "weight" not in grads:
-            torch.mm(dz, weight, out=dt)
+            do(_product, dt, dz, weight)
         elif "weight" in grads:
             self.products(dz, dt)
         if dt is not None:
@@ -426,21 +468,21 @@ class _Backward:
         M, N = self.dy.shape
         if self.dz is not None:
             return self.dz
-        return self.inputs.weight.new_empty_strided((M, N), (N, 1))
+        return self.tape.do(Tensor.new_empty_strided, self.inputs.weight, (M, N), (N, 1))
 
     def dweight(self, dz: Tensor) -> None:
         """dz.T @ x, or dz itself for who multiplies later."""
         if "weight" in self.grads:
-            torch.mm(dz.t(), self.multiplied, out=self.grads["weight"])
+            self.tape.do(_turned_product, self.grads["weight"], dz, self.multiplied)
         if self.dz is not None and dz is not self.dz:
-            self.dz.copy_(dz)
+            self.tape.do(Tensor.copy_, self.dz, dz)
 
     def whole(self) -> WholePlan | None:
         """How one launch makes dz and dx, if it does."""
         spec, (M, K), N = self.spec, self.inputs.x.shape, self.dy.shape[1]
         if "x" not in self.grads:
             return None
-        return self.ready.once("whole", plan_whole, spec, self.dtype, M, N, K, self.device)
+        return plan_whole(spec, self.dtype, M, N, K, self.device)
 
     def rows(
         self,
@@ -457,22 +499,22 @@ class _Backward:
         """One launch of a row-major kernel: dz from dy and z, dshortcut, and sums over the rows;
         with `whole` also dx = dz @ weight, to which then `skip` is added.
         """
-        M, C = dy.shape
-        cut = self.ready.once(where, self.cut_rows, where, M, C, add, whole)
+        (M, C), do = dy.shape, self.tape.do
+        cut = self.cut_rows(where, M, C, add, whole)
         gate = sums.get("gate")
         total = None
         if gate is not None and self.spec.gate == "scalar":
-            total, gate = gate, dy.new_empty(C, dtype=torch.float32)
+            total, gate = gate, do(_floats, dy, (C,), (1,))
         outs = (gate, sums.get("bias"), sums.get("norm_weight"), sums.get("norm_bias"))
         partial = arrived = None
         if cut.meet or any(t is not None for t in outs):
             size, stride = (len(outs), cut.walkers, C), (cut.walkers * C, C, 1)
-            partial = dy.new_empty_strided(size, stride, dtype=torch.float32)
-            arrived = _counters(dy, cut.counters)
+            partial = do(_floats, dy, size, stride)
+            arrived = do(_counters, dy, cut.counters)
         other, scale = (None, 0.0) if skip is None else skip
         stats = self.stats if cut.rows else None
         if cut.batch:
-            stats = dy.new_empty((2, C), dtype=torch.float32)  # totals of the two phases
+            stats = do(_floats, dy, (2, C), (C, 1))  # totals of the two phases
         args: tuple[Any, ...] = (
             dy, z, self.operands, stats, other, dz, dshortcut, outs, total, partial, arrived,
             M, C, cut.walkers, scale, *dy.stride(), *_strides(z), *_strides(other),
@@ -482,7 +524,7 @@ class _Backward:
             args += (weight, dx, dx.shape[1], *weight.stride())
         kernel = getattr(backward, cut.kernel)
         launch = _launch_cooperative if cut.batch else Call.launch
-        launch(self.ready, kernel, cut.programs, args, cut.constants, where)
+        do(launch, self.ready, kernel, cut.programs, args, cut.constants, where)
 
     def cut_rows(
         self, where: str, M: int, C: int, add: bool, whole: WholePlan | None
@@ -527,8 +569,9 @@ class _Backward:
         )
         partial = arrived = None
         if chosen.splits > 1:
-            partial = x.new_empty((chosen.splits, N, K), dtype=torch.float32)
-            arrived = _counters(x, ceil_div(N, chosen.BLOCK) * ceil_div(K, chosen.BLOCK))
+            partial = self.tape.do(_floats, x, (chosen.splits, N, K), (N * K, K, 1))
+            counters = ceil_div(N, chosen.BLOCK) * ceil_div(K, chosen.BLOCK)
+            arrived = self.tape.do(_counters, x, counters)
         rows = "norm" in spec.prologue and spec.norm != "batch"
         args = (
             dz, x, weight, self.operands, self.stats if rows else None, dt, self.grads["weight"],
@@ -541,7 +584,7 @@ class _Backward:
             **chosen.options,
         }  # fmt: skip
         kernel = products.residual_products_kernel
-        self.ready.launch(kernel, chosen.programs, args, constants, "products")
+        self.launch(kernel, chosen.programs, args, constants, "products")
 
     def dx(self, dz: Tensor, skip: tuple[Tensor, float] | None) -> None:
         """dx = dz @ weight + skip: one launch."""
@@ -558,7 +601,10 @@ class _Backward:
             "ALIGN": self.align, "PRECISION": _precision(), "BLOCK": chosen.BLOCK,
             "BLOCK_R": chosen.BLOCK_R, **chosen.options,
         }  # fmt: skip
-        self.ready.launch(products.residual_dx_kernel, programs, args, constants, "dx")
+        self.launch(products.residual_dx_kernel, programs, args, constants, "dx")
+
+    def launch(self, *launch: Any) -> None:
+        self.tape.do(self.ready.launch, *launch)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ from triton_run import (
     call,
     check,
     force,
+    forget,
     make,
     make_family,
     orders,
@@ -660,6 +661,27 @@ def test_the_same_call_twice_is_bitwise_equal_and_leaves_its_inputs(family, monk
             assert torch.equal(a, b)
     for name, t in {**case.tensors, "dy": case.dy}.items():
         assert torch.equal(t, before[name][0]) and t._version == before[name][1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_later_call_looks_at_its_own_tensors(family, monkeypatch):
+    """Also where tensors of the first one, and not of the later one, are the same."""
+    first = make_family(family, monkeypatch, 37, 24, residual=24, gate="channel")
+    one = {"weight": first.tensors["weight"]}
+    if "norm_weight" in first.tensors:
+        one |= dict.fromkeys(("norm_weight", "norm_bias", "bias"), first.tensors["gate"])
+    shared = first.with_tensors(dy=first.x, residual=first.x, **one)
+    for later in (
+        first,
+        make_family(family, monkeypatch, 37, 24, residual=24, gate="channel", draw=5),
+    ):
+        forget()
+        alone = call(later)
+        forget()
+        call(shared)
+        again = call(later)
+        for a, b in zip((*again[0], *again[1]), (*alone[0], *alone[1]), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("family", ["tile", "rows", "rows, rms", "wide", "prologue", "algebraic"])

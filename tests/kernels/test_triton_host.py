@@ -7,13 +7,15 @@ nothing here needs a GPU.
 import os
 import subprocess
 import sys
+import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from fusedres.backends import launch, why_not
+from fusedres.backends import launch, tape, why_not
 from fusedres.backends import triton as backend
 from fusedres.spec import make_spec
 
@@ -160,6 +162,33 @@ def test_a_call_is_computed_once_and_calls_are_not_kept_for_ever(monkeypatch):
     for rows in range(5):
         call_of(x[:rows], None)
         assert len(launch._calls) <= 2
+
+
+class Pair(NamedTuple):
+    tensor: object
+    number: int
+
+
+def test_a_tape_repeats_its_steps_on_other_tensors_and_keeps_none():
+    x, y = torch.ones(3), torch.full((3,), 2.0)
+    taken = tape.Tape((x, y, None, x))
+    a, b, _, c = taken.inputs
+    total = taken.do(torch.add, a, b)
+    taken.do(lambda pair, out: out.add_(pair.tensor[0] * pair.number), Pair((c, "c"), 10), total)
+    assert taken.do(lambda: None) is None
+    wide = taken.do(torch.cat, (total, a))
+    assert wide.tolist() == [13.0] * 3 + [1.0] * 3
+    taken.end([wide, total])
+    made = [weakref.ref(t) for t in (a, b, c, total, wide)]
+    del a, b, c, total, wide
+    assert not any(t() is not None for t in made)
+    again = taken.repeat((y, x, None, torch.full((3,), 4.0)))  # x and c need not be one tensor
+    assert [t.tolist() for t in again] == [[43.0] * 3 + [2.0] * 3, [43.0] * 3]
+
+
+def test_a_tensor_from_elsewhere_cannot_go_on_a_tape():
+    with pytest.raises(KeyError):
+        tape.Tape((torch.ones(3),)).do(torch.neg, torch.ones(3))
 
 
 # Arrival counters
