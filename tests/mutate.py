@@ -72,6 +72,7 @@ SUITES = {
     "triton acts": ("triton", "activation or scales or cdf"),
     "triton layouts": ("triton", "layouts or nothing_outside or shortcuts"),
     "triton whole": ("triton", "dz_and_dx"),
+    "triton apart": ("triton", "of_their_own or true_fp32"),
     "triton sums": ("triton", "rows_past or many_programs or same_call"),
     "triton widths": ("triton", "odd_width or alignment_is or every_alignment"),
     "plan": ("plan", "narrower or powers_of_two or without_wgmma"),
@@ -371,6 +372,12 @@ TABLE = {
     ("triton", "a wide row's statistics of z before its rounding",
      "t = run_stages(z.to(tl.float32), p", "t = run_stages(z.to(tl.float32) * 1.001, p"),
 ],
+"fusedres/kernels/prologue.py": [
+    ("triton apart", "a pass does not see what stands before its norm",
+     "stride_xk, BEFORE, ACT, CENTRED", "stride_xk, (), ACT, CENTRED"),
+    ("triton apart", "a pass forgets the mean in backward",
+     "tl.load(stats_ptr + m, m < M, 0.0)[:, None]", "tl.zeros((BLOCK_M, 1), tl.float32)"),
+],
 "fusedres/kernels/epilogue.py": [
     ("triton acts", "max for where: relu hides NaN", "tl.where(h < 0, 0.0, h)",
      "tl.where(h > 0, h, 0.0)"),
@@ -447,6 +454,7 @@ TABLE = {
     ("triton widths", "odd rows go to Triton", "bool(N % 2 or K % 2)", "False"),
 ],
 "fusedres/backends/plan.py": [
+    ("plan", "any product has its stages apart", "> 0.5e6", "> 0"),
     ("plan", "128 programs do not fill 132", "FULL = 0.9 ", "FULL = 1.0 "),
     ("plan", "Ada reads no tiles of Ampere", '("sm_8", "sm_12")', '("sm_8x",)'),
     ("plan", "single elements by as few warps", "16 if width == 2 else 64", "64"),

@@ -52,11 +52,12 @@ def tile_row(sm: int, family: str, tile: planner.Tile) -> list[str]:
     M = tile.BLOCK_M if family == "columns" else 65536
     N = tile.BLOCK_N if family == "rows" else 1024
     dtype = torch.bfloat16
-    choose, planner.choose_tile = planner.choose_tile, lambda *_: tile
+    was = planner.choose_tile, planner.APART_FROM
+    planner.choose_tile, planner.APART_FROM = lambda *_: tile, N
     try:
         (found,) = aot.compiled(sm, aot.forward, spec, dtype, M, N, 1024, look=look)
     finally:
-        planner.choose_tile = choose
+        planner.choose_tile, planner.APART_FROM = was
     product, finish = cost.loops(found)
     elements = tile.BLOCK_M * tile.BLOCK_N / (32 * found["warps"])
     numbers = (

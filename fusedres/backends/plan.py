@@ -10,6 +10,9 @@
     "algebraic"  norm straight before `linear`, 16-bit types           rows of x, algebraic
     "prebatch"   batch norm before `linear`: programs meet             columns of x, merged
 
+Where every column tile would compute the stages before `linear` again, they are a launch of their
+own, see `is_apart`, and the family is that of a layer without them.
+
 Tiles come from kernels/configs/*.json: generic.json, then what an architecture's or a device's file
 says otherwise; `python -m fusedres tune` writes the last. A size that nobody tuned gets the largest
 tile whose grid fills the device.
@@ -44,6 +47,10 @@ REREADS = 5.6  # of the weight in L2 while memory moves what `plan_whole` says
 # Up to this K two programs with tiles of 128 columns, one's finish beside the other's product, beat
 # one of 256 that has a multiprocessor to itself, by `python -m bench gpu-model`: not measured.
 SHALLOW = 2048
+APART_FROM = 256  # features of z: up to there stages before `linear` are part of the product
+APART_SAVES, APART_COSTS = 0.5, 1.75  # ps an element of x, see `is_apart`
+LIBRARY = 1 << 27  # M N K from which true fp32 wants the library's products, as in "auto": a guess
+PASS_TILE = 4096  # elements of a tile of a pass over rows, forward
 MOST_MOVES = 15  # of a thread for one step of a product: more, and 128 x 128 spills
 MOST_SINGLE = 4096  # elements of a tile that are moved one by one, in 16-bit types
 MOST_SPLITS = 32  # parts of the rows in the product dz.T @ x
@@ -135,7 +142,7 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One forward launch."""
+    """The forward launch of the product."""
 
     family: str
     kernel: str
@@ -145,6 +152,7 @@ class Plan(NamedTuple):
     walkers: int  # programs that share a column tile, where programs meet
     shared: int  # bytes
     waves: float  # programs for each multiprocessor
+    apart: bool  # after a launch for the stages before `linear`
 
     @property
     def cooperative(self) -> bool:
@@ -216,7 +224,21 @@ def size_key(size: int, N: int, K: int) -> str:
     return f"{8 * size} {power_of_two(N)}x{power_of_two(K)}"
 
 
-def family_of(spec: Spec, size: int, M: int, N: int) -> str:
+def is_apart(spec: Spec, M: int, N: int, K: int, backward: bool = False) -> bool:
+    """Whether stages before `linear` are a launch of their own, which writes what is multiplied.
+
+    By the model of bench/compiled/cost.py, not measured: every 128 columns of z cost an element of
+    x APART_SAVES ps more than in the bare product, to write and to read what the launch makes costs
+    it APART_COSTS ps, and the launch 2 us; of a small product, which fills no device, an element
+    costs more, hence 0.5. Batch norm has the statistics of all rows only in backward.
+    """
+    unknown = "norm" in spec.prologue and spec.batch_stats and not backward
+    if not spec.prologue or unknown or N <= APART_FROM:
+        return False
+    return M * K * (APART_SAVES * N / 128 - APART_COSTS) > 0.5e6
+
+
+def family_of(spec: Spec, size: int, M: int, N: int, K: int = 0) -> str:
     """The first row of the table above that fits elements of `size` bytes."""
     rows = spec.norm in ("layer", "rms")
     if "norm" in spec.epilogue and rows:
@@ -225,6 +247,8 @@ def family_of(spec: Spec, size: int, M: int, N: int) -> str:
         return "columns" if M <= TALLEST_COLUMN else "batch"
     if "norm" in spec.prologue and spec.batch_stats:
         return "prebatch"
+    if is_apart(spec, M, N, K):
+        return "tile"
     if spec.prologue == ("norm",) and rows and size == 2 and spec.x_dtype is None:
         return "algebraic"
     return "prologue" if spec.prologue else "tile"
@@ -237,7 +261,7 @@ def key_of(spec: Spec, size: int, M: int, N: int, K: int) -> str:
     sizes = "x".join(str(power_of_two(n)) for n in (M, N, K))
     kind = " random" * spec.random + " mixed" * bool(spec.dtypes)
     kind += " narrow" * (moved_at_once(N, K, size) < NARROW)
-    return f"{family_of(spec, size, M, N)}{kind} {8 * size} {sizes}"
+    return f"{family_of(spec, size, M, N, K)}{kind} {8 * size} {sizes}"
 
 
 def tiles_of(
@@ -248,7 +272,7 @@ def tiles_of(
     device's shared memory. `width`: bytes moved at once; with few, addresses take as many registers
     as masks do.
     """
-    holds_most = family == "algebraic" or (family == "wide" and size == 4)
+    holds_most = family in ("algebraic", "tile" if size == 2 else "wide")
     random = random or width < (16 if holds_most else NARROW)
     tiles = config(device.name, device.architecture)["tiles"]
     both = [" random mixed"] * (random and mixed)
@@ -306,9 +330,9 @@ def plan(
 ) -> Plan:
     """The forward launch for x (M, K) and weight (N, K), with `tile` or the one of the tables."""
     size = dtype.itemsize
-    family = family_of(spec, size, M, N)
+    family, apart = family_of(spec, size, M, N, K), is_apart(spec, M, N, K)
     kernel, over = FAMILIES[family]
-    if over == "given" and "norm" in spec.prologue and spec.norm in ("layer", "rms"):
+    if family == "prologue" and "norm" in spec.prologue and spec.norm in ("layer", "rms"):
         over = "rows of x"
     if tile is None:
         tuned = config(device.name, device.architecture)["tuned"].get(key_of(spec, size, M, N, K))
@@ -325,7 +349,14 @@ def plan(
         most = walkers * columns if family == "batch" else max(walkers * columns, programs)
         programs = min(device.resident, most)
     shared = tile.shared(size, bool(spec.dtypes))
-    return Plan(family, kernel, over, tile, programs, walkers, shared, programs / device.processors)
+    waves = programs / device.processors
+    return Plan(family, kernel, over, tile, programs, walkers, shared, waves, apart)
+
+
+def pass_tile(C: int) -> tuple[int, int]:
+    """Rows and columns of a tile of a pass over rows of C elements, forward."""
+    width = min(power_of_two(C), 1024)
+    return max(1, PASS_TILE // width), width
 
 
 class BackwardPlan(NamedTuple):

@@ -31,7 +31,7 @@ try:
     import triton
     import triton.language as tl
 
-    from ..kernels import backward, by_tanh, epilogue, forward, products
+    from ..kernels import backward, by_tanh, epilogue, forward, products, prologue
     from ..kernels.moments import GROUP
     from ..kernels.stages import StageOperands
 except ImportError:
@@ -176,10 +176,11 @@ def _plan(spec: Spec, o: Operands, device: planner.Device) -> Plan:
 
 
 def _forward_constants(spec: Spec, chosen: Plan, dtype: torch.dtype) -> dict[str, Any]:
-    side = Side.of(spec.prologue if "norm" in spec.prologue else spec.epilogue)
+    before = () if chosen.apart else spec.prologue
+    side = Side.of(before if "norm" in before else spec.epilogue)
     after = chosen.family in ("rows", "wide", "columns", "batch")
     found = {
-        "PROLOGUE": spec.prologue, "BEFORE": () if chosen.over == "given" else side.before,
+        "PROLOGUE": before, "BEFORE": () if chosen.over == "given" else side.before,
         "EPILOGUE": ("norm", *side.after) if after else spec.epilogue,
         "ACT": _functions(spec, dtype)[0], "PRECISION": _precision(),
         **chosen.tile.options(dtype.itemsize),
@@ -204,9 +205,14 @@ def _launch_forward(
     meets = family in planner.COOPERATIVE
     if z is None and family in ("wide", "batch"):
         z = y  # until it is finished
-    results: tuple[Any, ...] = (z, y, stats, operand)
-    sizes = (M, N, K, *([chosen.walkers] if meets else []), *x.stride(), *weight.stride())
     with torch.cuda.device_of(x):
+        if chosen.apart:
+            x = weight.new_empty((M, K))
+            made = ready.once("prologue", prologue_constants, spec, weight.dtype, K)
+            rows = stats if "norm" in spec.prologue else None
+            launch_prologue(ready, o.x, p, x, rows, made)
+        results: tuple[Any, ...] = (z, y, stats, operand)
+        sizes = (M, N, K, *([chosen.walkers] if meets else []), *x.stride(), *weight.stride())
         if meets:
             width, step = (N, tile.BLOCK_N) if family == "batch" else (K, tile.BLOCK_K)
             partial = x.new_empty((3, chosen.walkers, width), dtype=torch.float32)
@@ -219,12 +225,34 @@ def _launch_forward(
         launch(ready, kernel, chosen.programs, args, constants)
 
 
+def prologue_constants(spec: Spec, dtype: torch.dtype, K: int, known: bool = False) -> Any:
+    """Of `launch_prologue` for x of K features; `known`: statistics of rows are there already."""
+    rows = "norm" in spec.prologue and spec.norm != "batch"
+    over = ("stats" if known else "rows of x") if rows else "given"
+    height, width = planner.pass_tile(K)
+    return {
+        "BEFORE": Side.of(spec.prologue).before, "PROLOGUE": spec.prologue, "OVER": over,
+        "CENTRED": spec.norm != "rms", "ACT": _functions(spec, dtype)[0],
+        "BLOCK_M": height, "BLOCK_K": width, "num_warps": 8,
+    }  # fmt: skip
+
+
+def launch_prologue(
+    ready: Call, x: Tensor, p: StageOperands, t: Tensor, stats: Tensor | None, constants: Any
+) -> None:
+    """t = what the stages before `linear` make of x: one launch."""
+    programs = ceil_div(x.shape[0], constants["BLOCK_M"])
+    args = (x, p, t, stats, *x.shape, *x.stride())
+    ready.launch(prologue.residual_prologue_kernel, programs, args, constants, "prologue alone")
+
+
 def residual_backward(dy: Tensor, saved: list[Tensor], *call: Any) -> list[Tensor]:
     """The gradients of those of DIFFERENTIABLE whose bit is set in `needs`, shaped and typed like
     them, of (dy, saved, *operands, recipe, needs).
 
     dy (M, N) of any strides, z and stats as `residual_forward` saved them. At most three launches:
-    what is row by row after the product, both products, what is row by row before it.
+    what is row by row after the product, both products, what is row by row before it. Five where
+    the library's two products of what stages before `linear` make of x are faster.
     """
     *operands, recipe, needs = call
     return list(backward_of(dy, saved, Operands(*operands), recipe, needs).values())
@@ -331,6 +359,12 @@ def plan_whole(
     return planner.plan_whole(dtype, M, N, K, random, device)
 
 
+def _apart_backward(spec: Spec, dtype: torch.dtype, M: int, K: int, N: int) -> bool:
+    """Whether the library multiplies what stages before `linear` make of x, in a launch before."""
+    library = dtype == torch.float32 and _precision() == "ieee" and M * N * K >= planner.LIBRARY
+    return library or planner.is_apart(spec, M, N, K, backward=True)
+
+
 def backward_launches(
     spec: Spec,
     bias: bool,
@@ -358,7 +392,10 @@ def backward_launches(
     if not spec.prologue:
         dx = "residual_dx_kernel" if spec.casts else "addmm"
         return (*([after] if runs or (adds and not direct) else []), dx, "mm")
-    return (*([after] if runs or (adds and not direct) else []), "residual_products_kernel", before)
+    products: tuple[str, ...] = ("residual_products_kernel",)
+    if _apart_backward(spec, dtype, M, K, N):
+        products = ("residual_prologue_kernel", "mm", "mm")
+    return (*([after] if runs or (adds and not direct) else []), *products, before)
 
 
 class RowsLaunch(NamedTuple):
@@ -456,6 +493,14 @@ class _Backward:
         dt = do(Tensor.new_empty, weight, x.shape) if before else None
         if dt is not None and "weight" not in grads:
             do(_product, dt, dz, weight)
+        elif "weight" in grads and self.apart():
+            t = do(Tensor.new_empty, weight, x.shape)
+            stats = self.stats if spec.norm != "batch" and "norm" in spec.prologue else None
+            made = prologue_constants(spec, self.dtype, x.shape[1], known=True)
+            do(launch_prologue, self.ready, x, self.operands, t, stats, made)
+            if dt is not None:
+                do(_product, dt, dz, weight)
+            do(_turned_product, grads["weight"], dz, t)
         elif "weight" in grads:
             self.products(dz, dt)
         if dt is not None:
@@ -476,6 +521,10 @@ class _Backward:
             self.tape.do(_turned_product, self.grads["weight"], dz, self.multiplied)
         if self.dz is not None and dz is not self.dz:
             self.tape.do(Tensor.copy_, self.dz, dz)
+
+    def apart(self) -> bool:
+        (M, K), N = self.inputs.x.shape, self.dy.shape[1]
+        return _apart_backward(self.spec, self.dtype, M, K, N)
 
     def whole(self) -> WholePlan | None:
         """How one launch makes dz and dx, if it does."""

@@ -156,6 +156,8 @@ class Context:
         if chosen in ops.FORWARD:
             own, sizes = residual is not None, (dtype, M, N, K)
             forward = 1 + (chosen == "vendor" and bool(spec.epilogue or spec.y_dtype))
+            apart = chosen == "triton" and plan.is_apart(spec, M, N, K)
+            forward += apart or (chosen == "vendor" and bool(spec.prologue))
             backward = _backward_launches(chosen, spec, bias, own, *sizes, self.device)
             saved = {
                 "x": M * K * self.x_dtype.itemsize if reads_x else 0,
@@ -208,7 +210,8 @@ def _kernel(
             "shared memory": readable_size(chosen.shared),
             "waves": round(chosen.waves, 2),
         }
-        return f"{chosen.kernel} ({chosen.family})", tiles
+        first = "residual_prologue_kernel, then " if chosen.apart else ""
+        return f"{first}{chosen.kernel} ({chosen.family})", tiles
     if backend.startswith("cuda") and native.extension is not None:
         from ..backends import cuda
 
@@ -216,7 +219,9 @@ def _kernel(
         shared: Any = tiles.pop("shared")
         return name, tiles | {"shared memory": readable_size(shared)}
     if backend == "vendor":
-        return "the library's product, then residual_finish_kernel", {}
+        first = "residual_prologue_kernel, then " if spec.prologue else ""
+        last = ", then residual_finish_kernel" if spec.epilogue or spec.y_dtype else ""
+        return f"{first}the library's product{last}", {}
     if backend == "cpu" and native.extension is not None:
         tiles = native.extension.plan(M, N, K, str(dtype).removeprefix("torch."))
         return "fusedres::residual_forward (C++)", tiles

@@ -75,7 +75,7 @@ def contenders(calls: list[Call], device: Device, quick: bool = False) -> list[T
     """The rule's tile, then what calls of one key are measured with; `quick`: no variants."""
     first = calls[0]
     size = first.dtype.itemsize
-    family, bits = planner.family_of(first.spec, size, first.M, first.N), str(8 * size)
+    family, bits = planner.family_of(first.spec, size, *first[2:]), str(8 * size)
     found = [max(calls, key=lambda call: call.M * call.N).rule(device)]
     for path, name in product(sorted(planner.CONFIGS.glob("*.json")), (family, f"{family} random")):
         for row in json.loads(path.read_text()).get("tiles", {}).get(name, {}).get(bits, ()):

@@ -38,9 +38,13 @@ FAMILIES = {  # order, norm, dtype and M, N that lead there
 }
 
 
+APART_FROM = planner.APART_FROM
+
+
 @pytest.fixture(autouse=True)
-def _fresh():
-    """No plan made with another test's files."""
+def _fresh(monkeypatch):
+    """No plan made with another test's files; stages before `linear` are part of the product."""
+    monkeypatch.setattr(planner, "APART_FROM", MANY)
     planner.config.cache_clear()
     planner.plan.cache_clear()
     yield
@@ -309,7 +313,7 @@ def test_what_cannot_be_moved_by_8_bytes_gets_narrower_tiles(align):
         moves = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K / (align * threads)
         assert moves <= 15 or tile.BLOCK_K == 16 or width >= 8, (family, tile)
         assert width > 2 or 16 * threads >= tile.BLOCK_M * tile.BLOCK_N
-        fewer = width == 8 and family in ("algebraic", "rows", "wide")
+        fewer = width == 8 and family in ("algebraic", "rows", "tile", "wide")
         assert tile == usual or width < 8 or fewer, (family, tile)
 
 
@@ -322,6 +326,42 @@ def test_a_tile_asked_for_is_taken():
     ruled = tile._replace(maxnreg=None)
     assert ruled.options(2)["maxnreg"] == 255 and "maxnreg" not in ruled.options(4)
     assert planner.plan(spec, F16, 4096, 512, 512).tile != tile
+
+
+@pytest.mark.parametrize(
+    "order, norm, M, N, K, apart, backward",
+    [
+        ("preact", "layer", 65536, 1024, 1024, True, True),
+        ("prenorm", "layer", 256, 1024, 1024, True, True),
+        ("act-linear-norm-add", "rms", 4096, 512, 512, True, True),
+        ("preact", "layer", 65536, 512, 512, True, True),
+        ("preact", "layer", 65536, 256, 4096, False, False),
+        ("preact", "layer", 256, 512, 512, False, False),
+        ("preact", "layer", 16, 1024, 1024, False, False),
+        ("preact", "batch", 65536, 1024, 1024, False, True),
+        ("note", "layer", 65536, 1024, 1024, False, False),
+        ("linear", None, 65536, 1024, 1024, False, False),
+    ],
+)
+def test_stages_before_the_product_of_many_columns_are_a_launch_of_their_own(
+    order, norm, M, N, K, apart, backward, monkeypatch
+):
+    monkeypatch.setattr(planner, "APART_FROM", APART_FROM)
+    spec = spec_of(order, norm)
+    chosen = uncached(spec, F16, M, N, K)
+    assert chosen.apart == planner.is_apart(spec, M, N, K) == apart
+    assert planner.is_apart(spec, M, N, K, backward=True) == backward
+    if apart:  # then the product is that of a layer without them
+        linear = spec.stages.index("linear")
+        after = replace(spec, stages=spec.stages[linear:])
+        assert chosen == uncached(after, F16, M, N, K)._replace(apart=True)
+        assert planner.key_of(spec, 2, M, N, K) == planner.key_of(after, 2, M, N, K)
+
+
+@pytest.mark.parametrize("C", (1, 16, 17, 300, 1024, 1025, MANY))
+def test_a_pass_over_rows_has_tiles_of_one_size(C):
+    rows, columns = planner.pass_tile(C)
+    assert rows * columns == planner.PASS_TILE and columns >= min(C, 1024)
 
 
 # Backward

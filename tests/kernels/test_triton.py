@@ -316,15 +316,54 @@ def test_dz_and_dx_of_rows_of_any_width(N, monkeypatch):
     assert_close(ours(case), eager(case), exact(case), terms=10 * (70 + N))
 
 
+# Stages before `linear` in a launch of their own.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"order": "prenorm", "norm": "rms", "dtype": F16},
+        {"order": "add-norm-act-linear", "N": 70, "residual": 80, "eps": 0.0},
+        {"order": "act-linear-norm-add", "N": 300, "residual": 300},
+        {"order": "preact", "norm": "batch", "training": False, "gate": "channel"},
+        {"order": "act-linear-norm-add", "norm": "batch"},
+        {"order": "norm-gate-dropout-droppath-linear-add", "dropout": 0.25, "drop_path": 0.125},
+    ],
+    ids=str,
+)
+def test_stages_before_the_product_in_a_launch_of_their_own(settings, monkeypatch):
+    force(monkeypatch, 40, APART_FROM=0, APART_COSTS=-1e9)
+    case = make(21, 80, **{"activation": "gelu", **settings})
+    N = case.tensors["weight"].shape[0]
+    assert planner.plan(case.spec, case.x.dtype, 21, N, 80).apart
+    check(case)
+
+
+def test_true_fp32_backward_is_the_library_s_from_some_size_on(monkeypatch):
+    """Batch norm's, too: its statistics are known then."""
+    force(monkeypatch, LIBRARY=0)
+    sizes = F32, 37, 70, 48
+    for norm in ("layer", "batch"):
+        case = make(37, 48, 70, order="preact", norm=norm, activation="gelu", residual=70)
+        assert not planner.plan(case.spec, *sizes).apart
+        launches = backend.backward_launches(case.spec, True, True, *sizes)
+        assert launches.count("mm") == 2 and "residual_prologue_kernel" in launches
+        check(case)
+
+
 # The library's product, then one pass.
 
 
 @pytest.mark.parametrize("norm", [None, "layer", "rms", "batch"])
-@pytest.mark.parametrize("order", ["note", "resnet-v1", "bert-output", "linear-norm", "linear-add"])
+@pytest.mark.parametrize(
+    "order",
+    ["note", "resnet-v1", "bert-output", "linear-norm", "linear-add", "preact", "act-linear-norm"],
+)
 def test_the_library_s_product_and_one_pass(order, norm, monkeypatch):
     M, K, N = ((37, 24, 24), (5, 40, 700), (9, 16, 2050))[(len(order) + len(str(norm))) % 3]
     gate = "channel" if order == "note" else None
     settings = {"order": order, "norm": norm, "training": norm != "batch", "gate": gate}
+    force(monkeypatch, APART_FROM=0)
     case = make(M, K, N, activation="gelu", eps=1e-2, drop_path=0.2, **settings)
     assert vendor.why_not(case.spec, F32, torch.device(DEVICE), N, K) is None
     monkeypatch.setitem(ops.FORWARD, "triton", ops.FORWARD["vendor"])

@@ -31,6 +31,8 @@ pytestmark = [
 ]
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+NEVER = 1 << 62  # of what the planner does from some size on
+APART_FROM = planner.APART_FROM
 PLAN_WHOLE = planner.plan_whole  # which `whole` replaces
 EVERYTHING = {"gate": "channel", "dropout": 0.1, "drop_path": 0.1}
 
@@ -49,7 +51,7 @@ RECIPES = {
 
 def forward(dtype, precision, family, tile, random, activation):
     """Launches the family's kernel with this tile."""
-    planner.choose_tile = lambda *_: tile
+    planner.choose_tile, planner.APART_FROM = lambda *_: tile, NEVER
     planner.plan.cache_clear()
     torch.backends.cuda.matmul.fp32_precision = precision
     plain, everything, norm = RECIPES[family]
@@ -64,6 +66,7 @@ def forward(dtype, precision, family, tile, random, activation):
 
 def backward(dtype, norm, random, width):
     """Launches the backward kernels of both sides, and the products between them."""
+    planner.APART_FROM, planner.LIBRARY = NEVER, NEVER
     plain = RECIPES["prebatch" if norm == "batch" else "prologue"]
     settings = {"order": plain[1] if random else "norm-linear-act-add", "norm": norm}
     settings |= {"activation": "silu", "training": True} | (EVERYTHING if random else {})
@@ -95,7 +98,7 @@ def mixed(family, tile, x_dtype, random):
     """Launches a family's forward, by this tile, and its backward, weight in bf16 and the residual
     and y in fp32; x in `x_dtype`, None: in bf16.
     """
-    planner.plan_whole = PLAN_WHOLE
+    planner.plan_whole, planner.APART_FROM = PLAN_WHOLE, NEVER
     planner.choose_tile = lambda *_: tile
     planner.plan.cache_clear()
     plain, everything, norm = RECIPES[family]
@@ -288,6 +291,7 @@ CHOOSE_TILE = planner.choose_tile  # which `forward` replaces
 WIDTHS = (  # family, dtype, width, elements from row to row where they are more, architectures
     ("tile", BF16, 339, None, (90,)),
     ("tile", F16, 1000, None, (80,)),
+    ("tile", F16, 1004, None, (90,)),
     ("rows", F16, 168, None, (90,)),
     ("rows", BF16, 200, None, (80,)),
     ("wide", BF16, 1000, None, (90,)),
@@ -315,6 +319,7 @@ BACKWARD_WIDTHS = (  # family, dtype, rows, width, elements from row to row, arc
 
 def of_width(direction, family, dtype, M, width, stride):
     """Launches a family as the planner cuts it."""
+    planner.APART_FROM = NEVER
     planner.choose_tile, planner.plan_whole = CHOOSE_TILE, PLAN_WHOLE
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     order, _, norm = RECIPES[family]
@@ -355,6 +360,49 @@ def test_widths_and_strides(pool):
                 told.append(f"{job} {what}: {found}")
     assert not told, "\n".join(told)
     assert count == len(jobs) + 2 * (len(BACKWARD_WIDTHS) - 1)
+
+
+# Stages before `linear` in a launch of their own.
+
+APART = (  # order, norm, masks, dtype, rows, width, elements from row to row, architectures
+    ("norm-act-linear-add", "layer", False, BF16, 65536, 1000, None, (80, 90)),
+    ("norm-linear-act-add", "rms", False, F16, 65536, 1004, None, (90,)),
+    ("norm-linear-act-add", "layer", False, F32, 65536, 466, None, (80, 90)),
+    ("act-linear-norm-add", "layer", False, BF16, 65536, 1024, 1032, (90,)),
+    ("norm-act-gate-dropout-droppath-linear-add", "layer", True, BF16, 4096, 4096, None, (80, 90)),
+    ("norm-act-gate-dropout-droppath-linear-add", "layer", True, F32, 4096, 1024, None, (90,)),
+)
+
+
+def apart(order, norm, random, dtype, M, width, stride):
+    """Launches forward and backward as the planner cuts them."""
+    planner.choose_tile, planner.APART_FROM = CHOOSE_TILE, APART_FROM
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    spec = make_spec(order, norm, "gelu", training=True, **(EVERYTHING if random else {}))
+    for direction in (aot.forward, aot.backward):
+        direction(spec, dtype, M, width, width, stride)
+
+
+def apart_job(job):
+    sm, *rest = job
+    return job, compiled(sm, apart, *rest)
+
+
+def test_stages_before_the_product_in_a_launch_of_their_own(pool):
+    told = []
+    jobs = [(sm, *case) for *case, architectures in APART for sm in architectures]
+    for job, kernels in pool.map(apart_job, jobs):
+        names = [found["kernel"] for found in kernels]
+        assert names[0] == names[-2] == "residual_prologue_kernel", names
+        assert "forward" in names[1] and 4 <= len(names) <= 5, names
+        for found in kernels:
+            product = "forward" in found["kernel"]
+            what = wrong(job[0], found, product)
+            if not found["async_copies"] and "wide" not in found["kernel"]:
+                what += ", loads without a pipeline"
+            if what:
+                told.append(f"{job} {what}: {found}")
+    assert not told, "\n".join(told)
 
 
 # The measures themselves must be able to tell.

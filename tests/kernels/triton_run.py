@@ -46,6 +46,7 @@ FAMILIES = {
     "prologue, given": ({"order": "prenorm", "norm": "batch", "training": False}, {}),
     "algebraic": ({"order": "prenorm", "dtype": F16}, {}),
     "prebatch": ({"order": "preact", "norm": "batch"}, {}),
+    "tile, apart": ({"order": "preact"}, {"APART_FROM": 0, "APART_COSTS": -1e9}),
 }
 
 
@@ -120,9 +121,10 @@ def make_family(name, monkeypatch, *sizes, **settings):
     given, constants = FAMILIES[name]
     force(monkeypatch, **constants)
     case = make(*sizes, **{"activation": "gelu", **given, **settings})
-    M, N = case.x.shape[0], case.tensors["weight"].shape[0]
+    (M, K), N = case.x.shape, case.tensors["weight"].shape[0]
     if M * N:
-        assert planner.family_of(case.spec, case.x.dtype.itemsize, M, N) == name.split(",")[0]
+        assert planner.family_of(case.spec, case.x.dtype.itemsize, M, N, K) == name.split(",")[0]
+        assert planner.is_apart(case.spec, M, N, K) == name.endswith("apart")
     return case
 
 
@@ -179,6 +181,7 @@ class Launches(TorchDispatchMode):
         ("backward", "residual_backward_product_kernel"),
         ("backward", "residual_backward_wide_kernel"),
         ("backward", "residual_backward_batch_kernel"),
+        ("prologue", "residual_prologue_kernel"),
         ("products", "residual_products_kernel"),
         ("products", "residual_dx_kernel"),
     )

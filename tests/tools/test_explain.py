@@ -142,7 +142,9 @@ def test_triton_plan():
         ({"norm": "batch"}, 256, torch.bfloat16, "triton", (1, 3)),
         ({}, 256, torch.float32, "cuda", (1, 2)),
         ({}, 4096, torch.float32, "vendor", (2, 3)),
-        ({"order": "prenorm"}, 4096, torch.float32, "triton", (1, 3)),
+        ({"order": "prenorm"}, 4096, torch.float32, "vendor", (3, 5)),
+        ({"order": "prenorm"}, 8192, torch.bfloat16, "triton", (2, 5)),
+        ({"order": "prenorm", "norm": "batch"}, 8192, torch.float32, "triton", (1, 5)),
     ],
 )
 def test_what_auto_takes_on_a_gpu(settings, rows, dtype, backend, launches):
