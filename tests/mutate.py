@@ -73,7 +73,7 @@ SUITES = {
     "triton layouts": ("triton", "layouts or nothing_outside or shortcuts"),
     "triton whole": ("triton", "dz_and_dx"),
     "triton apart": ("triton", "of_their_own or true_fp32"),
-    "triton sums": ("triton", "rows_past or many_programs or same_call"),
+    "triton sums": ("triton", "rows_past or many_programs or dweight_meet or same_call"),
     "triton widths": ("triton", "odd_width or alignment_is or every_alignment"),
     "plan": ("plan", "narrower or powers_of_two or without_wgmma"),
     "triton host": ("triton_host", "later_launch or once or tape"),
@@ -431,8 +431,10 @@ TABLE = {
      "return h * (0.5 + 0.5 * tanh(h))"),
 ],
 "fusedres/kernels/products.py": [
-    ("triton sums", "the last part of the rows is lost", "range(0, splits)",
-     "range(0, splits - 1)"),
+    ("triton sums", "the last part of the rows is lost", "range(0, count)",
+     "range(0, count - 1)"),
+    ("triton sums", "groups of parts share a counter", "last_to_arrive(counters + groups, groups)",
+     "last_to_arrive(counters, groups)"),
     ("triton mixed", "the skip of dx alone is not scaled", "dt += skip * other", "dt += other"),
 ],
 "fusedres/backends/triton.py": [

@@ -619,8 +619,9 @@ class _Backward:
         partial = arrived = None
         if chosen.splits > 1:
             partial = self.tape.do(_floats, x, (chosen.splits, N, K), (N * K, K, 1))
-            counters = ceil_div(N, chosen.BLOCK) * ceil_div(K, chosen.BLOCK)
-            arrived = self.tape.do(_counters, x, counters)
+            groups = ceil_div(chosen.splits, products.PARTS.value)
+            tiles = ceil_div(N, chosen.BLOCK) * ceil_div(K, chosen.BLOCK)
+            arrived = self.tape.do(_counters, x, tiles * (groups + 1))
         rows = "norm" in spec.prologue and spec.norm != "batch"
         args = (
             dz, x, weight, self.operands, self.stats if rows else None, dt, self.grads["weight"],

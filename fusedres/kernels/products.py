@@ -8,6 +8,19 @@ import triton.language as tl
 from .moments import last_to_arrive
 from .stages import aligned, load_tile, run_stages, store_tile
 
+PARTS = tl.constexpr(8)  # of the rows meet first, then their sums: all by one program take long
+
+
+@triton.jit
+def add_parts(ptr, step, count, n, k, N, K, BLOCK: tl.constexpr):
+    """The sum of a tile of `count` matrices (N, K), `step` elements apart, in order."""
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    at = ptr + n[:, None] * K + k[None, :]
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for i in range(0, count):
+        total += tl.load(at + i * step, inside, 0.0, cache_modifier=".cg")
+    return total
+
 
 @triton.jit
 def dweight_tile(
@@ -43,13 +56,20 @@ def dweight_tile(
     else:
         plane = tl.cast(N, tl.int64) * K
         store_tile(partial_ptr + split * plane, dweight, n, k, N, K)
-        if last_to_arrive(arrived_ptr + tile, splits):
-            inside = (n < N)[:, None] & (k < K)[None, :]
-            at = partial_ptr + n[:, None] * K + k[None, :]
-            total = tl.zeros((BLOCK, BLOCK), tl.float32)
-            for other in range(0, splits):
-                total += tl.load(at + other * plane, inside, 0.0, cache_modifier=".cg")
-            store_tile(dweight_ptr, total, n, k, N, K)
+        groups = tl.cdiv(splits, PARTS)
+        counters = arrived_ptr + tile * (groups + 1)
+        first = split // PARTS * PARTS
+        members = tl.minimum(PARTS, splits - first)
+        if last_to_arrive(counters + split // PARTS, members):
+            own = partial_ptr + first * plane
+            total = add_parts(own, plane, members, n, k, N, K, BLOCK)
+            if splits <= PARTS:
+                store_tile(dweight_ptr, total, n, k, N, K)
+            else:
+                store_tile(own, total, n, k, N, K)
+                if last_to_arrive(counters + groups, groups):
+                    total = add_parts(partial_ptr, PARTS * plane, groups, n, k, N, K, BLOCK)
+                    store_tile(dweight_ptr, total, n, k, N, K)
 
 
 @triton.jit
@@ -86,7 +106,8 @@ def residual_products_kernel(
     dz (M, N) ; x (M, K) ; weight, dweight (N, K) ; dt (M, K) or None. stats (2, M): mean and rstd
     where PROLOGUE has a norm over rows, else None. A program owns a tile of BLOCK x BLOCK;
     dweight's M rows are cut into `splits` parts of `rows` rows, which meet in partial
-    (splits, N, K), fp32, and are added in order by the last to arrive. arrived (dweight's tiles).
+    (splits, N, K), fp32, and are added in order: those of a group of PARTS by its last to arrive,
+    the groups' sums by the last group. arrived (dweight's tiles * (groups + 1)).
     """
     N, K, stride_dzm, stride_xm, stride_wn = aligned(
         (N, K, stride_dzm, stride_xm, stride_wn), p.ALIGN

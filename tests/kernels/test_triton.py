@@ -17,7 +17,7 @@ from fusedres import FusedResidual, ops
 from fusedres.backends import native, vendor
 from fusedres.backends import plan as planner
 from fusedres.backends import triton as backend
-from fusedres.kernels import by_tanh, epilogue
+from fusedres.kernels import by_tanh, epilogue, products
 from fusedres.reference import ACTIVATION_FUNCTIONS
 from fusedres.spec import ACTIVATIONS, ORDERS
 from oracle import assert_close, eager, exact, make_case
@@ -513,6 +513,17 @@ def test_many_programs_share_the_work(family, monkeypatch):
     """Column sums meet in two levels, row blocks and column tiles are many, sums are split."""
     force(monkeypatch, 40, BACKWARD_TILE=256)
     check(make_family(family, monkeypatch, 150, 24, 40, gate="channel"))
+
+
+def test_many_programs_of_one_tile_of_dweight_meet_in_groups(monkeypatch):
+    force(monkeypatch, 40)
+    M = 1300
+    case = make(M, 24, 20, order="preact", activation="gelu", dtype=F32)
+    chosen = planner.plan_products(F32, M, 20, 24, True, False, planner.device_of(case.x.device))
+    parts = products.PARTS.value
+    assert chosen.splits > parts and chosen.splits % parts
+    check(case, ("weight", "x"))
+    check(case, ("weight", "x"))  # counters are 0 again
 
 
 @pytest.mark.parametrize("family", FAMILIES)
