@@ -433,6 +433,7 @@ TABLE = {
 "fusedres/kernels/products.py": [
     ("triton sums", "the last part of the rows is lost", "range(0, count)",
      "range(0, count - 1)"),
+    ("triton host", "another number of splits compiles anew", '["M", "splits"]', '["M"]'),
     ("triton sums", "groups of parts share a counter", "last_to_arrive(counters + groups, groups)",
      "last_to_arrive(counters, groups)"),
     ("triton mixed", "the skip of dx alone is not scaled", "dt += skip * other", "dt += other"),

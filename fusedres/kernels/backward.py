@@ -98,7 +98,7 @@ def store_gradients(
         tl.store(dz_ptr + m[:, None] * C + n[None, :], dz, inside)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "walkers"])
 def residual_backward_kernel(
     dy_ptr, z_ptr, p, stats_ptr, skip_ptr,
     dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
@@ -154,7 +154,7 @@ def residual_backward_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "walkers"])
 def residual_backward_product_kernel(
     dy_ptr, z_ptr, p, stats_ptr, skip_ptr,
     dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
@@ -217,7 +217,7 @@ def residual_backward_product_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "walkers"])
 def residual_backward_wide_kernel(
     dy_ptr, z_ptr, p, stats_ptr, skip_ptr,
     dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,
@@ -286,7 +286,7 @@ def residual_backward_wide_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "walkers"])
 def residual_backward_batch_kernel(
     dy_ptr, z_ptr, p, totals_ptr, skip_ptr,
     dz_ptr, dshortcut_ptr, sums_ptr, dgate_total_ptr, partial_ptr, arrived_ptr,

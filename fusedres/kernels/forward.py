@@ -192,7 +192,7 @@ def residual_forward_wide_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "walkers"])
 def residual_forward_batch_kernel(
     x_ptr, weight_ptr, bias_ptr, p, z_ptr, y_ptr, stats_ptr, operand_ptr, partial_ptr, arrived_ptr,
     M, N, K, walkers, stride_xm, stride_xk, stride_wn, stride_wk,
@@ -246,7 +246,7 @@ def residual_forward_batch_kernel(
                 finish(z_ptr, y_ptr, p, m, n, M, N, None, None, BEFORE, EPILOGUE, ACT)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "walkers"])
 def residual_forward_prebatch_kernel(
     x_ptr, weight_ptr, bias_ptr, p, z_ptr, y_ptr, stats_ptr, operand_ptr, partial_ptr, arrived_ptr,
     M, N, K, walkers, stride_xm, stride_xk, stride_wn, stride_wk,

@@ -94,7 +94,7 @@ def dt_tile(
     store_tile(dt_ptr, dt, m, k, M, K)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def residual_products_kernel(
     dz_ptr, x_ptr, weight_ptr, p, stats_ptr, dt_ptr, dweight_ptr, partial_ptr, arrived_ptr,
     M, N, K, splits, rows, stride_dzm, stride_dzn, stride_xm, stride_xk, stride_wn, stride_wk,

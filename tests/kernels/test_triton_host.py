@@ -135,6 +135,18 @@ odd = torch.randn(64 * 32 + 1)[1:].view(64, 32)
 for x in (x[:64], odd, x, x[:64].half()):
     w = w.to(x.dtype)
     assert (forward(x, w), forward(x, w)) == (1, 0)
+
+# Another number of rows cuts the work otherwise and compiles nothing anew.
+from fusedres.kernels import backward, products
+kernels = backward.residual_backward_kernel, products.residual_products_kernel
+def compiled():
+    return [len(kernel.device_caches[0][0]) for kernel in kernels]
+
+counts = []
+for M in (4096, 4224, 8192):  # 64, 66 and 128 walkers, 16, 17 and 32 splits
+    stub_driver.layer("preact", M=M, N=32, K=32)[1]()
+    counts.append(compiled())
+assert counts[0] == counts[1] == counts[2] and all(counts[0]), counts
 """
 
 
