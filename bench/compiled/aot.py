@@ -26,6 +26,7 @@ from fusedres.spec import Spec
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, by architecture
 PROCESSORS = {80: 108, 90: 132, 100: 148}
+SMALL = {86: (99 << 10, 84), 89: (99 << 10, 128), 120: (99 << 10, 170)}  # both, by architecture
 
 
 class Target:
@@ -46,7 +47,8 @@ class Target:
 
 def device(sm: int) -> planner.Device:
     """What the planner would know of the target."""
-    return planner.Device("any", PROCESSORS[sm], SHARED[sm], f"sm_{sm}")
+    shared, processors = SMALL[sm] if sm in SMALL else (SHARED[sm], PROCESSORS[sm])
+    return planner.Device("any", processors, shared, f"sm_{sm}")
 
 
 def tool(name: str, cubin: bytes, *options: str) -> str:

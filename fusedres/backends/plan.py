@@ -268,9 +268,9 @@ def tiles_of(
     family: str, random: bool, size: int, device: Device, mixed: bool = False, width: int = 16
 ) -> list[Tile]:
     """The tiles of a family for elements of `size` bytes, largest first; `random`: for recipes with
-    dropout or drop-path, `mixed`: with dtypes beside the product's. Stages are dropped to fit the
-    device's shared memory. `width`: bytes moved at once; with few, addresses take as many registers
-    as masks do.
+    dropout or drop-path, `mixed`: with dtypes beside the product's. Stages are dropped, then
+    columns of the operands, to fit the device's shared memory. `width`: bytes moved at once; with
+    few, addresses take as many registers as masks do.
     """
     holds_most = family in ("algebraic", "tile" if size == 2 else "wide")
     random = random or width < (16 if holds_most else NARROW)
@@ -282,7 +282,10 @@ def tiles_of(
     for row in next(rows for rows in by_kind if rows is not None):
         tile = Tile(*row)
         while tile.shared(size, mixed) > device.shared and tile.num_stages > 1:
-            tile = tile._replace(num_stages=tile.num_stages - 1)
+            if tile.num_stages > 2 or tile.BLOCK_K <= 16:
+                tile = tile._replace(num_stages=tile.num_stages - 1)
+            else:  # with one stage nothing would be loaded ahead
+                tile = tile._replace(BLOCK_K=tile.BLOCK_K // 2)
         found.append(tile)
     return found
 

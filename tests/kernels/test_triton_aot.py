@@ -169,7 +169,7 @@ def wrong(sm, found, tensor_cores):
     """What is wrong with a compiled kernel, None if nothing."""
     checks = {
         "spills": found["stack"] > 0,
-        "takes too much shared memory": found["shared"] > SHARED[sm],
+        "takes too much shared memory": found["shared"] > aot.device(sm).shared,
         "has offsets of 32 bits": found["offsets"] != ["i64"],
         "takes A from registers, which is miscompiled": found["register_a"] > 0,
         "is (not) cooperative": found["cooperative"] != ("batch" in found["kernel"]),
@@ -360,6 +360,29 @@ def test_widths_and_strides(pool):
                 told.append(f"{job} {what}: {found}")
     assert not told, "\n".join(told)
     assert count == len(jobs) + 2 * (len(BACKWARD_WIDTHS) - 1)
+
+
+@pytest.mark.parametrize("sm", aot.SMALL)
+def test_gpus_of_little_shared_memory(sm, pool):
+    """They take the tiles of sm_80, with as many stages as there is room for."""
+    assert aot.device(sm).shared < SHARED[80]
+    sizes = 512 if sm == 120 else 1024, None
+    jobs = [
+        (sm, "forward", family, BF16, 512 if family == "columns" else 65536, *sizes)
+        for family in RECIPES
+        if family != "rows" and (sm == 120 or family in ("tile", "wide", "batch"))
+    ]
+    jobs += [(sm, "forward", "rows", BF16, 65536, n, None) for n in (128, 256)]
+    jobs += [(sm, "backward", family, BF16, 65536, *sizes) for family in ("wide", "prologue")]
+    told = []
+    for job, kernels in pool.map(width_job, jobs):
+        for found in kernels:
+            what = wrong(sm, found, False)
+            if not found["async_copies"]:
+                what += ", loads without a pipeline"
+            if what:
+                told.append(f"{job} {what}: {found}")
+    assert not told, "\n".join(told)
 
 
 # Stages before `linear` in a launch of their own.
