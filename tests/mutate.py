@@ -457,6 +457,8 @@ TABLE = {
     ("triton widths", "odd rows go to Triton", "bool(N % 2 or K % 2)", "False"),
 ],
 "fusedres/backends/plan.py": [
+    ("plan", "rows with masks are whole, too", "BACKWARD_PLAIN_ROW if plain else BACKWARD_ROW",
+     "BACKWARD_PLAIN_ROW"),
     ("plan", "one stage is enough", "tile.num_stages > 2 or", "tile.num_stages > 1 or"),
     ("plan", "any product has its stages apart", "> 0.5e6", "> 0"),
     ("plan", "128 programs do not fill 132", "FULL = 0.9 ", "FULL = 1.0 "),

@@ -136,7 +136,8 @@ def backward(spec: Spec, layer: Layer, sm: int) -> float:
     for found in kernels:
         whole = found["kernel"] == "residual_backward_product_kernel"
         over = "columns" if spec.batch_stats else "rows" if spec.norm else None
-        rows = planner.plan_backward(M, N, over, aot.device(sm))
+        plain = not spec.random and spec.gate is None
+        rows = planner.plan_backward(M, N, over, aot.device(sm), plain)
         if whole:
             cut = backend.plan_whole(spec, torch.bfloat16, M, N, K, aot.device(sm))
             blocks = ceil(M / cut.tile.BLOCK_M) / cut.walkers

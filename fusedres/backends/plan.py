@@ -37,6 +37,7 @@ TALLEST_COLUMN = 512  # rows of a batch that one program takes
 MOST_COLUMNS = 1 << 20
 BACKWARD_TILE = 2048  # elements of a tile of the backward kernels
 BACKWARD_ROW = 2048  # the widest norm over rows whose backward takes a row at once
+BACKWARD_PLAIN_ROW = 4096  # the same where masks, a gate, narrow moves and casts take no registers
 BACKWARD_WARPS = 8
 BACKWARD_SHARED = 128 << 10  # bytes of three stages with four tensors in fp32, at most
 BACKWARD_WIDTH = 128  # columns of one where nothing needs whole rows
@@ -379,10 +380,15 @@ class BackwardPlan(NamedTuple):
         return sizes | {"maxnreg": registers(self.num_warps)}
 
 
-def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) -> BackwardPlan:
-    """`over`: "rows" for a norm over whole rows, "columns" for one over this batch, else None."""
+def plan_backward(
+    M: int, C: int, over: str | None, device: Device = UNKNOWN, plain: bool = False
+) -> BackwardPlan:
+    """`over`: "rows" for a norm over whole rows, "columns" for one over this batch, else None.
+    `plain`: no masks, gate or casts, and 16 bytes moved at once.
+    """
     width = power_of_two(C)
-    wide = over == "rows" and C > BACKWARD_ROW
+    widest = BACKWARD_PLAIN_ROW if plain else BACKWARD_ROW
+    wide = over == "rows" and widest < C
     if wide:
         width = 512
     elif over == "columns":
@@ -395,8 +401,10 @@ def plan_backward(M: int, C: int, over: str | None, device: Device = UNKNOWN) ->
     tiles, blocks = ceil_div(C, width), ceil_div(M, height)
     programs = device.resident if over == "columns" else BACKWARD_PROGRAMS
     walkers = max(1, min(blocks, programs // (1 if wide else tiles), MOST_WALKERS))
-    stages = 3 if device.shared >= BACKWARD_SHARED else 2
-    return BackwardPlan(height, width, BACKWARD_WARPS, tiles, walkers, wide, stages)
+    large = over == "rows" and width > BACKWARD_TILE
+    warps = 2 * BACKWARD_WARPS if large else BACKWARD_WARPS
+    stages = 2 if large or device.shared < BACKWARD_SHARED else 3
+    return BackwardPlan(height, width, warps, tiles, walkers, wide, stages)
 
 
 class WholePlan(NamedTuple):

@@ -584,7 +584,11 @@ class _Backward:
         batch = side.norm and spec.batch_stats
         rows = side.norm and spec.norm != "batch"
         over = "columns" if batch else "rows" if rows else None
-        chosen = planner.plan_backward(M, C, over, self.device)
+        N, K = self.inputs.weight.shape
+        narrow = planner.moved_at_once(N, K, self.dtype.itemsize) < 16
+        held = (RANDOM | {"gate"}) & set(getattr(spec, where))
+        plain = not held and not spec.dtypes and not narrow
+        chosen = planner.plan_backward(M, C, over, self.device, plain)
         options = chosen.options()
         if whole is not None:
             chosen = chosen._replace(tiles=1, walkers=whole.walkers, wide=False)

@@ -378,8 +378,9 @@ def test_a_pass_over_rows_has_tiles_of_one_size(C):
 @pytest.mark.parametrize("over", (None, "rows", "columns"))
 def test_backward(over, processors, collectives):
     device = Device("any", processors, 227 << 10, "sm_90", collectives)
-    for M, C in itertools.product((0, *ROWS, MANY), (*range(1, 301), 2048, 2049, *WIDE)):
-        chosen = planner.plan_backward(M, C, over, device)
+    columns = (*range(1, 301), 2048, 2049, 4097, *WIDE)
+    for M, C, plain in itertools.product((0, *ROWS, MANY), columns, (False, True)):
+        chosen = planner.plan_backward(M, C, over, device, plain)
         blocks, programs = math.ceil(M / chosen.BLOCK_M), chosen.walkers * chosen.tiles
         for size in (chosen.BLOCK_M, chosen.BLOCK_N):
             assert size & (size - 1) == 0
@@ -387,8 +388,13 @@ def test_backward(over, processors, collectives):
         assert 1 <= chosen.walkers <= max(1, blocks)
         # Arrival counters are in groups of 16 of at most 16 groups.
         assert chosen.walkers <= planner.MOST_WALKERS == 16**2
-        assert chosen.wide == (over == "rows" and C > planner.BACKWARD_ROW)
-        assert chosen.stages == (3 if device.shared > 100 << 10 else 2)
+        widest = 4096 if plain else 2048
+        assert chosen.wide == (over == "rows" and widest < C)
+        if over == "rows" and 2048 < C <= 4096 and plain:
+            assert chosen[:3] == (1, 4096, 16) and chosen.stages == 2
+        else:
+            assert chosen.num_warps == 8
+            assert chosen.stages == (3 if device.shared > 100 << 10 else 2)
         assert chosen.wide or over != "rows" or chosen.tiles == 1
         if over == "columns":
             assert programs <= device.resident  # they wait for each other
@@ -396,7 +402,9 @@ def test_backward(over, processors, collectives):
         else:
             launched = chosen.walkers if chosen.wide else programs
             assert launched <= max(planner.BACKWARD_PROGRAMS, chosen.tiles * (not chosen.wide))
-            assert chosen == planner.plan_backward(M, C, over)  # on any device the same sums
+            assert chosen == planner.plan_backward(
+                M, C, over, plain=plain
+            )  # on any device the same sums
             assert M < 10**6 or launched >= 256  # enough to fill a device
 
 

@@ -290,7 +290,8 @@ def test_cuda_on_one_row_for_all(nan_filled):
 def test_small_shapes(name, monkeypatch, nan_filled):
     """Few rows and columns, no power of two: also what compute-sanitizer looks at."""
     if name == "wide, both ways":
-        monkeypatch.setattr(planner, "BACKWARD_ROW", 0, raising=False)
+        for widest in ("BACKWARD_ROW", "BACKWARD_PLAIN_ROW"):
+            monkeypatch.setattr(planner, widest, 0, raising=False)
     case = make_family(name, monkeypatch, (67, 70), residual=70)
     if SANITIZER:
         fused(case, backend_of(name))

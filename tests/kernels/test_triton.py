@@ -471,10 +471,18 @@ def test_wide_rows(N, order):
 @pytest.mark.parametrize("order", ["note", "prenorm"])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_rows_too_wide_for_one_program_backward(norm, order, monkeypatch):
-    force(monkeypatch, BACKWARD_ROW=0)
+    force(monkeypatch, BACKWARD_ROW=0, BACKWARD_PLAIN_ROW=0)
     K, N = (24, 700) if order == "note" else (700, 24)
     settings = {"gate": "channel", "dropout": 0.2, "residual_scale": 0.5}
     check(make(40, K, N, order=order, norm=norm, activation="gelu", **settings))
+
+
+@pytest.mark.parametrize("order", ["note", "preact"])
+def test_plain_rows_of_up_to_4096_are_whole_in_backward(order):
+    K, N = (2064, 16) if order == "preact" else (16, 2064)
+    case = make(5, K, N, order=order, activation="gelu", residual=N)
+    assert not planner.plan_backward(5, 2064, "rows", plain=True).wide
+    assert_close(ours(case), eager(case), exact(case), terms=4000)
 
 
 def test_a_very_wide_norm():
