@@ -145,7 +145,7 @@ def backward(spec: Spec, layer: Layer, sm: int) -> float:
             flops = 2 * cut.tile.BLOCK_M * N * K * blocks
             total += seconds(found, Work(steps, 0, flops, blocks), 4 * layer.y + layer.x, sm)
         else:
-            blocks = ceil(M / rows.BLOCK_M) / rows.walkers
+            blocks = ceil(M / rows.BLOCK_M) / rows.walkers * (rows.tiles if rows.wide else 1)
             again = blocks if found["kernel"] not in WALKERS else 1.0
             total += seconds(found, Work(0, blocks, 0, again), 3 * layer.y, sm)
     products = [layer.product] if len(kernels) and whole else [layer.product, layer.product]
