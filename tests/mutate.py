@@ -75,7 +75,8 @@ SUITES = {
     "triton apart": ("triton", "of_their_own or true_fp32"),
     "triton sums": ("triton", "rows_past or many_programs or dweight_meet or same_call"),
     "triton widths": ("triton", "odd_width or alignment_is or every_alignment"),
-    "plan": ("plan", "narrower or powers_of_two or without_wgmma"),
+    "plan": ("plan", "narrower or powers_of_two or without_wgmma or many_columns or shared_memory "
+             "or test_backward"),
     "triton host": ("triton_host", "later_launch or once or tape"),
     "triton mixed": ("triton_mixed", "inference or overflows or looks_at"),
     "triton chain": ("triton_chain", "numbers or other_settings or past_the_end or nobody or own"),
