@@ -114,8 +114,8 @@ TABLE = {
     ("ways", "kept elements are not scaled up", "p < 1 ? 1 / (1 - p) : 0", "1"),
 ],
 "csrc/chain/forward.h": [
-    ("chain", "a norm before linear surveys nothing in a chain",
-     "if (survey && statistics)", "if (false)"),
+    ("chain", "a chain keeps no variance of a batch",
+     "std::copy(side.var.begin(), side.var.end(), statistics + side.mean.size());", ""),
 ],
 "csrc/chain/backward.h": [
     ("chain", "no residual_scale in a chain's backward", "reader.receive(skip, r.residual_scale)",
@@ -166,7 +166,7 @@ TABLE = {
      "isinstance(value, (int, float)) and value == value"),
 ],
 "fusedres/donation.py": [
-    ("donation", "z is written over though the graph is kept", "or _keeps_graph() ", ""),
+    ("donation", "z is written over though a mode sees it", " or _modes()", ""),
     ("donation", "z is written over though somebody holds it", "references + 2", "references + 3"),
 ],
 "csrc/running.cpp": [
