@@ -1,6 +1,6 @@
 """`python -m bench gpu-model`: what the Triton kernels compile to and what that predicts, without a
-GPU: the goals, then the tiles shipped for bf16 one by one. --write puts it into bench/gpu-model.md,
-and the predictions into bench/gpu-model.json for gpu-check.
+GPU: the goals, then the tiles shipped for bf16 and fp32 one by one. --write puts it into
+bench/gpu-model.md, and the predictions into bench/gpu-model.json for gpu-check.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .sass import look
 
 PAGE, PREDICTIONS = ROOT / "bench" / "gpu-model.md", ROOT / "bench" / "gpu-model.json"
 ORDERS = {"prologue": "preact", "prebatch": "preact", "algebraic": "prenorm"}
+FP32 = torch.backends.cuda.matmul
 BATCH = ("columns", "batch", "prebatch")
 MODES = (GRAPH, RECORD_GRAPH, BACKWARD_GRAPH)
 INTRODUCTION = """# The Triton kernels by counting
@@ -39,25 +40,26 @@ outside of loops and in the finish of wide rows; registers, programs that a mult
 what they have on its way from memory, bytes of stack."""
 
 
-def shipped(sm: int) -> Iterator[tuple[str, planner.Tile]]:
-    """Family and tile of every plain list of forward tiles for bf16."""
+def shipped(sm: int, dtype: torch.dtype) -> Iterator[tuple[str, planner.Tile]]:
+    """Family and tile of every plain list of forward tiles for bf16 or fp32."""
     for family in planner.FAMILIES:
-        for tile in planner.tiles_of(family, False, 2, aot.device(sm)):
+        if family == "algebraic" and dtype == torch.float32:
+            continue  # by tanh.approx, in 16 bits only
+        for tile in planner.tiles_of(family, False, dtype.itemsize, aot.device(sm)):
             yield family, tile
 
 
-def tile_row(sm: int, family: str, tile: planner.Tile) -> list[str]:
+def tile_row(sm: int, dtype: torch.dtype, family: str, tile: planner.Tile) -> list[str]:
     norm = "batch" if family in BATCH else None if family == "tile" else "layer"
     spec = make_spec(ORDERS.get(family, "note"), norm, "gelu", training=True)
     M = tile.BLOCK_M if family == "columns" else 65536
     N = tile.BLOCK_N if family == "rows" else 1024
-    dtype = torch.bfloat16
-    was = planner.choose_tile, planner.APART_FROM
-    planner.choose_tile, planner.APART_FROM = lambda *_: tile, N
+    was = planner.choose_tile, planner.APART_FROM, FP32.fp32_precision
+    planner.choose_tile, planner.APART_FROM, FP32.fp32_precision = lambda *_: tile, N, "tf32"
     try:
         (found,) = aot.compiled(sm, aot.forward, spec, dtype, M, N, 1024, look=look)
     finally:
-        planner.choose_tile, planner.APART_FROM = was
+        planner.choose_tile, planner.APART_FROM, FP32.fp32_precision = was
     product, finish = cost.loops(found)
     elements = tile.BLOCK_M * tile.BLOCK_N / (32 * found["warps"])
     numbers = (
@@ -73,10 +75,10 @@ def tile_row(sm: int, family: str, tile: planner.Tile) -> list[str]:
     return [family, f"{sizes}, {tile.num_warps}, {tile.num_stages}", *numbers]
 
 
-def tile_table(sm: int) -> str:
+def tile_table(sm: int, dtype: torch.dtype) -> str:
     head = ["family", "tile, warps, stages", "a step", "an element", "and finish"]
     head += ["registers", "programs", "KiB in flight", "stack"]
-    return table(head, [tile_row(sm, *row) for row in shipped(sm)], left=2)
+    return table(head, [tile_row(sm, dtype, *row) for row in shipped(sm, dtype)], left=2)
 
 
 def predict(sm: int, task: Task, pair: str) -> float | None:
@@ -135,7 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
         told[f"sm_{sm}"] = found
         parts += [f"## sm_{sm}, {cost.GPUS[sm].name}: goals", goal_table(found)]
         if not chosen.goals:
-            parts += [f"## sm_{sm}: tiles", TILES, tile_table(sm)]
+            parts += [f"## sm_{sm}: tiles", TILES, tile_table(sm, torch.bfloat16)]
+            parts += [f"### fp32 as TF32, sm_{sm}", tile_table(sm, torch.float32)]
     page = "\n\n".join(parts) + "\n"
     if chosen.write:
         PAGE.write_text(page)

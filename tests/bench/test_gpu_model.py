@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -102,9 +104,10 @@ def test_every_goal_of_the_kernels_is_predicted_and_gpu_check_knows() -> None:
 
 def test_the_page_tells_of_every_shipped_tile() -> None:
     text = command.PAGE.read_text()
-    for sm in GPUS:
-        rows = text.split(f"## sm_{sm}: tiles")[1].split("\n\n")[2].rstrip()
-        assert rows.count("\n") == 1 + len(list(command.shipped(sm)))
-        for family, tile in command.shipped(sm):
+    titles = ((torch.bfloat16, "## sm_{}: tiles", 2), (torch.float32, "### fp32 as TF32, sm_{}", 1))
+    for sm, (dtype, title, part) in product(GPUS, titles):
+        rows = text.split(title.format(sm))[1].split("\n\n")[part].rstrip()
+        assert rows.count("\n") == 1 + len(list(command.shipped(sm, dtype)))
+        for family, tile in command.shipped(sm, dtype):
             sizes = " x ".join(map(str, tile[:3]))
             assert f"{sizes}, {tile.num_warps}, {tile.num_stages}" in rows, family
