@@ -92,8 +92,11 @@ constexpr int64_t kFewRows = 16;
 
 // The largest packed weight, in bytes, for which blocks of rows beat the library's product of the
 // whole matrix and a pass: what a share of L3 holds; of bf16 pairs, which the library multiplies as
-// fast as we do, less. On Intel CPUs, for which MKL is made, half of L2.
-int64_t largest_weight(bool pairs) { return int64_t{1} << (intel() ? 20 : pairs ? 22 : 24); }
+// fast as we do, less unless many rows pay for the packing. On Intel CPUs, for which MKL is made,
+// half of L2.
+int64_t largest_weight(bool pairs, int64_t M) {
+  return int64_t{1} << (intel() ? 20 : pairs && M < 1024 ? 22 : 24);
+}
 
 const Set& chosen() {
   static const Set set = choose();
@@ -121,7 +124,7 @@ bool own_product(int64_t M, int64_t N, int64_t K, DType dtype) {
   const bool pairs = dtype == DType::bfloat16 && multiplies_pairs();
   // Packing costs as much as five rows of the product; where the library has no fast one, less.
   if ((pairs || dtype == DType::float32) && M < kFewRows) return false;
-  return N * K * (pairs ? 2 : 4) <= largest_weight(pairs);
+  return N * K * (pairs ? 2 : 4) <= largest_weight(pairs, M);
 }
 
 // torch multiplies fp32 through MKL on x86. MKL runs its widest code on Intel CPUs only; elsewhere
