@@ -198,7 +198,7 @@ def roofline(results: Results, found: list[Row]) -> Any:
                 axis.plot(x, y, marker, ms=4.5, mew=1, color=COLOURS[dtype], mfc=inside)
     axes[0][0].set_ylabel(f"{unit} of fused")
     figure.suptitle(
-        "Layers below the ceilings of the same run; above the slope: data from caches\n"
+        "Layers and the ceilings of torch in the same run; above the slope: data from caches\n"
         f"circles: models, squares: square layers; filled: {forward}, hollow: {STEP}"
     )
     for axis, of_it in zip(axes[0], by_dtype.values(), strict=True):
@@ -240,7 +240,7 @@ class Picture(NamedTuple):
 PICTURES = (
     Picture("speedup", "Speed-up over eager torch by width and batch", heat_rows, heat),
     Picture("memory", "Memory of fused as a part of eager's", memory_rows, memory),
-    Picture("roofline", "Layers below the measured ceilings", roofline_rows, roofline),
+    Picture("roofline", "Layers and the measured ceilings of torch", roofline_rows, roofline),
     Picture("host", "Host time of a call by contender", host_rows, host),
 )
 
