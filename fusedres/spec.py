@@ -65,7 +65,9 @@ def one_of(what: str, value: object, known: tuple[str, ...] | dict[str, str]) ->
     """
     own, hint = {}, ""
     if what == "activation":
-        own, hint = REGISTERED, f"; for one of your own, call register_activation({value!r}, ...)"
+        own = REGISTERED
+        if isinstance(value, str):
+            hint = f"; for one of your own, call register_activation({value!r}, ...)"
     if isinstance(value, str) and (value in known or value in own):
         return value
     names = (*known, *own)

@@ -207,7 +207,7 @@ def convert(
         elif type(module) is nn.Sequential and stacks:
             changes += convert_sequential(path, module)
         elif isinstance(module, nn.Linear) and not example_inputs:
-            reason = "its caller's forward is not read; see FusedResidual.from_layers"
+            reason = "its caller's forward is not read; convert(model, x) would"
             changes.append(Change(name, False, f"{type(module).__name__}: {reason}"))
     changes += _join_layers(model)
     return ConversionReport(TITLE, tuple(changes), tuple(adds))

@@ -89,7 +89,9 @@ def make_plan(
     try:
         others = [v for v in flat if not isinstance(v, _SIMPLE) and type(v) not in PLAIN]
         if others:
-            raise CannotTrace(f"it is given a {type(others[0]).__name__}")
+            kind = type(others[0]).__name__
+            hint = " (without one: config.use_cache = False)" if kind.endswith("Cache") else ""
+            raise CannotTrace(f"it is given a {kind}{hint}")
         for name, p in root.named_parameters():
             if type(p) not in PLAIN:  # convert comes before fully_shard or parallelize_module
                 raise CannotTrace(f"its parameter {name} is a {type(p).__name__} already")

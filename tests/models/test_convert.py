@@ -123,7 +123,7 @@ def test_report_says_what_and_why():
     assert [c.name for c in report.left] == ["0.net.3", "0.head", "1.net.3", "1.head"]
     lines = str(report).splitlines()
     assert lines[0] == "fusedres.convert: 2 changed, 4 left alone" and len(lines) == 7
-    assert "order 'norm-linear-act'" in lines[1] and "from_layers" in lines[3]
+    assert "order 'norm-linear-act'" in lines[1] and "convert(model, x)" in lines[3]
     assert "2 changed" in str(revert(model))
 
 

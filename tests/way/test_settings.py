@@ -250,3 +250,20 @@ def test_no_activation(function, error, message):
 def test_help_says_it_all(cls):
     for word in ("Args:", "Shapes:", "Raises", "Source", "norm", "activation", "dropout"):
         assert word in cls.__doc__, word
+
+
+@pytest.mark.parametrize("make", [FusedResidual, lambda n: FusedResidualMLP(n, n)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_integers_are_refused_by_their_dtype(make, autocast):
+    layer = make(8)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(TypeError, match=r"x has dtype torch.int64, expected one of torch.float32"),
+    ):
+        layer(torch.ones(4, 8, dtype=torch.int64))
+
+
+def test_an_activation_module_is_not_told_to_be_registered():
+    with pytest.raises(ValueError, match="did you mean 'gelu'") as told:
+        FusedResidual(8, activation=nn.GELU())
+    assert "register_activation" not in str(told.value)
