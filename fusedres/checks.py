@@ -107,11 +107,14 @@ def _check_vector(
         raise ValueError(f"{OP}: {name} is on {value.device}, x is on {device}; move it with .to()")
 
 
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        known = ", ".join(map(str, DTYPES))
+        raise TypeError(f"{OP}: {name} has dtype {dtype}, expected one of {known}")
+
+
 def _check_beside_x(name: str, value: Tensor, x: Tensor) -> None:
-    if value.dtype not in DTYPES:
-        raise TypeError(
-            f"{OP}: {name} has dtype {value.dtype}, expected one of {', '.join(map(str, DTYPES))}"
-        )
+    check_dtype(name, value.dtype)
     if value.device != x.device:
         raise ValueError(
             f"{OP}: {name} is on {value.device}, x is on {x.device}; move one with .to()"
@@ -148,10 +151,7 @@ def check_call(spec: Spec, o: Operands, pad: bool) -> None:
     check_tensor("weight", weight)
     for name, value in (("bias", bias), ("residual", residual), ("gate", o.gate)):
         check_tensor(name, value, optional=True)
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{OP}: x has dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}"
-        )
+    check_dtype("x", x.dtype)
     check_dense("x", x)
     check_dense("weight", weight)
     if weight.dim() != 2:

@@ -40,9 +40,7 @@ def typed(
     def cast(dtype: torch.dtype) -> torch.dtype:
         return dtype if autocast is None or dtype == torch.float64 else autocast
 
-    if x not in checks.DTYPES:
-        known = ", ".join(map(str, checks.DTYPES))
-        raise TypeError(f"{checks.OP}: x has dtype {x}, expected one of {known}")
+    checks.check_dtype("x", x)
     spec, product, t = Spec.parse(recipe), cast(weight), x
     for stage in spec.stages:
         if stage == "linear":

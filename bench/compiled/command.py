@@ -44,7 +44,7 @@ def shipped(sm: int, dtype: torch.dtype) -> Iterator[tuple[str, planner.Tile]]:
     """Family and tile of every plain list of forward tiles for bf16 or fp32."""
     for family in planner.FAMILIES:
         if family == "algebraic" and dtype == torch.float32:
-            continue  # by tanh.approx, in 16 bits only
+            continue  # of 16-bit types only
         for tile in planner.tiles_of(family, False, dtype.itemsize, aot.device(sm)):
             yield family, tile
 

@@ -136,7 +136,7 @@ def backward(spec: Spec, layer: Layer, sm: int) -> float:
     for found in kernels:
         whole = found["kernel"] == "residual_backward_product_kernel"
         over = "columns" if spec.batch_stats else "rows" if spec.norm else None
-        plain = not spec.random and spec.gate is None
+        plain = backend.spares_registers(spec, "epilogue", N, K, 2)
         rows = planner.plan_backward(M, N, over, aot.device(sm), plain)
         if whole:
             cut = backend.plan_whole(spec, torch.bfloat16, M, N, K, aot.device(sm))

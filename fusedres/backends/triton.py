@@ -398,6 +398,14 @@ def backward_launches(
     return (*([after] if runs or (adds and not direct) else []), *products, before)
 
 
+def spares_registers(spec: Spec, where: str, N: int, K: int, size: int) -> bool:
+    """Whether neither masks, a gate, casts nor narrow moves take registers in the backward of the
+    stages `where`: `plain` of `plan_backward`. Of a weight (N, K) of elements of `size` bytes.
+    """
+    held = (RANDOM | {"gate"}) & set(getattr(spec, where))
+    return not held and not spec.dtypes and planner.moved_at_once(N, K, size) >= 16
+
+
 class RowsLaunch(NamedTuple):
     """How a row-major kernel is launched."""
 
@@ -585,9 +593,7 @@ class _Backward:
         rows = side.norm and spec.norm != "batch"
         over = "columns" if batch else "rows" if rows else None
         N, K = self.inputs.weight.shape
-        narrow = planner.moved_at_once(N, K, self.dtype.itemsize) < 16
-        held = (RANDOM | {"gate"}) & set(getattr(spec, where))
-        plain = not held and not spec.dtypes and not narrow
+        plain = spares_registers(spec, where, N, K, self.dtype.itemsize)
         chosen = planner.plan_backward(M, C, over, self.device, plain)
         options = chosen.options()
         if whole is not None:

@@ -226,22 +226,28 @@ def step(net, x, dy):
     return {"y": y.detach(), "x": leaf.grad, **grads}
 
 
-def test_compiled_it_is_one_op(calls):
-    stack, found = FusedResidualStack(16, 4, layers_per_block=2, device=DEVICE), []
+def check_compiled_is(stack, names):
+    """Compiled it is these ops, and bitwise the ordinary call."""
+    found = []
 
-    def backend(graph, _inputs):
+    def compiler(graph, _inputs):
         found.extend(str(n.target) for n in graph.graph.nodes if "fusedres" in str(n.target))
         return graph.forward
 
     from torch._dynamo.backends.common import aot_autograd
 
-    compiled = torch.compile(stack, backend=aot_autograd(fw_compiler=backend), fullgraph=True)
-    x, dy = torch.randn(2, 17, 16, device=DEVICE)
+    compiled = torch.compile(stack, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    x, dy = torch.randn(2, 17, stack.features, device=DEVICE)
     y, theirs = (module(x) for module in (compiled, stack))
     assert torch.equal(y, theirs)
     grads = (torch.autograd.grad(t, list(stack.parameters()), dy) for t in (y, theirs))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    assert found == [f"fusedres.triton_chain_{name}.default" for name in ("forward", "backward")]
+    assert found == [f"fusedres.{name}.default" for name in names]
+
+
+def test_compiled_it_is_one_op(calls):
+    stack = FusedResidualStack(16, 4, layers_per_block=2, device=DEVICE)
+    check_compiled_is(stack, ("triton_chain_forward", "triton_chain_backward"))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
