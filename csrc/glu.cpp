@@ -1,6 +1,6 @@
 // The ops fusedres::glu_forward and fusedres::glu_backward on CPU tensors: gated linear units.
 //
-//   h = act(a) * b,   da = dy * b * act'(a),   db = dy * act(a),   z = [a, b] (M, 2 H)
+//   h = act(a) * b,   da = dh * b * act'(a),   db = dh * act(a),   all (M, H)
 //
 // In one pass over rows, each by itself, so that results do not depend on the number of threads.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
@@ -9,14 +9,6 @@
 
 namespace fusedres {
 namespace {
-
-Rows half_of(const Tensor& z, bool second) {
-  Rows rows = rows_of(z);
-  rows.features = z.size(1) / 2;
-  const int64_t bytes = rows.dtype == DType::float64 ? 8 : rows.dtype == DType::float32 ? 4 : 2;
-  if (second) rows.data = static_cast<char*>(rows.data) + rows.features * bytes;
-  return rows;
-}
 
 void run(const cpu::Glu& g, int64_t M) {
   constexpr int64_t kCost = 8;  // of an element, in multiply-adds
@@ -28,35 +20,44 @@ void run(const cpu::Glu& g, int64_t M) {
   });
 }
 
-cpu::Glu start(const Tensor& z, StableIValue activation) {
+cpu::Glu start(const Tensor& a, const Tensor& b, StableIValue activation) {
   cpu::Glu g;
   g.act = recipe("linear-act activation=" + take_text(to<StringHandle>(activation))).act;
-  STD_TORCH_CHECK(z.is_cpu() && z.dim() == 2 && z.size(1) % 2 == 0, "fusedres: z has shape ",
-                  shape_text(z), ", expected (M, 2 H) on the CPU");
-  g.a = half_of(z, false);
-  g.b = half_of(z, true);
+  STD_TORCH_CHECK(a.is_cpu() && a.dim() == 2, "fusedres: a has shape ", shape_text(a),
+                  ", expected (M, H) on the CPU");
+  check_matrix("b", b, a.size(0), a.size(1), Common(a));
+  g.a = rows_of(a);
+  g.b = rows_of(b);
   return g;
 }
 
 void glu_forward(StableIValue* stack) {
-  const Tensor z = adjacent_columns(to<Tensor>(stack[0]));
-  cpu::Glu g = start(z, stack[1]);
-  const Tensor h = empty({z.size(0), g.a.features}, z);
+  const Tensor a = adjacent_columns(to<Tensor>(stack[0]));
+  const Tensor b = adjacent_columns(to<Tensor>(stack[1]));
+  cpu::Glu g = start(a, b, stack[2]);
+  const Tensor h = empty({a.size(0), a.size(1)}, a);
   g.h = rows_of(h);
-  run(g, z.size(0));
+  run(g, a.size(0));
   stack[0] = from(h);
 }
 
+// dz (M, 2 H) = [da, db], or [db, da].
 void glu_backward(StableIValue* stack) {
-  const Tensor dy = adjacent_columns(to<Tensor>(stack[0]));
-  const Tensor z = adjacent_columns(to<Tensor>(stack[1]));
-  cpu::Glu g = start(z, stack[2]);
-  check_matrix("dy", dy, z.size(0), g.a.features, Common(z));
-  const Tensor dz = empty({z.size(0), z.size(1)}, z);
-  g.dy = rows_of(dy);
-  g.da = half_of(dz, false);
-  g.db = half_of(dz, true);
-  if (dy.numel()) run(g, z.size(0));
+  const Tensor dh = adjacent_columns(to<Tensor>(stack[0]));
+  const Tensor a = adjacent_columns(to<Tensor>(stack[1]));
+  const Tensor b = adjacent_columns(to<Tensor>(stack[2]));
+  cpu::Glu g = start(a, b, stack[3]);
+  const bool db_first = to<bool>(stack[4]);
+  check_matrix("dh", dh, a.size(0), a.size(1), Common(a));
+  const Tensor dz = empty({a.size(0), 2 * a.size(1)}, a);
+  g.dh = rows_of(dh);
+  Rows first = rows_of(dz);
+  first.features = a.size(1);
+  Rows second = first;
+  second.data = static_cast<char*>(second.data) + first.features * dz.element_size();
+  g.da = db_first ? second : first;
+  g.db = db_first ? first : second;
+  if (dh.numel()) run(g, a.size(0));
   stack[0] = from(dz);
 }
 
@@ -64,8 +65,8 @@ void glu_backward(StableIValue* stack) {
 }  // namespace fusedres
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres, m) {
-  m.def("glu_forward(Tensor z, str activation) -> Tensor");
-  m.def("glu_backward(Tensor dy, Tensor z, str activation) -> Tensor");
+  m.def("glu_forward(Tensor a, Tensor b, str activation) -> Tensor");
+  m.def("glu_backward(Tensor dh, Tensor a, Tensor b, str activation, bool db_first) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres, CPU, m) {

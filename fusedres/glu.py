@@ -1,4 +1,4 @@
-"""Gated linear units: h = act(a) * b, where a and b are the halves of z = [a, b].
+"""Gated linear units: h = act(a) * b, where a and b are the halves of z = [a, b], or two tensors.
 
 Forward and backward are one pass each on a CPU (csrc/glu.cpp); elsewhere plain torch ops, which
 torch.compile fuses by itself.
@@ -9,6 +9,7 @@ Source: Shazeer, "GLU variants improve transformer", arxiv.org/abs/2002.05202.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,33 +27,45 @@ from .tracing import is_batched
 _modes = torch._C._len_torch_dispatch_stack
 
 
-def composite_glu(z: Tensor, activation: str) -> Tensor:
-    """act(a) * b (..., H) of z (..., 2 H), in plain torch."""
-    a, b = z.chunk(2, dim=-1)
+def _halves(given: Sequence[Tensor], second: bool) -> tuple[Tensor, Tensor]:
+    """a and b of what a call is given: z, whose second half a is if `second`, or both."""
+    a, b = given if len(given) == 2 else given[0].chunk(2, dim=-1)
+    return (b, a) if second else (a, b)
+
+
+def composite_glu(activation: str, second: bool, *given: Tensor) -> Tensor:
+    """act(a) * b (..., H) of z (..., 2 H), or of a and b, in plain torch."""
+    a, b = _halves(given, second)
     return ACTIVATION_FUNCTIONS[activation](a) * b
 
 
 class GLUFunction(torch.autograd.Function):
-    """apply(z (M, 2 H), activation): h (M, H). Saved: z alone."""
+    """apply(activation, second, z (M, 2 H)) or (activation, False, a (M, H), b (M, H)): h (M, H).
+    Saved: what it is given, alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, activation: str) -> Tensor:
+    def forward(ctx: Any, activation: str, second: bool, *given: Tensor) -> Tensor:
         """h, by one pass."""
-        ctx.activation = activation
-        ctx.save_for_backward(z)
-        return torch.ops.fusedres.glu_forward.default(z, activation)
+        ctx.call = activation, second
+        ctx.save_for_backward(*given)
+        return torch.ops.fusedres.glu_forward.default(*_halves(given, second), activation)
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
-        """dz = [dh * b * act'(a), dh * act(a)]."""
-        (z,) = ctx.saved_tensors
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        """dz = [dh * b * act'(a), dh * act(a)]: of z in its order, of a and b cut in two."""
+        given, (activation, second) = ctx.saved_tensors, ctx.call
         create_graph = torch.is_grad_enabled()
         if not create_graph and not is_batched(dh):
-            return torch.ops.fusedres.glu_backward.default(dh, z, ctx.activation), None
+            a, b = _halves(given, second)
+            dz = torch.ops.fusedres.glu_backward.default(dh, a, b, activation, second)
+            return None, None, *((dz,) if len(given) == 1 else dz.chunk(2, dim=-1))
         with torch.enable_grad():
-            view = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
-            h = composite_glu(view, ctx.activation)
-            return torch.autograd.grad(h, view, dh, create_graph=create_graph)[0], None
+            views = [t.view_as(t) if t.requires_grad else t.detach() for t in given]
+            learn = [t for t in views if t.requires_grad]
+            h = composite_glu(activation, second, *views)
+            found = iter(torch.autograd.grad(h, learn, dh, create_graph=create_graph))
+            return None, None, *(next(found) if t.requires_grad else None for t in views)
 
 
 def why_not_one_pass(activation: str, backend: str, device: torch.device) -> str | None:
@@ -66,27 +79,53 @@ def why_not_one_pass(activation: str, backend: str, device: torch.device) -> str
     return native.missing
 
 
-def glu(z: Tensor, activation: str, backend: str) -> Tensor:
-    """act(a) * b (..., H) of z (..., 2 H), a being the first half of its features."""
-    traced = is_dynamo_compiling() or is_exporting() or _modes() or type(z) not in PLAIN
-    if traced or graphs.wants_plain_ops(False) or composite_only(z, z) or z.dtype not in DTYPES:
-        return composite_glu(z, activation)
+def glu(z: Tensor, activation: str, backend: str = "auto", second: bool = False) -> Tensor:
+    """act(a) * b (..., H) of z (..., 2 H), a being the first half of its features, or the second.
+
+    Raises nothing of its own: what the op does not know runs in torch ops.
+    """
+    return _unit(activation, backend, second, z)
+
+
+def gated(a: Tensor, b: Tensor, activation: str, backend: str = "auto") -> Tensor:
+    """act(a) * b (..., H) of two tensors (..., H)."""
+    return _unit(activation, backend, False, a, b)
+
+
+def _unit(activation: str, backend: str, second: bool, *given: Tensor) -> Tensor:
+    z = given[0]
+    traced = is_dynamo_compiling() or is_exporting() or _modes()
+    traced = traced or graphs.wants_plain_ops(False)
+    if traced or not all(_fits(t, z) for t in given) or z.shape[-1] % (3 - len(given)):
+        return composite_glu(activation, second, *given)
     if why_not_one_pass(activation, backend, z.device) is not None:
-        return composite_glu(z, activation)
-    rows = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
+        return composite_glu(activation, second, *given)
+    M = math.prod(z.shape[:-1])
+    rows = [t.reshape(M, z.shape[-1]) for t in given]
     try:
-        if torch.is_grad_enabled() and z.requires_grad:
-            h = GLUFunction.apply(rows, activation)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+            h = GLUFunction.apply(activation, second, *rows)
         else:
-            h = torch.ops.fusedres.glu_forward.default(rows, activation)
+            h = torch.ops.fusedres.glu_forward.default(*_halves(rows, second), activation)
     except RuntimeError as error:
         check_memory(error)
         raise
-    return h.view(*z.shape[:-1], z.shape[-1] // 2)
+    return h.view(*z.shape[:-1], h.shape[-1])
+
+
+def _fits(t: Tensor, z: Tensor) -> bool:
+    """Whether the op takes it beside z."""
+    if type(t) not in PLAIN or composite_only(t, t) or t.dtype not in DTYPES:
+        return False
+    return t.dtype is z.dtype and t.shape == z.shape and t.device == z.device
+
+
+def _fake_backward(_dh: Tensor, a: Tensor, _b: Tensor, _activation: str, _first: bool) -> Tensor:
+    return a.new_empty((a.shape[0], 2 * a.shape[1]))
 
 
 if native.missing is None:
     torch.library.register_fake(
-        "fusedres::glu_forward", lambda z, _: z.new_empty((z.shape[0], z.shape[1] // 2))
+        "fusedres::glu_forward", lambda a, _b, _activation: a.new_empty(a.shape)
     )
-    torch.library.register_fake("fusedres::glu_backward", lambda _dh, z, _: z.new_empty(z.shape))
+    torch.library.register_fake("fusedres::glu_backward", _fake_backward)

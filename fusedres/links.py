@@ -25,6 +25,7 @@ from .tracing import transforms_active
 
 _modes = torch._C._len_torch_dispatch_stack
 LARGEST = 1 << 18  # elements of a weight: those for which our own product is the best anywhere
+NARROW = 1 << 16  # the same in a block of two matmuls
 _OF_FEW_ROWS = 1 << 15  # the same for fewer than 8 rows: larger ones take longer to be packed
 
 
@@ -148,6 +149,56 @@ def _computed(owner: Any, *names: str) -> bool:
     return any(name not in owner._parameters and name not in owner.__dict__ for name in names)
 
 
+def typed_link(
+    spec: Spec,
+    operands: tuple[Tensor | None, ...],
+    running: Running | None,
+    x: Tensor,
+    stream: Stream,
+    back: int = 0,
+    input_back: int = 0,
+    backend: str = "auto",
+) -> tuple[Link, Stream] | str:
+    """A layer's tensors as a link in the dtypes of its call, and what it gives; or why not.
+
+    `operands`: weight, bias, norm_weight, norm_bias, gate, running_mean, running_var, of shapes that
+    fit; where `spec` goes by the batch's statistics, the last two are what `running` updates.
+    """
+    weight, bias, norm_weight, norm_bias, gate, mean, var = operands
+    given = [t for t in operands if t is not None]
+    if weight is None or any(type(t) not in PLAIN or t.device != x.device for t in given):
+        return "a parameter is a tensor of another kind, or on another device than x"
+    width, dtype, residual = stream
+    if weight.dtype not in DTYPES or (bias is not None and bias.dtype is not weight.dtype):
+        return f"its weight is {weight.dtype}, its bias {getattr(bias, 'dtype', None)}"
+    autocast = autocast_dtype(x.device.type)
+    text, product = spec.text, weight.dtype
+    if autocast or dtype is not product or residual is not None:
+        try:
+            text, product = typed(text, dtype, product, residual, autocast, x.device.type)
+        except TypeError:
+            return f"its weight is {weight.dtype}, its input {dtype}"
+    N, K = weight.shape
+    on_cpu = chain.backend_of(x) == "cpu"
+    if width != K or (on_cpu and too_large(weight.shape, x)):
+        return f"its weight has shape {(N, K)}, x has {width} features and shape {tuple(x.shape)}"
+    cast = product if product is not weight.dtype else None
+    if spec.batch_stats:
+        mean = var = None  # it looks at this batch's
+    link = Link.of(
+        Spec.parse(text), weight, bias, norm_weight, norm_bias, gate, mean, var,
+        back=back if spec.adds else 0, input_back=input_back, autocast=cast,
+        running=running if spec.batch_stats else None, backend=backend,
+    )  # fmt: skip
+    if on_cpu:
+        chosen = backends.choose(backend, text, product, x.device, N, K, False)
+        reason = None if chosen == "cpu" else f"its backend is '{chosen}'"
+    else:
+        way = chain.way_of_links([link], x)
+        reason = way if isinstance(way, str) else None
+    return reason or (link, Stream(N, y_dtype(text, product)))
+
+
 def link_of(
     module: nn.Module, x: Tensor, stream: Stream, back: int = 0
 ) -> tuple[tuple[Link, ...], Stream] | str:
@@ -192,32 +243,16 @@ def link_of(
         running = Running(mean, var, momentum, tracked)
         if any(t is not None and t.requires_grad for t in running[:2]):
             return "its running statistics ask for a gradient"
-    given = [t for t in (weight, bias, norm_weight, norm_bias, gate, mean, var) if t is not None]
-    if any(type(t) not in PLAIN or t.device != x.device for t in given):
-        return "a parameter is a tensor of another kind, or on another device than x"
-    width, dtype, residual = stream
-    residual = residual if spec.adds else None
+    its = stream if spec.adds else stream._replace(residual=None)
     shortcut: tuple[Link, ...] = ()
     input_back = 0
     if spec.adds and module.shortcut is not None:
         projected = _shortcut_link(module.shortcut, spec, x, stream, back, module.backend)
         if isinstance(projected, str):
             return projected
-        shortcut, residual = projected[:1], projected[1]
+        shortcut, its = projected[:1], its._replace(residual=projected[1])
         back, input_back = 0, 1  # it adds the latest value
-    if weight.dtype not in DTYPES or (bias is not None and bias.dtype is not weight.dtype):
-        return f"its weight is {weight.dtype}, its bias {getattr(bias, 'dtype', None)}"
-    autocast = autocast_dtype(x.device.type)
-    text, product = spec.text, weight.dtype
-    if autocast or dtype is not product or residual is not None:
-        try:
-            text, product = typed(text, dtype, product, residual, autocast, x.device.type)
-        except TypeError:
-            return f"its weight is {weight.dtype}, its input {dtype}"
     N, K = weight.shape
-    on_cpu = chain.backend_of(x) == "cpu"
-    if width != K or (on_cpu and too_large(weight.shape, x)):
-        return f"its weight has shape {(N, K)}, x has {width} features and shape {tuple(x.shape)}"
     padded = module.shortcut_kind == "pad" and K < N
     same = back or padded or spec.width("add", K, N) == K
     if spec.adds and not shortcut and not same:
@@ -230,37 +265,23 @@ def link_of(
         shapes = [own_shape, *(t.shape for t in (mean, var) if t is not None)]
         if any(shape != expected for shape in shapes):
             return f"its norm is over {tuple(shapes[-1])}, not {expected}"
-    given_back = back if spec.adds else 0
-    typed_spec = Spec.parse(text)
-    cast = product if product is not weight.dtype else None
-    if spec.batch_stats:
-        mean = var = None  # it looks at this batch's
-    link = Link.of(
-        typed_spec, weight, bias, norm_weight, norm_bias, gate, mean, var, back=given_back,
-        input_back=input_back, autocast=cast, running=running if spec.batch_stats else None,
-        backend=module.backend,
-    )  # fmt: skip
-    if on_cpu:
-        chosen = backends.choose(module.backend, text, product, x.device, N, K, False)
-        reason = None if chosen == "cpu" else f"its backend is '{chosen}'"
-    else:
-        way = chain.way_of_links([link], x)
-        reason = way if isinstance(way, str) else None
-    if reason is not None:
-        return reason
-    y = y_dtype(text, product)
+    operands = weight, bias, norm_weight, norm_bias, gate, mean, var
+    linked = typed_link(spec, operands, running, x, its, back, input_back, module.backend)
+    if isinstance(linked, str):
+        return linked
+    link, y = linked
     found = _parameters(linear, norm, module)
     batch = _batch(norm) if spec.norm == "batch" else ()
     known_tensors = (*found, *batch[:2])
-    computes = not all(any(t is u for u in known_tensors) for t in given)
+    computes = not all(t is None or any(t is u for u in known_tensors) for t in operands)
     if not computes and module.shortcut is None:
         eps = None if norm is None else norm.eps
         _known[module] = _Known(
-            link, N, y, N * K, own["_asked"], own["training"], eps, linear, norm,
-            (type(linear), type(norm), module.backend, back, x.device, stream[1:], autocast),
+            link, N, y.dtype, N * K, own["_asked"], own["training"], eps, linear, norm,
+            (type(linear), type(norm), module.backend, back, x.device, stream[1:], autocast_dtype(x.device.type)),
             found, batch, weight.shape, weight.dtype,
         )  # fmt: skip
-    return (*shortcut, link), Stream(N, y)
+    return (*shortcut, link), y
 
 
 def _shortcut_link(
@@ -304,8 +325,10 @@ class Part(NamedTuple):
     back: int = 0
 
 
-def _goes_on(links: list[tuple[Link, ...]], link: Link, x: Tensor) -> bool:
-    """Whether a GPU takes `link` after `links`: all are alike, and the first one can be joined."""
+def goes_on(links: list[tuple[Link, ...]], link: Link, x: Tensor) -> bool:
+    """Whether a call takes `link` after `links`: on a GPU all are alike, and the first one can be."""
+    if chain.backend_of(x) == "cpu":
+        return True
     if not links:
         return isinstance(chain.way_of_links([link], x), chain.Way)
     kinds = [
@@ -340,7 +363,7 @@ def links_of(parts: Iterable[Part], x: Tensor) -> list[tuple[Link, ...]]:
                 break
             own, stream = (known.link,), Stream(known.width, known.dtype)
             dtypes.append(stream.dtype)
-        if not on_cpu and not _goes_on(links, own[0], x):
+        if not goes_on(links, own[0], x):
             break
         links.append(own)
     return links

@@ -12,7 +12,7 @@ from . import chain, checks
 from .checks import Backend
 from .glu import glu as gated_unit
 from .layers import activation_name
-from .links import Part, joined, links_of, unchained
+from .links import NARROW, Part, joined, links_of, unchained
 from .modules import FusedResidual, project
 from .spec import STAGES, Gate, Norm, make_spec, one_of, unknown_stage
 
@@ -26,7 +26,6 @@ MLP_ORDERS = {
     "preact": "norm-act-linear-norm-act-linear-add",
 }
 
-_NARROW = 1 << 16  # elements of a weight
 MLP_SHORTCUTS = ("identity", "linear")
 # What a block hands to its layers, and what their shapes come from.
 _OF_LAYERS = ("norm", "activation", "bias", "eps", "momentum", "gate", "gate_init", "dropout",
@@ -265,7 +264,7 @@ class FusedResidualMLP(nn.Module):
             return None
         if self.adds and (self.shortcut is not None or self.features != self.out_features):
             return None
-        if self.features * self.hidden_features > _NARROW:
+        if self.features * self.hidden_features > NARROW:
             return None
         return [Part(self.fc1), Part(self.fc2, 1)]
 

@@ -21,12 +21,12 @@ inline void glu(const Glu& g, int64_t begin, int64_t end) {
     load_row(g.a, m, a, n);
     load_row(g.b, m, b, n);
     activate(g.act, a, t, n);
-    if (!g.dy.data) {
+    if (!g.dh.data) {
       multiply_rows(t, b, n);
       store_row(t, g.h, m, n);
       continue;
     }
-    load_row(g.dy, m, d, n);
+    load_row(g.dh, m, d, n);
     multiply_rows(t, d, n);
     store_row(t, g.db, m, n);
     multiply_rows(d, b, n);

@@ -95,11 +95,11 @@ struct WeightGradient {
   int64_t part_stride = 0;
 };
 
-// h = act(a) * b, row by row; where dy has data: da = dy * b * act'(a), db = dy * act(a) instead.
+// h = act(a) * b, row by row; where dh has data: da = dh * b * act'(a), db = dh * act(a) instead.
 struct Glu {
   Act act = Act::none;
   Rows a, b, h;
-  Rows dy, da, db;
+  Rows dh, da, db;
 };
 
 template <class A>

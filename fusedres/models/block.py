@@ -7,7 +7,22 @@ from typing import Any
 
 from torch.fx import Node
 
+from .gated import Unit
 from .reading import Op, value
+
+
+@dataclass
+class Gating:
+    """A gated linear unit and the layers that its halves come from: one that gives both, or two of
+    the same input.
+    """
+
+    unit: Unit
+    heads: list[Layer]
+
+    @property
+    def x(self) -> Node:
+        return self.heads[0].x
 
 
 @dataclass
@@ -22,6 +37,7 @@ class Layer:
     passing: dict[Node, Node] = field(default_factory=dict)  # what is its input but for chance
     last: Node | None = None  # whose value the call returns
     rows: bool = False  # leading dimensions change on the way
+    gating: Gating | None = None  # what makes x
 
     def put(self, op: Op, node: Node, first: bool = False) -> None:
         """Joins a stage, as the first one or the last."""
@@ -43,6 +59,16 @@ class Layer:
     def order(self) -> str:
         return "-".join(self.stages)
 
+    @property
+    def start(self) -> Node:
+        """What its input is made from."""
+        return self.x if self.gating is None else self.gating.x
+
+    @property
+    def calls(self) -> list[Layer]:
+        """Itself, after those that make its input."""
+        return [*(self.gating.heads if self.gating else ()), self]
+
 
 @dataclass
 class Block:
@@ -56,7 +82,7 @@ class Block:
 
     @property
     def layers(self) -> list[Layer]:
-        return [layer for branch in self.branches for layer in branch]
+        return [call for branch in self.branches for layer in branch for call in layer.calls]
 
     @property
     def rows(self) -> bool:
@@ -71,12 +97,14 @@ class Block:
 
     @property
     def nodes(self) -> set[Node]:
-        return {node for layer in self.layers for node in layer.nodes}
+        gatings = [layer.gating for layer in self.layers if layer.gating]
+        nodes = {node for layer in self.layers for node in layer.nodes}
+        return nodes | {node for gating in gatings for node in gating.unit.nodes}
 
     @property
     def data(self) -> list[Node]:
         """What its branches begin with."""
-        return [branch[0].x for branch in self.branches]
+        return [branch[0].start for branch in self.branches]
 
     @property
     def inputs(self) -> list[Node]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from .block import Block
+from .chains import Run, runs_of
 from .gain import loss
 from .match import Matcher
 from .proof import Pair, disproof
@@ -36,15 +37,25 @@ def _line(node: Node) -> str:
 
 
 def _said(block: Block) -> str:
-    recipes = ", ".join(spec_of(layer).text for layer in block.layers)
-    calls = "one fused call" if len(block.layers) == 1 else f"{len(block.layers)} fused calls"
-    return f"{recipes} in {calls}"
+    said = []
+    for layer in block.layers:
+        if layer.gating is not None:
+            said.append(f"{layer.gating.unit.activation}(a) * b")
+        said.append(spec_of(layer).text)
+    return f"{', '.join(said)} in " + ("one fused call" if len(said) == 1 else f"{len(said)} fused calls")
 
 
-def _why_not(block: Block, when: str) -> str | None:
-    pair = Pair(block)
-    reason = disproof(pair)
-    return loss(pair) if reason is None and when == "faster" else reason
+def _together(run: Run) -> str:
+    several = len(run.blocks) > 1
+    return f", one call for {len(run.blocks)} residual adds" if several else ""
+
+
+def _judged(run: Run, when: str) -> list[tuple[Run, str | None]]:
+    """The run, if all of it is better fused, else its blocks; each with why not."""
+    reason = loss(Pair(run)) if when == "faster" else None
+    if reason is None or len(run.blocks) == 1:
+        return [(run, reason)]
+    return [alone for block in run.blocks for alone in _judged(Run([block]), when)]
 
 
 def fuse(module: GraphModule, when: str) -> list[Add]:
@@ -52,23 +63,32 @@ def fuse(module: GraphModule, when: str) -> list[Add]:
 
     `when`: "faster" leaves what is measured to be slower here, "always" does not ask.
     """
-    adds, chosen = [], []
-    for add in Matcher(module.graph).find():
-        block, reason = add.block, add.why_not
-        if block is not None:
-            reason = _why_not(block, when)
-        if block is not None and reason is None:
-            chosen.append(block)
-        what = _said(chosen[-1]) if reason is None else reason
-        where, line = module_path(add.node), _line(add.node)
-        adds.append(Add(where, reason is None, what, add.convolutional, line))
+    matcher = Matcher(module.graph)
+    found = matcher.find()
+    said: dict[Node, tuple[bool, str]] = {}
+    proved: list[Block] = []
+    for add in found:
+        reason = add.why_not if add.block is None else disproof(Pair(Run([add.block])))
+        if add.block is not None and reason is None:
+            proved.append(add.block)
+        said[add.node] = False, reason or ""
+    chosen = []
+    for together in runs_of(proved, matcher.flow):
+        for run, reason in _judged(together, when):
+            if reason is None:
+                chosen.append(run)
+            for block in run.blocks:
+                said[block.add] = reason is None, reason or _said(block) + _together(run)
     moved: dict[Node, Node] = {}
-    for block in chosen:
-        replace(module, block, moved)
+    for run in chosen:
+        replace(module, run, moved)
     if chosen:
         module.graph.lint()
         module.recompile()
-    return adds
+    return [
+        Add(module_path(add.node), *said[add.node], add.convolutional, _line(add.node))
+        for add in found
+    ]
 
 
 def check_when(op: str, when: Any) -> None:

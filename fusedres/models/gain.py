@@ -32,7 +32,7 @@ def _runs(pair: Pair) -> tuple[Callable[[], None], Callable[[], None]]:
         if isinstance(t, Tensor) and need and records:
             t.requires_grad_()
 
-    changed = {n for node in pair.block.nodes for n in written(node)}
+    changed = {n for node in pair.run.nodes for n in written(node)}
     copied = [i for i, node in enumerate(pair.inputs) if node in changed]
 
     def call(module: Callable[..., Tensor]) -> None:
@@ -62,8 +62,8 @@ def _measure(pair: Pair) -> tuple[float, float]:
 
 
 def loss(pair: Pair) -> str | None:
-    """Why the block is better left as it is; None where fused is faster."""
-    if value(pair.block.add).device.type != "cpu":
+    """Why the run is better left as it is; None where fused is faster."""
+    if value(pair.run.add).device.type != "cpu":
         return None
     grads = [getattr(value(node), "requires_grad", False) for node in pair.inputs]
     key = (*pair.key(), tuple(grads), torch.is_grad_enabled(), torch.get_num_threads())

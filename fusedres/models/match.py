@@ -14,9 +14,10 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ..checks import DTYPES
-from .block import Block, Layer, cut
+from .block import Block, Gating, Layer, cut
 from .dataflow import is_transformed
 from .describe import describe
+from .gated import read_unit
 from .reading import Op, value
 from .sums import CONVOLUTIONS, Sums, alpha
 
@@ -126,7 +127,7 @@ class Matcher:
             layers = self._branch(branch, _Reads(add, skip, set(sums)))
             if isinstance(layers, str):
                 return layers
-            if any(layer.rows for layer in layers) and "droppath" in layers[-1].stages:
+            if any(call.rows for layer in layers for call in layer.calls) and "droppath" in layers[-1].stages:
                 return "its rows are cut into other samples before it adds"
             layers[-1].put(Op("add", branch), end)
             found.append(layers)
@@ -154,7 +155,9 @@ class Matcher:
         return self._before(tail, reads)
 
     def _before(self, tail: Layer, reads: _Reads) -> list[Layer]:
-        """The layers of the block: stages before the matmul, and the matmul before them."""
+        """The layers of the block: stages before the matmul, and the matmul before them, or the
+        gated unit.
+        """
         steps: list[tuple[Op, Node]] = []
         n, linears = tail.x, 0
         while True:
@@ -167,7 +170,43 @@ class Matcher:
             steps.append((op, n))
             reads.nodes |= {n, *op.inside}
             n = op.x
-        return cut(tail, steps)
+        layers = cut(tail, steps)
+        if not linears and tail.x is n:
+            tail.gating = self._gating(n, reads)
+        return layers
+
+    def _gating(self, node: Node, reads: _Reads) -> Gating | None:
+        """The gated unit that ends in `node`, with the layers before it."""
+        if value(node).device.type != "cpu":  # elsewhere it would be the same ops
+            return None
+        unit = read_unit(node, self.sums.read)
+        if unit is None or self._blocked(node, Op("glu", node, inside=unit.nodes[1:]), reads):
+            return None
+        reads.nodes |= set(unit.nodes)
+        heads = []
+        for z in unit.given:
+            op = self.sums.read(z)
+            if op is None or op.kind != "linear" or self._blocked(z, op, reads):
+                return None
+            heads.append(Layer(z))
+            heads[-1].put(op, z, first=True)
+        reads.nodes |= {node for head in heads for node in head.nodes}
+        if len({head.x for head in heads}) > 1:
+            return None
+        n, there = heads[0].x, True
+        while there:
+            op = self.sums.read(n)
+            if op is None or op.kind not in ("same", "rows", "norm"):
+                break
+            twice = len(heads) > 1 and op.settings.get("norm") == "batch"
+            if twice or self._blocked(n, op, reads):
+                break
+            there = op.kind != "norm"
+            reads.nodes |= {n, *op.inside}
+            for head in heads:
+                head.put(op, n, first=True)
+            n = op.x
+        return Gating(unit, heads)
 
     def _scaled_skip(self, block: Block) -> None:
         """c * r + branch, where nobody else reads c * r."""

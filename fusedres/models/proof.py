@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .block import Block
+from .chains import Run
 from .reading import value
 from .rewrite import emit
 
 
 class Pair:
-    """A block twice as functions of the same inputs: as the model has it, and fused. Without
-    chance: dropout and drop-path are off in both.
+    """A run of blocks twice as functions of the same inputs: as the model has it, and fused.
+    Without chance: dropout and drop-path are off in both.
     """
 
-    def __init__(self, block: Block) -> None:
-        self.block, self.inputs = block, block.inputs
+    def __init__(self, run: Run) -> None:
+        self.run, self.inputs = run, run.inputs
         self.original, self.fused = self._original(), self._fused()
-        self.autocast = _autocast(block)
+        self.autocast = _autocast(run.out)
 
     def _graph(self) -> tuple[Graph, dict[Any, Any]]:
         graph = Graph()
@@ -32,20 +32,20 @@ class Pair:
 
     def _original(self) -> GraphModule:
         graph, values = self._graph()
-        passing = {n: x for layer in self.block.layers for n, x in layer.passing.items()}
-        for node in sorted(self.block.nodes):
+        passing = {n: x for layer in self.run.layers for n, x in layer.passing.items()}
+        for node in sorted(self.run.nodes):
             if node in passing:
                 values[node] = values.get(passing[node])
             else:
                 values[node] = graph.node_copy(node, values.__getitem__)
-        graph.output(values[self.block.out])
+        graph.output(values[self.run.out])
         return GraphModule(nn.Module(), graph)
 
     def _fused(self) -> GraphModule:
         graph, values = self._graph()
         module = GraphModule(nn.Module(), Graph())
         look = values.get
-        graph.output(emit(graph, module, self.block, look, chance=False))
+        graph.output(emit(graph, module, self.run, look, chance=False))
         module.graph = graph
         module.cpu()
         return module
@@ -58,10 +58,10 @@ class Pair:
         v = value(node)
         if not isinstance(v, Tensor):
             return v
-        data, size = (*self.block.data, self.block.residual), list(map(_hint, v.shape))
+        data, size = (*self.run.data, self.run.residual), list(map(_hint, v.shape))
         if node in data:
             rows = [2] * (len(size) - 2) + [3] if small else size[:-1]
-            if self.block.rows:  # what reshapes them is not part of the block
+            if self.run.rows:  # what reshapes them is not part of the block
                 rows = [6] if small else [math.prod(rows)]
             size = [*rows, size[-1]]
         generator = torch.Generator().manual_seed(i)
@@ -70,7 +70,7 @@ class Pair:
             t *= 10.0 ** (torch.arange(t[..., 0].numel()) % 4 - 2).view(t.shape[:-1]).unsqueeze(-1)
         elif v.dim() == 2:
             t *= size[-1] ** -0.5
-        if any(layer.tensors.get("running_var") is node for layer in self.block.layers):
+        if any(layer.tensors.get("running_var") is node for layer in self.run.layers):
             t = t.abs() + 0.1
         return t.to(v.dtype)
 
@@ -79,7 +79,7 @@ class Pair:
         facts = [(v.dtype, str(v.shape)) for n in self.inputs if isinstance(v := value(n), Tensor)]
         enabled = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         mode = getattr(self.autocast, "fast_dtype", None), enabled
-        return self.original.code, self.fused.code, self.block.rows, *facts, mode
+        return self.original.code, self.fused.code, self.run.rows, *facts, mode
 
 
 def _hint(size: Any) -> int:
@@ -88,11 +88,11 @@ def _hint(size: Any) -> int:
     return 2 if hint is None else int(hint)
 
 
-def _autocast(block: Block) -> AbstractContextManager[Any]:
-    """The state that the graph itself switches on around the block."""
+def _autocast(out: Node) -> AbstractContextManager[Any]:
+    """The state that the graph itself switches on around the node."""
     enters: list[Node] = []
-    for node in block.out.graph.nodes:
-        if node is block.out:
+    for node in out.graph.nodes:
+        if node is out:
             break
         name = getattr(node.target, "__name__", "")
         if name == "_enter_autocast":
@@ -100,7 +100,7 @@ def _autocast(block: Block) -> AbstractContextManager[Any]:
         elif name == "_exit_autocast":
             enters.remove(node.args[0])
     if not enters:
-        device = value(block.add).device.type
+        device = value(out).device.type
         if device in ("cpu", "meta") or not torch.is_autocast_enabled(device):
             return nullcontext()
         return torch.autocast("cpu", torch.get_autocast_dtype(device))

@@ -69,6 +69,24 @@ def _into_the_skip(s, x):
     return y
 
 
+_DOWN = {"down": linear(K, H, bias=False)}
+
+
+def _swiglu(s, x):
+    h = s.norm(x)
+    return x + s.down(F.silu(s.gate(h)) * s.up(h))
+
+
+def _geglu(s, x):
+    a, b = s.fc(s.norm(x)).chunk(2, dim=-1)
+    return x + 0.5 * s.down(b * tanh_gelu(a))
+
+
+def _reglu(s, x):
+    z = s.fc(x)
+    return s.norm(x + s.down(z[..., :H] * torch.relu(z[..., H:])))
+
+
 def _one_norm(s, x):
     h = s.norm(x)
     y = s.a(h)
@@ -103,6 +121,27 @@ BLOCKS = {
             gate=linear(H), up=linear(H), down=linear(K, H, bias=False), norm=LlamaNorm,
         ),
         ["linear-add"],
+    ),
+    "gated, two weights": (
+        lambda: _make(_swiglu, gate=linear(H), up=linear(H), **_DOWN, norm=LlamaNorm),
+        [
+            "norm-linear norm=rms eps=1e-06", "norm-linear norm=rms eps=1e-06", "silu(a) * b",
+            "linear-add",
+        ],
+    ),
+    "gated, packed": (
+        lambda: _make(_geglu, fc=linear(2 * H), **_DOWN, norm=lambda: nn.LayerNorm(K)),
+        ["norm-linear norm=layer", "gelu_tanh(a) * b", "linear-gate-add gate=scalar"],
+    ),
+    "gated, second half": (
+        lambda: _make(_reglu, fc=linear(2 * H), **_DOWN, norm=lambda: nn.LayerNorm(K)),
+        ["linear", "relu(a) * b", "linear-add-norm norm=layer"],
+    ),
+    "gated, F.glu": (
+        lambda: _make(
+            lambda s, x: x + s.down(F.dropout(F.glu(s.fc(x)), 0.0)), fc=linear(2 * H), **_DOWN
+        ),
+        ["linear", "sigmoid(a) * b", "linear-add"],
     ),
     "postnorm": (
         lambda: _make(lambda s, x: s.norm(x + s.fc2(F.relu(s.fc1(x)))), **MLP),

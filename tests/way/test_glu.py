@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedres import FusedResidualMLP, FusedSequential, explain
 from fusedres.backends import native
-from fusedres.glu import composite_glu, glu
+from fusedres.glu import composite_glu, gated, glu
 from fusedres.spec import ACTIVATIONS
 from oracle import assert_as_accurate
 
@@ -23,7 +23,7 @@ def eager(block, x):
     fc1, fc2 = block.fc1, block.fc2
     w1, w2 = fc1.linear, fc2.linear
     z = w1(fc1.norm(x) if block.order == "prenorm" else x)
-    t = w2(composite_glu(z, block._activation))
+    t = w2(composite_glu(block._activation, False, z))
     t = fc2.norm(t) if block.order == "branch-norm" else t
     t = x + (t if fc2.gate is None else fc2.gate * t)
     return fc2.norm(t) if block.order == "postnorm" else t
@@ -50,7 +50,7 @@ def judge(ours, plain, exact, dtype):
 def test_unit(activation, dtype):
     torch.manual_seed(0)
     z, dh = torch.randn(21, 2 * H, dtype=dtype), torch.randn(21, H, dtype=dtype)
-    plain = lambda z: composite_glu(z, activation)  # noqa: E731
+    plain = lambda z: composite_glu(activation, False, z)  # noqa: E731
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         fused = unit(lambda z: glu(z, activation, "cpu"), z, dh, dtype)
@@ -196,10 +196,38 @@ def test_refused():
 
 @needs_op
 def test_op_checks_what_it_gets():
-    with pytest.raises(RuntimeError, match=r"z has shape \(2, 3\), expected \(M, 2 H\)"):
-        torch.ops.fusedres.glu_forward(torch.zeros(2, 3), "relu")
-    with pytest.raises(RuntimeError, match=r"dy has shape \(2, 3\), expected \(2, 2\)"):
-        torch.ops.fusedres.glu_backward(torch.zeros(2, 3), torch.zeros(2, 4), "relu")
-    z = torch.randn(3, 8)
-    torch.library.opcheck(torch.ops.fusedres.glu_forward.default, (z, "silu"))
-    torch.library.opcheck(torch.ops.fusedres.glu_backward.default, (z[:, :4], z, "silu"))
+    forward, backward = torch.ops.fusedres.glu_forward, torch.ops.fusedres.glu_backward
+    a, b = torch.randn(3, 4), torch.randn(3, 8)[:, 1::2]
+    with pytest.raises(RuntimeError, match=r"a has shape \(3\), expected \(M, H\)"):
+        forward(a[:, 0], b, "relu")
+    with pytest.raises(RuntimeError, match=r"b has shape \(2, 4\), expected \(3, 4\)"):
+        forward(a, b[:2], "relu")
+    with pytest.raises(RuntimeError, match=r"dh has shape \(3, 8\), expected \(3, 4\)"):
+        backward(torch.zeros(3, 8), a, b, "relu", False)
+    torch.library.opcheck(forward.default, (a, b, "silu"))
+    torch.library.opcheck(backward.default, (b, a, b, "silu", True))
+
+
+@needs_op
+@pytest.mark.parametrize("second", [False, True])
+def test_either_half_and_two_tensors(second):
+    torch.manual_seed(4)
+    z, dh = torch.randn(5, 4, 2 * H), torch.randn(5, 4, H)
+
+    def two(z):
+        a, b = z.chunk(2, dim=-1)
+        return gated(b, a, "gelu") if second else gated(a, b, "gelu")
+
+    plain = unit(lambda z: composite_glu("gelu", second, z), z, dh, torch.float32)
+    exact = unit(lambda z: composite_glu("gelu", second, z), z, dh, torch.float64)
+    for call in (lambda z: glu(z, "gelu", second=second), two):
+        judge(unit(call, z, dh, torch.float32), plain, exact, torch.float32)
+
+
+@needs_op
+def test_two_tensors_of_which_one_learns():
+    a, b = torch.randn(3, H, requires_grad=True), torch.randn(3, H)
+    (da,) = torch.autograd.grad(gated(a, b, "tanh").sum(), a)
+    torch.testing.assert_close(da, b * (1 - a.detach().tanh() ** 2))
+    double = b.double()  # of two dtypes torch's ops make what they make
+    assert gated(a, double, "tanh").dtype == torch.float64
