@@ -41,13 +41,21 @@ fusedres::DType dtype_of(const std::string& name) {
   return found->second;
 }
 
-// The CPU's plan for a layer of M rows, N outputs and K inputs.
+// Who multiplies for a layer of M rows, N outputs and K inputs.
+std::string product(int64_t M, int64_t N, int64_t K, fusedres::DType dtype, bool backward) {
+  if (fusedres::cpu::own_product(M, N, K, dtype, backward)) return "own";
+  if (fusedres::cpu::multiply_in_float32(dtype)) return "library, in fp32";
+  const bool fp32 = dtype == fusedres::DType::float32;
+  return fp32 && fusedres::cpu::prefer_onednn(M, N, K) ? "oneDNN" : "ATen";
+}
+
+// The CPU's plan for it.
 std::map<std::string, std::string> plan(int64_t M, int64_t N, int64_t K, const std::string& dtype) {
-  const fusedres::DType product = dtype_of(dtype);
-  if (fusedres::cpu::own_product(M, N, K, product))
-    return {{"product", "own"}, {"rows", "with the product, block by block"}};
-  const bool onednn = product == fusedres::DType::float32 && fusedres::cpu::prefer_onednn(M, N, K);
-  return {{"product", onednn ? "oneDNN" : "ATen"}, {"rows", "one pass, row in L1"}};
+  const std::string forward = product(M, N, K, dtype_of(dtype), false);
+  const bool own = forward == "own";
+  return {{"product", forward},
+          {"backward's products", product(M, N, K, dtype_of(dtype), true)},
+          {"rows", own ? "with the product, block by block" : "one pass, row in L1"}};
 }
 
 // Why the CUDA kernels cannot run a layer of any number of rows on a GPU whose blocks may have

@@ -23,8 +23,8 @@ namespace {
 template <class A>
 constexpr ScalarType kExact = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
-bool own_product(const Call& c) {
-  return cpu::own_product(c.M(), c.N(), c.K(), dtype_of(c.weight));
+bool own_product(const Call& c, bool backward) {
+  return cpu::own_product(c.M(), c.N(), c.K(), dtype_of(c.weight), backward);
 }
 
 // y, and what backward needs if `save`: see Saved.
@@ -33,7 +33,7 @@ std::vector<Tensor> forward(const Call& c, bool save) {
   const Recipe& r = c.recipe;
   const Layer layer(c);
   const int64_t M = c.M();
-  const bool own = own_product(c), keeps_z = save && r.saves_z();
+  const bool own = own_product(c, false), keeps_z = save && r.saves_z();
   const bool early = c.bias && bias_in_product(dtype_of(c.weight));
   Optional stats, operand, z;
   const auto keep_statistics = [&](const Side<A>& side) {
@@ -87,7 +87,8 @@ std::vector<Tensor> forward(const Call& c, bool save) {
     }
   }
   if (own || after || y.scalar_type() != c.y_dtype()) {
-    y = empty({M, c.N()}, c.y_dtype());
+    const bool over_z = !own && !keeps_z && y.scalar_type() == c.y_dtype();  // row by row
+    if (!over_z) y = empty({M, c.N()}, c.y_dtype());
     pass.y = rows_of(y);
     run(pass, M);
   }
@@ -116,7 +117,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
   const Layer layer(c);
   const int64_t M = c.M();
   const ScalarType product = c.product_dtype();
-  const bool own = own_product(c);
+  const bool own = own_product(c, true);
   Gradients<A> grads{layer, needs};
   const auto wants = [&](Input input) { return grads.wants(input); };
   const auto load_statistics = [&](Side<A>& side) {

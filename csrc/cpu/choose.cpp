@@ -11,7 +11,7 @@
 #ifdef FUSEDRES_X86_SETS
 #include <cpuid.h>
 #endif
-#if defined(FUSEDRES_X86_SETS) && defined(__linux__)
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -90,12 +90,25 @@ Set choose() {
 
 constexpr int64_t kFewRows = 16;
 
+// Bytes of a core's L2.
+int64_t level_2() {
+#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (found > 0) return found;
+#endif
+  return int64_t{2} << 20;
+}
+
 // The largest packed weight, in bytes, for which blocks of rows beat the library's product of the
 // whole matrix and a pass: what a share of L3 holds; of bf16 pairs, which the library multiplies as
 // fast as we do, less unless many rows pay for the packing. On Intel CPUs, for which MKL is made,
-// half of L2.
-int64_t largest_weight(bool pairs, int64_t M) {
-  return int64_t{1} << (intel() ? 20 : pairs && M < 1024 ? 22 : 24);
+// what L2 holds beside the rows, and less backward, where there are two products; of 16-bit types
+// that are converted, which costs the library a pass, 4 MiB.
+int64_t largest_weight(DType dtype, bool pairs, int64_t M, bool backward) {
+  if (!intel()) return int64_t{1} << (pairs && M < 1024 ? 22 : 24);
+  if (pairs) return int64_t{1} << 20;
+  if (dtype != DType::float32) return int64_t{1} << 22;
+  return backward ? level_2() / 8 : level_2() / 8 * 5;
 }
 
 const Set& chosen() {
@@ -119,12 +132,21 @@ const char* instruction_set() { return chosen().name; }
 bool multiplies_pairs() { return chosen().pairs; }
 bool multiplies_tiles() { return chosen().tiles; }
 
-bool own_product(int64_t M, int64_t N, int64_t K, DType dtype) {
+bool own_product(int64_t M, int64_t N, int64_t K, DType dtype, bool backward) {
   if (dtype == DType::float64) return false;  // it is there to be compared with torch
   const bool pairs = dtype == DType::bfloat16 && multiplies_pairs();
   // Packing costs as much as five rows of the product; where the library has no fast one, less.
   if ((pairs || dtype == DType::float32) && M < kFewRows) return false;
-  return N * K * (pairs ? 2 : 4) <= largest_weight(pairs, M);
+  return N * K * (pairs ? 2 : 4) <= largest_weight(dtype, pairs, M, backward);
+}
+
+// oneDNN multiplies bf16 in software where an x86 CPU has no instruction for it, two to four times
+// slower than fp32: bench/NOTES.md. fp16 on CPUs without it 10 to 80 times.
+bool multiply_in_float32(DType dtype) {
+#if defined(__x86_64__)
+  if (dtype == DType::bfloat16) return !multiplies_pairs();
+#endif
+  return dtype == DType::float16;
 }
 
 // torch multiplies fp32 through MKL on x86. MKL runs its widest code on Intel CPUs only; elsewhere

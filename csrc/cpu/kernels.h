@@ -135,9 +135,11 @@ bool multiplies_tiles();
 // This thread's scratch, aligned to 64 bytes, which the next call takes back.
 void* scratch(size_t bytes);
 
-// Whether a layer's products are our own kernels', block by block; else they are the library's, on
-// the whole matrix. And which library's, in fp32.
-bool own_product(int64_t M, int64_t N, int64_t K, DType dtype);
+// Whether a layer's product, or both of its products backward, are our own kernels', block by block;
+// else they are the library's, on the whole matrix. Of 16-bit types in fp32 or not; and which
+// library's, in fp32.
+bool own_product(int64_t M, int64_t N, int64_t K, DType dtype, bool backward);
+bool multiply_in_float32(DType dtype);
 bool prefer_onednn(int64_t M, int64_t N, int64_t K);
 
 }  // namespace fusedres::cpu

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedres import FusedResidual
+from fusedres import FusedResidual, fused_residual
 from fusedres.backends import native as cpp
+from oracle import assert_as_accurate
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = pytest.mark.usefixtures("native")
@@ -127,6 +128,41 @@ def test_the_plan_says_who_multiplies():
     def product(*call):
         return cpp.extension.plan(*call)["product"]
 
-    assert product(256, 512, 512, "float32") == product(1, 512, 512, "float16") == "own"
+    assert product(256, 256, 256, "float32") == product(1, 512, 512, "float16") == "own"
     assert product(4, 512, 512, "float32") in ("ATen", "oneDNN")  # packing is not worth it
-    assert product(256, 8192, 8192, "bfloat16") == product(256, 64, 64, "float64") == "ATen"
+    assert product(256, 8192, 8192, "bfloat16") in ("ATen", "library, in fp32")
+    assert product(256, 8192, 8192, "float16") == "library, in fp32"
+    assert product(256, 64, 64, "float64") == "ATen"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_too_large_for_blocks(dtype):
+    """It is the library's, for 16-bit types without instructions of their own in fp32."""
+    K, N = 2112, 2048
+    assert cpp.extension.plan(3, N, K, str(dtype).removeprefix("torch."))["product"] != "own"
+    torch.manual_seed(5)
+    x, weight, dy = torch.randn(3, K), torch.randn(N, K) * K**-0.5, torch.randn(3, N)
+    bias = torch.randn(N)
+
+    def step(to, f):
+        leaves = [t.to(dtype).to(to).requires_grad_() for t in (x, weight, bias)]
+        y = f(*leaves)
+        grads = torch.autograd.grad(y, leaves, dy.to(dtype).to(to))
+        return {"y": y.detach(), **dict(zip(("dx", "dweight", "dbias"), grads, strict=True))}
+
+    def plain(x, weight, bias):
+        return torch.relu(F.layer_norm(F.linear(x, weight, bias), (N,)))
+
+    def ours(x, weight, bias):
+        order = "linear-norm-act"
+        return fused_residual(x, weight, bias, order=order, activation="relu", backend="cpu")
+
+    assert_as_accurate(step(dtype, ours), step(dtype, plain), step(torch.float64, plain), dtype)
+
+
+def test_inference_writes_y_over_the_librarys_product():
+    x, weight = torch.randn(3, 2112), torch.randn(2048, 2112)
+    given = x.clone()
+    y = fused_residual(x, weight, order="linear-act", activation="relu", backend="cpu")
+    torch.testing.assert_close(y, torch.relu(F.linear(x, weight)), rtol=1e-4, atol=1e-3)
+    assert torch.equal(x, given)
