@@ -5,16 +5,19 @@ Inside the package nothing checks again: code behind these functions assumes.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .operands import Operands
-from .spec import Spec, one_of
+from .spec import Spec, meant, one_of
 
 OP = "fused_residual"
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
@@ -44,6 +47,28 @@ def check_feature_counts(op: str, **counts: Any) -> list[int]:
     return [int(value) for value in counts.values()]
 
 
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+def names_checked(init: _Init) -> _Init:
+    """A constructor that refuses an argument it does not have by the layer's name, and asks which
+    was meant.
+    """
+    known = tuple(inspect.signature(init).parameters)[1:]
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **settings: Any) -> None:
+        for name in settings:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__}: unknown argument {name!r}; {meant(name, known)}"
+                    f"known: {', '.join(known)}"
+                )
+        init(self, *args, **settings)
+
+    return cast(_Init, checked)
+
+
 def check_settings(op: str, bias: Any, momentum: Any, gate: Any, gate_init: Any) -> None:
     """Those that would be taken for something else or, with a warning, for nothing: from a
     constructor.
@@ -54,7 +79,7 @@ def check_settings(op: str, bias: Any, momentum: Any, gate: Any, gate_init: Any)
         raise ValueError(f"{op}: momentum must be None or between 0 and 1, got {momentum!r}")
     if gate is None and gate_init is not None:
         told = f"{op}: gate_init={gate_init!r} does nothing, since gate is None"
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(told, stacklevel=4)  # past names_checked
 
 
 def refuse_assignment(op: str, name: str, instead: str) -> NoReturn:

@@ -128,6 +128,7 @@ class FusedResidualMLP(nn.Module):
     https://arxiv.org/abs/2002.05202 (GLU).
     """
 
+    @checks.names_checked
     def __init__(
         self,
         features: int,

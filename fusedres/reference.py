@@ -223,6 +223,7 @@ class Residual(nn.Module):
     Source: He et al., "Deep residual learning for image recognition", arxiv.org/abs/1512.03385.
     """
 
+    @checks.names_checked
     def __init__(
         self,
         in_features: int,

@@ -71,8 +71,9 @@ def one_of(what: str, value: object, known: tuple[str, ...] | dict[str, str]) ->
     if isinstance(value, str) and (value in known or value in own):
         return value
     names = (*known, *own)
+    none = ", None" if what in ("norm", "activation", "gate") else ""
     came = repr(value) if isinstance(value, (str, int, float)) else f"{_called(value)}, not a name"
-    listed = f"{meant(value, names)}known: {', '.join(names)}"
+    listed = f"{meant(value, names)}known: {', '.join(names)}{none}"
     raise ValueError(f"fusedres: unknown {what} {came}; {listed}{hint}")
 
 
@@ -194,6 +195,8 @@ def spec_from(*settings: Any, **more: Any) -> Spec:
 
 def unknown_stage(stage: str, order: str, aliases: dict[str, str]) -> ValueError:
     near = meant(stage, STAGES if "-" in order else (*aliases, *STAGES))
+    bare = order.lower().replace("-", "").replace("_", "")
+    near = next((f"did you mean {a!r}? " for a in aliases if a.replace("-", "") == bare), near)
     return ValueError(
         f"fusedres: unknown stage {stage!r} in order {order!r}; {near}stages: "
         f"{', '.join(STAGES)}; well-known orders: {', '.join(aliases)}"

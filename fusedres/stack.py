@@ -104,6 +104,7 @@ class FusedResidualStack(nn.Module):
     norm_bias: Tensor | None
     gate: Tensor | None
 
+    @checks.names_checked
     def __init__(
         self,
         features: int,

@@ -55,11 +55,21 @@ def report(model: nn.Module) -> Report:
 
 
 def backend(
-    module: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None
+    module: GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """What torch.compile calls with each graph. Options: ``then``, "eager" (default: the graph runs
-    as it is, op by op) or "inductor"; ``when``, "faster" (default) or "always".
+    as it is, op by op) or "inductor"; ``when``, "faster" (default) or "always". torch.compile's
+    modes are refused, since they are Inductor's.
     """
+    if mode is not None:
+        raise ValueError(
+            f"backend fusedres: mode={mode!r} is Inductor's, which runs the graphs with "
+            f"options={{'then': 'inductor'}}; its settings are those of torch._inductor.config"
+        )
     settings = {"then": "eager", "when": "faster"} | (options or {})
     unknown = settings.keys() - {"then", "when"}
     if unknown:

@@ -6,7 +6,7 @@ checkpoints and references into the model stay good, and so do copying and pickl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import and_
@@ -84,7 +84,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _see_sums(model: nn.Module, example_inputs: tuple[Any, ...]) -> _Sums:
+def _see_sums(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Sums:
     """Runs the model once, in evaluation."""
     sums, hooks = _Sums(), []
     for module in model.modules():
@@ -92,11 +92,22 @@ def _see_sums(model: nn.Module, example_inputs: tuple[Any, ...]) -> _Sums:
         hooks.append(module.register_forward_hook(sums.leave, always_call=True))
     try:
         with _evaluation(model), sums:
-            model(*example_inputs)
+            model(*args, **kwargs)
+    except Exception as error:
+        named = (f"{name}={_told(value)}" for name, value in kwargs.items())
+        raise ValueError(
+            f"{TITLE}: the model fails with the example inputs "
+            f"({', '.join([*map(_told, args), *named])}): {type(error).__name__}: {error}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
     return sums
+
+
+def _told(value: Any) -> str:
+    is_tensor = isinstance(value, Tensor)
+    return f"{tuple(value.shape)} {value.dtype}" if is_tensor else type(value).__name__
 
 
 def _differs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -152,9 +163,11 @@ def _unplan(module: Any) -> None:
         become(module, kind)
 
 
-def _convert_sums(model: nn.Module, example_inputs: tuple[Any, ...], when: str) -> list[Add]:
+def _convert_sums(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], when: str
+) -> list[Add]:
     names = {module: name or "(the model)" for name, module in model.named_modules()}
-    owners = _see_sums(model, example_inputs).owners
+    owners = _see_sums(model, args, kwargs).owners
     adds: list[Add] = []
     for module in sorted(owners, key=lambda m: -names[m].count(".")):  # innermost first
         if not is_planned(module):
@@ -164,12 +177,16 @@ def _convert_sums(model: nn.Module, example_inputs: tuple[Any, ...], when: str) 
 
 
 def convert(
-    model: nn.Module, *example_inputs: Any, linear_stacks: bool | None = None, when: str = "faster"
+    model: nn.Module,
+    *example_inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    linear_stacks: bool | None = None,
+    when: str = "faster",
 ) -> ConversionReport:
     """Fuses, in place, the layers of a model that can be proved to stay the same function.
 
-    * With `example_inputs`, arguments of the model: each module whose own forward adds is read by
-      torch.fx, and what of the order grammar ends in that add runs fused, see
+    * With `example_inputs`, arguments of the model, or `kwargs`: each module whose own forward adds
+      is read by torch.fx, and what of the order grammar ends in that add runs fused, see
       ``torch.compile(model, backend="fusedres")``, which reads more. The model is run once with
       them, in evaluation.
     * A ``fusedres.Residual`` becomes a ``fusedres.FusedResidual``.
@@ -183,16 +200,22 @@ def convert(
     module is read again at its next call, up to 8 times; after that its own forward runs.
 
     Args:
+        kwargs: those of the model's arguments that go by name, a dict, as torch.export has it:
+            ``convert(model, ids, kwargs={"attention_mask": mask})``.
         when: of residual adds that can be fused, "faster" fuses those that are measured to be
             faster here (off a CPU all), "always" all.
 
     Returns a report to print: what was done, or why not. Raises TypeError for anything but a
-    torch.nn.Module, ValueError for an unknown `when`.
+    torch.nn.Module and `kwargs` other than a dict, ValueError for an unknown `when`, and where the
+    model fails with the example inputs: its own error is the cause.
     """
     _check_module("convert", model)
-    check_when("fusedres.convert", when)
-    adds = _convert_sums(model, example_inputs, when) if example_inputs else []
-    stacks = not example_inputs if linear_stacks is None else linear_stacks
+    check_when(TITLE, when)
+    if not isinstance(kwargs, (Mapping, type(None))):
+        raise TypeError(f"{TITLE}: kwargs must be a dict, got {type(kwargs).__name__}")
+    given = bool(example_inputs or kwargs)
+    adds = _convert_sums(model, example_inputs, dict(kwargs or {}), when) if given else []
+    stacks = not given if linear_stacks is None else linear_stacks
     read = {m for module in model.modules() if is_planned(module) for m in module.modules()}
     changes: list[Change] = []
     handled: set[nn.Module] = set()
@@ -206,7 +229,7 @@ def convert(
             changes.append(_convert_residual(name, module))
         elif type(module) is nn.Sequential and stacks:
             changes += convert_sequential(path, module)
-        elif isinstance(module, nn.Linear) and not example_inputs:
+        elif isinstance(module, nn.Linear) and not given:
             reason = "its caller's forward is not read; convert(model, x) would"
             changes.append(Change(name, False, f"{type(module).__name__}: {reason}"))
     changes += _join_layers(model)

@@ -75,4 +75,10 @@ def loss(pair: Pair) -> str | None:
     plain, fused = _MEASURED[key]
     if fused <= MARGIN * plain:
         return None
-    return f"it would be no faster here: {1e3 * fused:.2f} ms fused, {1e3 * plain:.2f} ms by torch"
+    return f"it would be no faster here: {_time(fused)} fused, {_time(plain)} by torch"
+
+
+def _time(seconds: float) -> str:
+    """Three digits of it, in us below 1 ms."""
+    scale, unit = (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+    return f"{float(f'{scale * seconds:.3g}'):g} {unit}"

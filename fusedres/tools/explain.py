@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from textwrap import indent
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,13 +23,14 @@ from ..layers import customised, first_parameter, watched
 from ..links import links_of, unchained
 from ..mlp import FusedResidualMLP
 from ..modules import FusedResidual
-from ..network import FusedSequential
+from ..network import JOINED, FusedSequential
 from ..reference import Residual
 from ..spec import Spec, make_spec
 from ..stack import FusedResidualStack
 from .calls import Call, Context
 from .choice import choose
 
+SPANS = 6  # of layers that say the same; of more their number is told
 MANY = 1 << 62  # rows, of which no layer is small
 _LINEAR = make_spec("linear", None, None)
 
@@ -58,7 +60,43 @@ class Explanation:
 
     def __str__(self) -> str:
         notes = (f"note: {note}" for note in self.notes)
-        return "\n".join([self.title, *map(str, self.calls), *notes])
+        return "\n".join([self.title, *self._body(), *notes])
+
+    def _body(self) -> Iterable[str]:
+        return map(str, self.calls)
+
+
+@dataclass(frozen=True)
+class NetworkExplanation(Explanation):
+    """Of a network: its layers' own, by name. Printed, what layers have in common is said once."""
+
+    layers: dict[str, Explanation]
+    names: tuple[str, ...]  # of all its modules
+
+    def _body(self) -> Iterable[str]:
+        told = ((name, str(layer)) for name, layer in self.layers.items())
+        for place, text in _said_once(told, self.names):
+            head = f"layer {place}:" if place in self.names else f"layers {place}: each a"
+            yield f"{head} {indent(text, '  ').strip()}"
+
+
+def _said_once(
+    told: Iterable[tuple[str, str]], names: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """What is told of modules by name, each text once with the places where it holds."""
+    index, places = {name: i for i, name in enumerate(names)}, dict[str, list[int]]()
+    for name, text in told:
+        places.setdefault(text, []).append(index[name])
+    for text, found in places.items():
+        ends = [i for i in found if i + 1 not in found]
+        starts = [i for i in found if i - 1 not in found]
+        spans = [
+            names[a] if a == b else f"{names[a]} to {names[b]}"
+            for a, b in zip(starts, ends, strict=True)
+        ]
+        if len(spans) > SPANS:
+            spans = [f"{len(found)} of {names[found[0]]} to {names[found[-1]]}"]
+        yield ", ".join(spans), text
 
 
 def explain(
@@ -74,14 +112,15 @@ def explain(
 
     Args:
         layer_or_call: a FusedResidual, FusedResidualMLP or Residual,
-            ``functools.partial(fused_residual, weight=..., ...)``; or a FusedSequential or a
-            FusedResidualStack: then the calls are their layers' own, of a stack the last one's, and
-            notes tell which of them one call joins.
+            ``functools.partial(fused_residual, weight=..., ...)``; or a FusedSequential, an
+            nn.Sequential with such layers or a FusedResidualStack: then the calls are their layers'
+            own, of a stack the last one's, and notes tell which of them one call joins.
         x: (..., K), the call's input; a meta tensor will do, then the layer's device counts.
         residual: (..., R), if the call has one.
         device: explain the call as if on this device, for example "cuda" on a machine without one.
 
-    Returns an ``Explanation``; print it, or read ``.backend``, ``.calls``, ``.saved_bytes``.
+    Returns an ``Explanation``; print it, or read ``.backend``, ``.calls``, ``.saved_bytes``, and of
+    a network ``.layers``, a dict. Printed, layers that say the same are told once.
 
     Raises TypeError for anything else than these calls, and what the call itself would raise for
     arguments that do not fit or a backend that cannot run it.
@@ -111,30 +150,67 @@ def explain(
         context = _context(x, _weight(call), tensors, device, residual)
         calls, notes = _of_layer(context, call, x.shape[-1], _features(residual))
         title = type(call).__name__
-    elif isinstance(call, FusedSequential):
-        title = f"FusedSequential on x {tuple(x.shape)}, {x.dtype}, {x.device}"
-        return Explanation(title, tuple(_of_network(call, x, device)), tuple(call.chains(x)))
+    elif _is_network(call):
+        return _of_network(call, x, device)
     elif isinstance(call, FusedResidualStack):
         return _of_stack(call, x, device)
     else:
         raise TypeError(
             f"fusedres.explain: expected a FusedResidual, FusedResidualMLP or Residual layer, a "
-            f"FusedSequential, a FusedResidualStack or functools.partial(fused_residual, "
-            f"weight=...), got {type(call).__name__}"
+            f"FusedSequential, an nn.Sequential with such layers, a FusedResidualStack or "
+            f"functools.partial(fused_residual, weight=...), got {_came(call)}"
         )
     title = f"{title} on x {tuple(x.shape)}, {x.dtype}, {context.device}"
     return Explanation(title, tuple(calls), (*notes, *_notes(context, x)))
 
 
+def _is_network(call: Any) -> bool:
+    """Whether it calls its modules one after another, and explain knows one of them."""
+    plain = isinstance(call, nn.Sequential) and type(call).forward is nn.Sequential.forward
+    return isinstance(call, FusedSequential) or (plain and any(map(_known, call)))
+
+
+def _known(module: Any) -> bool:
+    layers = (Residual, FusedResidualMLP, FusedResidualStack)
+    return isinstance(module, layers) or _is_network(module)
+
+
+def _came(call: Any) -> str:
+    """Its class and, where it has a layer inside, how to ask for that one."""
+    inside = call.named_modules() if isinstance(call, nn.Module) else ()
+    name = next((name for name, module in inside if _known(module)), None)
+    advice = f"; explain a layer of it with what it gets, get_submodule({name!r}) say"
+    return type(call).__name__ + (advice if name else "")
+
+
 def _of_network(
-    net: FusedSequential, x: Tensor, device: torch.device | str | None
-) -> Iterator[Call]:
-    """Of its residual layers; any other module is taken to give its `out_features`, if it tells."""
-    for module in net:
-        if isinstance(module, (Residual, FusedResidualMLP)):
-            yield from explain(module, x, device=device).calls
-        width = getattr(module, "out_features", x.shape[-1])
-        x = x.new_empty(()).expand(*x.shape[:-1], width)
+    net: nn.Sequential, x: Tensor, device: torch.device | str | None
+) -> NetworkExplanation:
+    """Of the layers that explain knows. Which of them a FusedSequential joins its chains tell."""
+    layers: dict[str, Explanation] = {}
+    title = f"{type(net).__name__} on x {tuple(x.shape)}, {x.dtype}, {x.device}"
+    names, joins = tuple(net._modules), isinstance(net, FusedSequential)
+    notes = ["modules are called one by one; a FusedSequential calls layers in a row at once"]
+    if isinstance(net, FusedSequential):
+        chains = [(place, text) for place, _, text in (s.partition(": ") for s in net.chains(x))]
+        alone = ((place, text) for place, text in chains if place in names)
+        places = {text: place for place, text in _said_once(alone, names)}
+        told = (f"{places.get(text, place)}: {text}" for place, text in chains)
+        notes = list(dict.fromkeys(told))
+    for name, module in net._modules.items():
+        if _known(module):
+            own = explain(module, x, device=device)
+            layers[name] = replace(own, notes=()) if joins and type(module) in JOINED else own
+        x = x.new_empty(()).expand(*x.shape[:-1], _width(module, x.shape[-1]))
+    calls = tuple(call for layer in layers.values() for call in layer.calls)
+    return NetworkExplanation(title, calls, tuple(notes), layers, names)
+
+
+def _width(module: Any, features: int) -> int:
+    """How many features it gives of so many: its `out_features`, else as many."""
+    for child in module if isinstance(module, nn.Sequential) else ():
+        features = _width(child, features)
+    return int(getattr(module, "out_features", features))
 
 
 def _joins(block: FusedResidualMLP, x: Tensor) -> bool:

@@ -35,6 +35,7 @@ PACKAGES = {  # optional ones, name to install: name to import, what it is for
     "matplotlib": ("matplotlib", "the demo's picture"),
     "numpy": ("numpy", "the demo, and Triton's interpreter (which wants numpy<2.4)"),
 }
+CUTLASS = "nvidia-cutlass"  # headers, which only a build wants
 BUILD = "in the source repository: `pip install --no-build-isolation -e .`"
 GPU = "`nvidia-smi` must list one, and CUDA_VISIBLE_DEVICES must not hide it"
 CPU_BUILD = f"this torch is a build without CUDA, install one with it; {GPU}"
@@ -51,7 +52,7 @@ def system() -> dict[str, Any]:
         "threads": _probe(torch.get_num_threads),
         "torch": _probe(lambda: str(torch.__version__)),
         "torch CUDA": _probe(lambda: torch.version.cuda),
-        "packages": {name: _probe(partial(_package, name)) for name in PACKAGES},
+        "packages": {name: _probe(partial(_package, name)) for name in (*PACKAGES, CUTLASS)},
         "g++": _probe(lambda: shutil.which(os.environ.get("CXX", "g++"))),
         "extension": _probe(lambda: native.extension and native.extension.build_info()),
         "GPUs": _probe(_gpus),
@@ -98,7 +99,8 @@ def _package(name: str) -> str | None:
     except PackageNotFoundError:
         return None
     try:
-        importlib.import_module(PACKAGES[name][0])
+        if name in PACKAGES:
+            importlib.import_module(PACKAGES[name][0])
     except Exception as error:
         return f"{found}, but importing it fails ({type(error).__name__}: {error})"
     return found
@@ -140,7 +142,7 @@ def _missing(facts: dict[str, Any]) -> Iterator[dict[str, str]]:
         tool = "" if facts["g++"] else "install g++, then "
         yield {"what": native.missing, "how": tool + BUILD}
     if native.hopper_missing:
-        yield {"what": native.hopper_missing, "how": f"pip install nvidia-cutlass, then {BUILD}"}
+        yield {"what": native.hopper_missing, "how": f"pip install {CUTLASS}, then {BUILD}"}
     if not facts["GPUs"]:
         how = GPU if facts["torch CUDA"] else CPU_BUILD
         yield {"what": "a CUDA GPU (the CPU kernels need none)", "how": how}

@@ -250,16 +250,30 @@ def test_unknown_options(options):
         fast(torch.randn(1, 2))
 
 
-@pytest.mark.parametrize("times, fused", [((2.0, 1.0), 1), ((1.0, 2.0), 0)])
-def test_only_what_is_measured_to_be_faster(monkeypatch, times, fused):
+def test_a_mode_is_inductor_s():
+    fast = torch.compile(nn.Linear(2, 2), backend=backend, mode="max-autotune")
+    told = r"mode='max-autotune' is Inductor's.*options=\{'then': 'inductor'\}"
+    with pytest.raises(Exception, match=told):
+        fast(torch.randn(1, 2))
+
+
+@pytest.mark.parametrize(
+    "times, told",
+    [
+        ((2.0, 1.0), None),
+        ((1.0, 2.0), "2000 ms fused, 1000 ms by torch"),
+        ((4.5678e-6, 0.00123456), "1.23 ms fused, 4.57 us by torch"),
+    ],
+)
+def test_only_what_is_measured_to_be_faster(monkeypatch, times, told):
     monkeypatch.setattr(gain, "_measure", lambda pair: times)
     monkeypatch.setattr(gain, "_MEASURED", {})
     fast = torch.compile(BLOCKS["prenorm"][0](), backend=backend)
     fast(torch.randn(3, 6, K))
     report = fusedres.report(fast)
-    assert len(report.fused) == fused
-    if not fused:
-        assert "no faster here: 2000.00 ms fused, 1000.00 ms by torch" in report.left[0].what
+    assert len(report.fused) == (told is None)
+    if told is not None:
+        assert f"no faster here: {told}" in report.left[0].what
 
 
 def test_a_wrong_replacement_is_not_made(monkeypatch):

@@ -311,6 +311,32 @@ def test_what_cannot_be_read(forward, why):
     assert type(model) is kind and why in str(report) and "torch.compile" in str(report)
 
 
+def test_inputs_by_name_and_inputs_that_do_not_fit():
+    model = make(lambda s, x, *, mask: (x := x * mask) + s.fc(x), fc=linear())
+    x, mask = torch.randn(3, K), torch.ones(3, 1)
+    for wrong, named, told in (
+        ((x,), None, "((3, 8) torch.float32): TypeError: .*'mask'"),
+        ((x[:, 1:], 1), {"mask": mask}, "((3, 7) torch.float32, int, mask=(3, 1) torch.float32): "),
+        ((x[:, 1:],), {"mask": mask}, "mask=(3, 1) torch.float32): RuntimeError: "),
+    ):
+        told = told.replace("(", r"\(").replace(")", r"\)")
+        with pytest.raises(
+            ValueError, match=f"fusedres.convert: the model fails .*{told}"
+        ) as raised:
+            convert(model, *wrong, kwargs=named)
+        assert type(raised.value.__cause__) in (TypeError, RuntimeError)
+        assert not model._forward_hooks and model.training
+    with pytest.raises(TypeError, match="kwargs must be a dict, got Tensor"):
+        convert(model, x, kwargs=mask)
+    plain = copy.deepcopy(model)
+    for given in ((x,), {"mask": mask}), ((), {"x": x, "mask": mask}):
+        assert (
+            len(convert(model, *given[0], kwargs=given[1], when="always").residual_adds.fused) == 1
+        )
+        assert_same([model(x, mask=mask)], [plain(x, mask=mask)])
+        revert(model)
+
+
 def test_what_cannot_be_read_is_called():
     """A child that draws random numbers or makes tensors does not keep its caller from being fused.
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,8 @@ def test_info(run):
     facts = json.loads(out)
     assert code == 0 and facts["torch"] == torch.__version__
     assert facts["folder"] == str(ROOT / "fusedres") and facts["threads"] == torch.get_num_threads()
+    packages = [d.metadata["Name"] for d in distributions()]
+    assert (facts["packages"]["nvidia-cutlass"] is not None) == ("nvidia-cutlass" in packages)
     assert (facts["extension"] is None) == (native.missing is not None)
     if facts["extension"]:
         assert facts["extension"]["simd"] and facts["backends"]["cpu"] == "runs"
@@ -108,6 +111,7 @@ def test_info_says_what_is_missing_and_how_to_get_it(run, monkeypatch):
     how = {item["what"].partition(",")[0]: item["how"] for item in facts["missing"]}
     for package in ("triton", "rich", "scikit-learn", "matplotlib", "numpy"):
         assert facts["packages"][package] is None and how[package] == f"pip install {package}"
+    assert facts["packages"]["nvidia-cutlass"] is None and "nvidia-cutlass, for" not in str(how)
     build = "in the source repository: `pip install --no-build-isolation -e .`"
     assert how["the C++ extension is not built"] == f"install g++, then {build}"
     assert how["no kernels for Hopper"] == f"pip install nvidia-cutlass, then {build}"

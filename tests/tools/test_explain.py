@@ -221,8 +221,11 @@ def test_every_activation_is_named():
 
 def test_errors_are_the_calls_own():
     layer = FusedResidual(12)
-    with pytest.raises(TypeError, match=r"expected a FusedResidual.*got Linear"):
-        explain(nn.Linear(2, 2), torch.randn(2, 2))
+    for other in (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))):
+        with pytest.raises(TypeError, match=r"expected a FusedResidual.*got (Linear|Sequential)$"):
+            explain(other, torch.randn(2, 2))
+    with pytest.raises(TypeError, match=r"got ModuleList; .* get_submodule\('1'\)"):
+        explain(nn.ModuleList([nn.ReLU(), nn.Sequential(layer)]), torch.randn(9, 12))
     for bad in (torch.randn(9, 11), torch.randn(9, 12).double(), torch.randn(9, 12).int(), None):
         with pytest.raises((TypeError, ValueError)) as real:
             layer(bad)
@@ -242,6 +245,34 @@ def test_a_network_tells_its_chains():
     assert told.notes[1] == "1 to 2: one call" and "it is a Linear" in told.notes[0]
     assert "FusedSequential on x (4, 8)" in str(told)
     assert not net[2].norm.num_batches_tracked
+
+
+def test_layers_of_a_network_that_say_the_same_are_told_once():
+    x = torch.randn(4, 16)
+    told = explain(FusedSequential(*[FusedResidual(16) for _ in range(200)]), x)
+    assert len(told.calls) == len(told.layers) == 200
+    text = str(told)
+    assert "\nlayers 0 to 199: each a FusedResidual on x (4, 16)" in text
+    assert text.endswith("\nnote: 0 to 199: one call") and len(text.splitlines()) < 15
+    slow = [FusedResidual(16, backend="reference") for _ in range(4)]
+    told = explain(FusedSequential(slow[0], nn.Tanh(), *slow[1:], FusedResidual(16)), x)
+    assert told.notes[0] == "0, 2 to 4: by itself: its backend is 'reference'"
+    assert [note.split(":")[0] for note in told.notes] == ["0, 2 to 4", "1", "5"]
+    assert "\nlayers 0, 2 to 4: each a " in str(told) and "\nlayer 5: FusedRes" in str(told)
+    mixed = [FusedResidual(16) if i % 2 else nn.Dropout(0.1) for i in range(40)]
+    assert "\nlayers 20 of 1 to 39: each a" in str(explain(FusedSequential(*mixed), x))
+
+
+def test_a_sequential_tells_of_the_layers_that_are_known():
+    inner = nn.Sequential(FusedResidualStack(16, 3), nn.Linear(16, 24), nn.Tanh())
+    net = nn.Sequential(nn.Linear(8, 16), inner, FusedResidual(24), FusedResidualMLP(24))
+    told = explain(net, torch.randn(4, 8))
+    assert list(told.layers) == ["1", "2", "3"] and told.backend == told.calls[-1].backend
+    assert told.layers["1"].layers["0"].notes[0] == "layers run all in one call"
+    assert [call.name for call in told.calls] == ["layer", "layer", "fc1", "fc2"]
+    assert told.notes[0].startswith("modules are called one by one")
+    for line in ("layer 1: Sequential on x (4, 16)", "  layer 0: FusedResidualStack of", "fc2: y"):
+        assert line in str(told)
 
 
 def test_a_stack_tells_of_its_last_layer_and_whether_one_call_joins_all():

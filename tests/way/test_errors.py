@@ -292,6 +292,18 @@ def test_the_message_says_what_came_and_what_was_expected(wrong):
     assert not missing, f"{missing} not in: {raised.value}"
 
 
+@pytest.mark.parametrize(
+    "kind", ["Residual", "FusedResidual", "FusedResidualMLP", "FusedResidualStack"]
+)
+def test_an_unknown_argument_is_told_by_the_layer_s_name(kind):
+    told = rf"^{kind}: unknown argument 'actvation'; did you mean 'activation'\? known: .*, dtype$"
+    with pytest.raises(TypeError, match=told):
+        getattr(fusedres, kind)(6, 2, actvation="relu")
+    with pytest.warns(UserWarning, match=f"{kind}: gate_init") as told:
+        getattr(fusedres, kind)(6, 2, gate_init=0.5)
+    assert told[0].filename == __file__
+
+
 def test_there_are_enough_misuses():
     assert len(CALLS) + len(LAYERS) >= 25
 
