@@ -161,8 +161,8 @@ def typed_link(
 ) -> tuple[Link, Stream] | str:
     """A layer's tensors as a link in the dtypes of its call, and what it gives; or why not.
 
-    `operands`: weight, bias, norm_weight, norm_bias, gate, running_mean, running_var, of shapes that
-    fit; where `spec` goes by the batch's statistics, the last two are what `running` updates.
+    `operands`: weight, bias, norm_weight, norm_bias, gate, running_mean, running_var, of shapes
+    that fit; where `spec` goes by the batch's statistics, the last two are what `running` updates.
     """
     weight, bias, norm_weight, norm_bias, gate, mean, var = operands
     given = [t for t in operands if t is not None]
@@ -276,9 +276,10 @@ def link_of(
     computes = not all(t is None or any(t is u for u in known_tensors) for t in operands)
     if not computes and module.shortcut is None:
         eps = None if norm is None else norm.eps
+        autocast = autocast_dtype(x.device.type)
         _known[module] = _Known(
             link, N, y.dtype, N * K, own["_asked"], own["training"], eps, linear, norm,
-            (type(linear), type(norm), module.backend, back, x.device, stream[1:], autocast_dtype(x.device.type)),
+            (type(linear), type(norm), module.backend, back, x.device, stream[1:], autocast),
             found, batch, weight.shape, weight.dtype,
         )  # fmt: skip
     return (*shortcut, link), y
@@ -326,7 +327,7 @@ class Part(NamedTuple):
 
 
 def goes_on(links: list[tuple[Link, ...]], link: Link, x: Tensor) -> bool:
-    """Whether a call takes `link` after `links`: on a GPU all are alike, and the first one can be."""
+    """Whether a call takes `link` after `links`: on a GPU all are alike, and the first one can."""
     if chain.backend_of(x) == "cpu":
         return True
     if not links:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import Node
@@ -54,6 +54,14 @@ class Layer:
             self.x = op.x
         if self.last is None or not first:
             self.last = node
+
+    def begin(self, steps: list[tuple[Op, Node]]) -> bool:
+        """Puts stages, nearest first, before its own; False where it has one of a kind."""
+        for op, node in steps:
+            if op.kind in self.stages:
+                return False
+            self.put(op, node, first=True)
+        return True
 
     @property
     def order(self) -> str:
@@ -116,6 +124,29 @@ class Block:
         return list(found)
 
 
+def divide(tail: Layer, steps: list[tuple[Op, Node]]) -> list[Layer] | None:
+    """A layer for each matmul of what stands before the last one (`steps`, nearest first), and the
+    last; None where a layer would have two stages of a kind. Stages between two matmuls join the
+    first one's end, from its second of a kind on the other one's beginning.
+    """
+    last = replace(tail, stages=[*tail.stages], nodes=[*tail.nodes], tensors={**tail.tensors})
+    last.settings, last.passing = {**tail.settings}, {**tail.passing}
+    layers, between = [last], list[tuple[Op, Node]]()
+    for op, node in steps:
+        if op.kind == "linear":
+            layer = Layer(op.x)
+            layer.put(op, node, first=True)
+            while between and between[-1][0].kind not in layer.stages:
+                layer.put(*between.pop())
+            if not layers[-1].begin(between):
+                return None
+            layers.append(layer)
+            between = []
+        else:
+            between.append((op, node))
+    return layers[::-1] if layers[-1].begin(between) else None
+
+
 def cut(tail: Layer, steps: list[tuple[Op, Node]]) -> list[Layer]:
     """Cuts what stands before the last matmul (`steps`, nearest first) into layers.
 
@@ -134,10 +165,7 @@ def cut(tail: Layer, steps: list[tuple[Op, Node]]) -> list[Layer]:
             if op.kind in first.stages:
                 break
             first.put(op, node)
-        for op, node in before:
-            if op.kind in first.stages:
-                break
-            first.put(op, node, first=True)
+        first.begin(before)
         if "norm" not in first.stages and (cpu or first.stages == ["linear"]):
             first = None
     taken = set() if first is None else set(first.nodes)

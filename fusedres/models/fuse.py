@@ -36,18 +36,16 @@ def _line(node: Node) -> str:
     return trace[-2].strip() if len(trace) > 1 else ""
 
 
-def _said(block: Block) -> str:
+def _said(run: Run, block: Block) -> str:
     said = []
     for layer in block.layers:
         if layer.gating is not None:
             said.append(f"{layer.gating.unit.activation}(a) * b")
         said.append(spec_of(layer).text)
-    return f"{', '.join(said)} in " + ("one fused call" if len(said) == 1 else f"{len(said)} fused calls")
-
-
-def _together(run: Run) -> str:
-    several = len(run.blocks) > 1
-    return f", one call for {len(run.blocks)} residual adds" if several else ""
+    several = len(said) > 1 and not run.is_chain
+    calls = f"{len(said)} fused calls" if several else "one fused call"
+    shared = f" for {len(run.blocks)} residual adds" if len(run.blocks) > 1 else ""
+    return f"{', '.join(said)} in {calls}{shared}"
 
 
 def _judged(run: Run, when: str) -> list[tuple[Run, str | None]]:
@@ -78,7 +76,7 @@ def fuse(module: GraphModule, when: str) -> list[Add]:
             if reason is None:
                 chosen.append(run)
             for block in run.blocks:
-                said[block.add] = reason is None, reason or _said(block) + _together(run)
+                said[block.add] = reason is None, reason or _said(run, block)
     moved: dict[Node, Node] = {}
     for run in chosen:
         replace(module, run, moved)

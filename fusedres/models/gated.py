@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ def read_unit(node: Node, read: Callable[[Any], Op | None]) -> Unit | None:
         return None
     if not all(isinstance(t, Node) and is_float(t) for t in node.args):
         return None
-    p, q = node.args
+    p, q = cast(tuple[Node, Node], node.args)
     for acted, b in ((p, q), (q, p)):
         op = read(acted)
         if op is None or op.kind != "act" or op.writes or acted is b:
@@ -63,8 +63,10 @@ def _half(node: Node) -> tuple[Node, bool, tuple[Node, ...]] | None:
     source: Any = node.args[0]
     z, second = source, None
     if source.target in _PARTS:
-        z, at = source.args[0], node.args[1]
-        second = {0: False, 1: True, -1: True, -2: False}.get(at) if len(value(source)) == 2 else None
+        z, at = source.args[0], cast(int, node.args[1])
+        second = (
+            {0: False, 1: True, -1: True, -2: False}.get(at) if len(value(source)) == 2 else None
+        )
     elif isinstance(value(source), Tensor):
         second = _slice(node.args[1], len(shape(z)), value(z).shape[-1])
     if second is None or not is_float(z):

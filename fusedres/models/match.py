@@ -14,7 +14,8 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ..checks import DTYPES
-from .block import Block, Gating, Layer, cut
+from .block import Block, Gating, Layer, cut, divide
+from .chains import fits_a_chain
 from .dataflow import is_transformed
 from .describe import describe
 from .gated import read_unit
@@ -127,7 +128,10 @@ class Matcher:
             layers = self._branch(branch, _Reads(add, skip, set(sums)))
             if isinstance(layers, str):
                 return layers
-            if any(call.rows for layer in layers for call in layer.calls) and "droppath" in layers[-1].stages:
+            if (
+                any(call.rows for layer in layers for call in layer.calls)
+                and "droppath" in layers[-1].stages
+            ):
                 return "its rows are cut into other samples before it adds"
             layers[-1].put(Op("add", branch), end)
             found.append(layers)
@@ -156,21 +160,26 @@ class Matcher:
 
     def _before(self, tail: Layer, reads: _Reads) -> list[Layer]:
         """The layers of the block: stages before the matmul, and the matmul before them, or the
-        gated unit.
+        gated unit; all matmuls on the way to the skip where one call could have them.
         """
         steps: list[tuple[Op, Node]] = []
-        n, linears = tail.x, 0
-        while True:
+        n, linears, second = tail.x, 0, 0
+        while n is not reads.skip:
             op = self.sums.read(n)
             if op is None or op.kind in ("add", "gate", "factor", "droppath"):
                 break
-            if self._blocked(n, op, reads) is not None or (op.kind == "linear" and linears):
+            if self._blocked(n, op, reads) is not None:
                 break
             linears += op.kind == "linear"
+            second += linears < 2
             steps.append((op, n))
             reads.nodes |= {n, *op.inside}
             n = op.x
-        layers = cut(tail, steps)
+        if n is reads.skip and linears and fits_a_chain(tail, *(op for op, _ in steps)):
+            layers = divide(tail, steps)
+            if layers is not None:
+                return layers
+        layers = cut(tail, steps[:second])
         if not linears and tail.x is n:
             tail.gating = self._gating(n, reads)
         return layers

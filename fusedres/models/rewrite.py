@@ -35,7 +35,8 @@ def fused_unit(activation: str, second: bool, *given: Tensor) -> Tensor:
     """
     if len(given) == 1:
         return glu(given[0], activation, "auto", second)
-    return gated(*given, activation)
+    a, b = given
+    return gated(a, b, activation)
 
 
 def spec_of(layer: Layer, chance: bool = True) -> Spec:
@@ -81,7 +82,7 @@ def _gate(graph: Graph, owner: GraphModule, layer: Layer, look: Look) -> Any:
 
 def emit(graph: Graph, owner: GraphModule, run: Run, look: Look, chance: bool = True) -> Node:
     """Appends the calls of a run to the graph, where it inserts now. Returns y's node."""
-    if len(run.blocks) == 1:
+    if not run.is_chain:
         return _block(graph, owner, run.blocks[0], look, chance)
     lines: list[Line] = []
     operands: list[Any] = []

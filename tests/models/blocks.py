@@ -145,7 +145,7 @@ BLOCKS = {
     ),
     "postnorm": (
         lambda: _make(lambda s, x: s.norm(x + s.fc2(F.relu(s.fc1(x)))), **MLP),
-        ["act-linear-add-norm norm=layer activation=relu"],
+        ["linear-act activation=relu", "linear-add-norm norm=layer"],
     ),
     "bert output": (
         lambda: _make(
@@ -156,11 +156,17 @@ BLOCKS = {
     ),
     "no norm": (
         lambda: _make(lambda s, x: x + s.fc2(F.silu(s.fc1(x))), fc1=linear(H), fc2=linear(K, H)),
+        ["linear-act activation=silu", "linear-add"],
+    ),
+    "no norm, wide": (
+        lambda: _make(
+            lambda s, x: x + s.fc2(F.silu(s.fc1(x))), fc1=linear(9000), fc2=linear(K, 9000)
+        ),
         ["act-linear-add activation=silu"],
     ),
     "branch norm": (
         lambda: _make(lambda s, x: x + s.norm(s.fc2(F.silu(s.fc1(x)))), **MLP),
-        ["act-linear-norm-add norm=layer activation=silu"],
+        ["linear-act activation=silu", "linear-norm-add norm=layer"],
     ),
     "half a branch": (
         lambda: _make(lambda s, x: x + 0.5 * s.fc2(tanh_gelu(s.fc1(s.norm(x)))), **MLP),
@@ -176,7 +182,7 @@ BLOCKS = {
     ),
     "in place into the branch": (
         lambda: _make(_into_the_branch, fc1=linear(H), fc2=linear(K, H)),
-        ["act-linear-add activation=relu"],
+        ["linear-act activation=relu", "linear-add"],
     ),
     "in place into the skip": (
         lambda: _make(_into_the_skip, fc1=linear(), drop=lambda: nn.Dropout(0.0, inplace=True)),
@@ -229,14 +235,17 @@ BLOCKS = {
             fc1=linear(H), fc2=linear(H, H), fc3=linear(K, H),
             n1=lambda: nn.LayerNorm(H), n2=lambda: nn.LayerNorm(H),
         ),
-        ["linear-norm-act norm=layer activation=relu", "linear-add"],
+        ["linear-norm-act norm=layer activation=relu"] * 2 + ["linear-add"],
     ),
     "three matmuls, no norm between": (
         lambda: _make(
             lambda s, x: x + s.fc3(F.relu(s.fc2(F.relu(s.fc1(s.norm(x)))))),
             fc1=linear(H), fc2=linear(H, H), fc3=linear(K, H), norm=lambda: nn.LayerNorm(K),
         ),
-        ["act-linear-add activation=relu"],
+        [
+            "norm-linear-act norm=layer activation=relu", "linear-act activation=relu",
+            "linear-add",
+        ],
     ),
     "linear shortcut": (
         lambda: _make(
