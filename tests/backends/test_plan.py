@@ -605,3 +605,20 @@ def test_programs_that_wait_for_each_other_leave_room_for_collectives(monkeypatc
             assert alone > 100 >= beside
         else:
             assert alone == beside
+
+
+@pytest.mark.parametrize(
+    "size, width, rows, family",
+    [
+        (4, 339, 256, "columns"),
+        (4, 339, 257, "batch"),
+        (2, 339, 300, "batch"),
+        (4, 338, 512, "columns"),
+        (2, 338, 512, "columns"),
+        (2, 338, 513, "batch"),
+    ],
+)
+def test_columns_moved_one_by_one_are_shorter(size, width, rows, family):
+    """512 rows of them in one program spill 8 to 40 bytes on sm_80."""
+    spec = make_spec("linear-norm-act-add", "batch", "silu", training=True)
+    assert planner.family_of(spec, size, rows, width, width) == family

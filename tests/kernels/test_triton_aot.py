@@ -288,24 +288,22 @@ def test_every_activation(pool):
 # Widths and row strides that 16 does not divide.
 
 CHOOSE_TILE = planner.choose_tile  # which `forward` replaces
-WIDTHS = (  # family, dtype, width, elements from row to row where they are more, architectures
-    ("tile", BF16, 339, None, (90,)),
-    ("tile", F16, 1000, None, (80,)),
-    ("tile", F16, 1004, None, (90,)),
-    ("rows", F16, 168, None, (90,)),
-    ("rows", BF16, 200, None, (80,)),
-    ("wide", BF16, 1000, None, (90,)),
-    ("wide", F16, 1004, None, (80, 90)),
-    ("wide", BF16, 1004, None, (90,)),
-    ("wide", BF16, 466, None, (90,)),
-    ("wide", BF16, 1024, 1032, (90,)),
-    ("wide", F32, 466, None, (80, 90)),
-    ("prologue", F16, 1004, None, (80,)),
-    ("algebraic", BF16, 1004, None, (90,)),
-    ("columns", BF16, 466, None, (90,)),
-    ("batch", F16, 1004, None, (90,)),
-    ("prebatch", BF16, 1000, None, (80,)),
-)
+WIDTHS = (168, 200, 339, 466, 1000, 1004)
+STRIDED = ("wide", BF16, 65536, 1024, 1032)  # family, dtype, rows, width, elements to the next row
+
+
+def width_cases():
+    """(sm, family, dtype, rows, width, stride): each family in each width and dtype, on one of both
+    architectures, and all of them in each width on both.
+    """
+    for i, family in enumerate(RECIPES):
+        widths = [n for n in WIDTHS if {"rows": n <= 256, "wide": n > 256}.get(family, True)]
+        dtypes = (BF16, F16, F32)[: 2 if family == "algebraic" else 3]
+        for j, width in enumerate(widths):
+            rows = 65536 if family != "columns" else 256 if width % 2 else 512
+            for k, dtype in enumerate(dtypes):
+                yield (90, 80)[(i + j + k) % 2], family, dtype, rows, width, None
+    yield 90, *STRIDED
 
 
 BACKWARD_WIDTHS = (  # family, dtype, rows, width, elements from row to row, architectures
@@ -336,11 +334,8 @@ def width_job(job):
 def test_widths_and_strides(pool):
     """Copies run ahead, and products are stored by as many bytes as rows allow."""
     told, count = [], 0
-    jobs = [
-        (sm, "forward", family, dtype, 512 if family == "columns" else 65536, *sizes)
-        for family, dtype, *sizes, architectures in WIDTHS
-        for sm in architectures
-    ]
+    jobs = [(sm, "forward", *case) for sm, *case in width_cases()]
+    assert len(jobs) > 100
     jobs += [
         (sm, "backward", *case) for *case, architectures in BACKWARD_WIDTHS for sm in architectures
     ]
