@@ -246,7 +246,8 @@ def family_of(spec: Spec, size: int, M: int, N: int, K: int = 0) -> str:
         return "rows" if N <= WIDEST_ROW else "wide"
     if "norm" in spec.epilogue and spec.batch_stats:
         singly = moved_at_once(N, K, size) == size  # addresses take registers
-        return "columns" if M <= TALLEST_COLUMN // (1 + singly) else "batch"
+        tallest = TALLEST_COLUMN // 2 if singly else TALLEST_COLUMN
+        return "columns" if tallest >= M else "batch"
     if "norm" in spec.prologue and spec.batch_stats:
         return "prebatch"
     if is_apart(spec, M, N, K):

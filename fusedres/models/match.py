@@ -186,7 +186,7 @@ class Matcher:
 
     def _gating(self, node: Node, reads: _Reads) -> Gating | None:
         """The gated unit that ends in `node`, with the layers before it."""
-        if value(node).device.type != "cpu":  # elsewhere it would be the same ops
+        if value(node).device.type not in ("cpu", "cuda"):  # elsewhere it would be the same ops
             return None
         unit = read_unit(node, self.sums.read)
         if unit is None or self._blocked(node, Op("glu", node, inside=unit.nodes[1:]), reads):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,8 +82,13 @@ def _by_auto(chosen: str, device: torch.device, dtype: torch.dtype, M: int, N: i
 def _why_not(
     backend: str, spec: Spec, dtype: torch.dtype, device: torch.device, N: int, K: int
 ) -> str | None:
+    return unless_away(device, backends.why_not, backend, spec, dtype, device, N, K)
+
+
+def unless_away(device: torch.device, why_not: Callable[..., str | None], *call: Any) -> str | None:
+    """why_not(*call), and None where `device` is not here to be asked."""
     try:
-        return backends.why_not(backend, spec, dtype, device, N, K)
+        return why_not(*call)
     except (AssertionError, RuntimeError):  # torch is asked about a GPU that is not here, at last
         if is_here(device):
             raise

@@ -28,7 +28,7 @@ from ..reference import Residual
 from ..spec import Spec, make_spec
 from ..stack import FusedResidualStack
 from .calls import Call, Context
-from .choice import choose
+from .choice import choose, unless_away
 
 SPANS = 6  # of layers that say the same; of more their number is told
 MANY = 1 << 62  # rows, of which no layer is small
@@ -386,7 +386,8 @@ def _of_mlp(
         third = context.dtype
     context = replace(context, x_dtype=hidden, residual_dtype=third)
     if mlp.glu:
-        why_not = why_not_one_pass(mlp._activation, mlp.backend, context.device)
+        call = mlp._activation, mlp.backend, context.device, hidden
+        why_not = unless_away(context.device, why_not_one_pass, *call)
         how = (
             f"plain torch ops: {why_not}"
             if why_not

@@ -875,3 +875,26 @@ def test_a_compiled_chain_is_the_ordinary_call(width, order):
         y = module(x)
         found.append([y.detach(), *torch.autograd.grad(y, list(stack.parameters()), dy)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("H", [1024, 339])
+def test_gated_unit(dtype, H):
+    """One launch forward and one backward, of halves and of two tensors."""
+    from fusedres.glu import composite_glu, gated, glu
+
+    torch.manual_seed(0)
+    z = torch.randn(4096, 2 * H, device=DEVICE, dtype=dtype, requires_grad=True)
+    dh = torch.randn(4096, H, device=DEVICE, dtype=dtype)
+    exact_z = z.detach().double().requires_grad_()
+    exact = composite_glu("silu", False, exact_z)
+    (exact_dz,) = torch.autograd.grad(exact, exact_z, dh.double())
+    plain = composite_glu("silu", False, z)
+    (plain_dz,) = torch.autograd.grad(plain, z, dh)
+    for unit in (lambda: glu(z, "silu"), lambda: gated(*z.chunk(2, dim=-1), "silu")):
+        h = unit()
+        assert "GLUFunction" in type(h.grad_fn.next_functions[0][0]).__name__ + str(h.grad_fn)
+        (dz,) = torch.autograd.grad(h, z, dh)
+        for ours, theirs, true in ((h, plain, exact), (dz, plain_dz, exact_dz)):
+            error = (ours.double() - true).square().mean().sqrt()
+            assert error <= 1.1 * (theirs.double() - true).square().mean().sqrt()

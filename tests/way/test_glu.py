@@ -170,7 +170,11 @@ def test_compiled():
 def test_explained():
     block, x = block_and_x()
     assert "unit between the matmuls is one pass each way" in str(explain(block, x))
-    assert "no kernel for it on cuda" in str(explain(block, x, device="cuda"))
+    assert "unit between the matmuls is one pass each way" in str(explain(block, x, device="cuda"))
+    block.backend = "reference"
+    told = "plain torch ops: backend 'reference' has no kernel for it"
+    assert told in str(explain(block, x))
+    block.backend = "auto"
     (told,) = FusedSequential(block).chains(x)
     assert "it has a gated linear unit" in told
 
