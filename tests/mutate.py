@@ -67,6 +67,9 @@ SUITES = {
     ),
     "settings": ("settings", ""),
     "glu": ("glu", "unit or views"),
+    "triton glu": ("triton_glu", "shapes"),
+    "gated": ("compiled", "gated"),
+    "chains": ("chains", ""),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
     "triton drops": ("triton", "masks or everything_on"),
     "triton acts": ("triton", "activation or scales or cdf"),
@@ -180,7 +183,27 @@ TABLE = {
      "activate_grad(g.act, d, t, n)"),
 ],
 "csrc/glu.cpp": [
-    ("glu", "both halves begin where the first does", "rows.features * bytes", "0 * bytes"),
+    ("glu", "db begins where da does", "first.features * dz.element_size()",
+     "0 * dz.element_size()"),
+    ("glu", "db takes da's place", "g.db = db_first ? first : second;",
+     "g.db = db_first ? second : first;"),
+],
+"fusedres/kernels/glu.py": [
+    ("triton glu", "da does not know b", "dh * b * ACT_GRAD(a)", "dh * ACT_GRAD(a)"),
+    ("triton glu", "db takes the derivative", "dh * ACT(a), inside", "dh * ACT_GRAD(a), inside"),
+    ("triton glu", "rows of a are as far apart as b's", "H, stride_a, 1)", "H, H, 1)"),
+],
+"fusedres/models/gated.py": [
+    ("gated", "the other half is activated", "(first[0],), first[1]", "(first[0],), not first[1]"),
+],
+"fusedres/models/chains.py": [
+    ("chains", "a run goes on past what others read",
+     "if not block.nodes.issuperset(last.users) or", "if"),
+    ("chains", "what is written in between is forgotten", "if disturbed else", "if False else"),
+    ("chains", "links know their first dtypes for ever", "or known.facts != facts", ""),
+],
+"fusedres/models/rewrite.py": [
+    ("chains", "a block adds its last layer's input", "len(layers) - 1 if layer", "0 if layer"),
 ],
 "csrc/cpu/storage.h": [
     ("half", "bf16 is cut off, not rounded", "(u + 0x7FFF + ((u >> 16) & 1)) >> 16", "u >> 16"),
