@@ -62,14 +62,14 @@ def _half(node: Node) -> tuple[Node, bool, tuple[Node, ...]] | None:
         return None
     source: Any = node.args[0]
     z, second = source, None
-    if source.target in _PARTS:
+    if isinstance(value(source), (tuple, list)) and source.target in _PARTS and source.args:
         z, at = source.args[0], cast(int, node.args[1])
         second = (
             {0: False, 1: True, -1: True, -2: False}.get(at) if len(value(source)) == 2 else None
         )
     elif isinstance(value(source), Tensor):
         second = _slice(node.args[1], len(shape(z)), value(z).shape[-1])
-    if second is None or not is_float(z):
+    if second is None or not isinstance(z, Node) or not is_float(z):
         return None
     *rows, width = value(z).shape
     *own, half = value(node).shape
