@@ -33,7 +33,7 @@ from ..spec import Spec
 
 CONFIGS = Path(__file__).parent.parent / "kernels" / "configs"
 WIDEST_ROW = 256  # whole rows of z in one program: beyond, every row block reads all of the weight
-TALLEST_COLUMN = 512  # rows of a batch that one program takes
+TALLEST_COLUMN = 512  # rows of a batch that one program takes; half, moved by 4 bytes in fp32
 MOST_COLUMNS = 1 << 20
 BACKWARD_TILE = 2048  # elements of a tile of the backward kernels
 BACKWARD_ROW = 2048  # the widest norm over rows whose backward takes a row at once
@@ -245,7 +245,8 @@ def family_of(spec: Spec, size: int, M: int, N: int, K: int = 0) -> str:
     if "norm" in spec.epilogue and rows:
         return "rows" if N <= WIDEST_ROW else "wide"
     if "norm" in spec.epilogue and spec.batch_stats:
-        return "columns" if M <= TALLEST_COLUMN else "batch"
+        singly = size == 4 == moved_at_once(N, K, size)  # the addresses take registers
+        return "columns" if M <= TALLEST_COLUMN // (1 + singly) else "batch"
     if "norm" in spec.prologue and spec.batch_stats:
         return "prebatch"
     if is_apart(spec, M, N, K):

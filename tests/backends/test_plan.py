@@ -112,6 +112,10 @@ def specs():
         ("note", "batch", True, F32, 512, 300, "columns", "columns"),
         ("branch-norm", "batch", True, BF16, 1, 4096, "columns", "columns"),
         ("note", "batch", True, F32, 513, 300, "batch", ""),
+        ("note", "batch", True, F32, 256, 339, "columns", "columns"),
+        ("note", "batch", True, F32, 257, 339, "batch", ""),  # moved by 4 bytes at once
+        ("note", "batch", True, F32, 512, 338, "columns", "columns"),
+        ("note", "batch", True, BF16, 512, 339, "columns", "columns"),
         ("postnorm", "batch", True, F16, 10**6, 16, "batch", ""),
         ("preact", "layer", True, F32, 64, 64, "prologue", "rows of x"),
         ("preact", "rms", True, BF16, 64, 4096, "prologue", "rows of x"),
