@@ -292,17 +292,23 @@ WIDTHS = (  # family, dtype, width, elements from row to row where they are more
     ("tile", BF16, 339, None, (90,)),
     ("tile", F16, 1000, None, (80,)),
     ("tile", F16, 1004, None, (90,)),
+    ("tile", BF16, 1000, 1001, (90,)),
     ("rows", F16, 168, None, (90,)),
     ("rows", BF16, 200, None, (80,)),
+    ("rows", F16, 168, 170, (80,)),
     ("wide", BF16, 1000, None, (90,)),
     ("wide", F16, 1004, None, (80, 90)),
     ("wide", BF16, 1004, None, (90,)),
     ("wide", BF16, 466, None, (90,)),
     ("wide", BF16, 1024, 1032, (90,)),
+    ("wide", BF16, 1000, 1004, (90,)),
     ("wide", F32, 466, None, (80, 90)),
+    ("wide", F32, 1000, 1001, (80,)),
     ("prologue", F16, 1004, None, (80,)),
     ("algebraic", BF16, 1004, None, (90,)),
+    ("algebraic", BF16, 1000, 1001, (80,)),
     ("columns", BF16, 466, None, (90,)),
+    ("columns", BF16, 1024, 1026, (90,)),
     ("batch", F16, 1004, None, (90,)),
     ("prebatch", BF16, 1000, None, (80,)),
 )
@@ -341,13 +347,13 @@ def test_widths_and_strides(pool):
         for family, dtype, *sizes, architectures in WIDTHS
         for sm in architectures
     ]
-    jobs.append((80, "forward", "batch", F32, 512, 1001, None))  # "columns" would spill
+    jobs += [(80, "forward", "batch", d, 512, 1001, None) for d in (F16, F32)]  # not "columns"
     jobs += [
         (sm, "backward", *case) for *case, architectures in BACKWARD_WIDTHS for sm in architectures
     ]
     for job, kernels in pool.map(width_job, jobs):
-        sm, direction, family, dtype, _, width, _ = job
-        at_once = min(16, dtype.itemsize * math.gcd(16, width))
+        sm, direction, family, dtype, _, width, stride = job
+        at_once = min(16, dtype.itemsize * math.gcd(16, width, stride or 0))
         for found in kernels:
             count += 1
             multiplies = direction == "forward" or "product" in found["kernel"]
