@@ -482,6 +482,8 @@ def plan_products(
     fitting = [t for t in tiles if power_of_two(min(N, K)) >= t.BLOCK_M] or tiles[-1:]
     full = (t for t in fitting if t.grid(M, K) >= FULL * device.processors)
     tile = next(full, fitting[-1]).narrowed(width, size)
+    if width == NARROW:  # 64 x 64 by 4 warps spills in fp16
+        tile = tile._replace(num_warps=max(tile.num_warps, min(8, tile.BLOCK_M**2 // 512)))
     block, step = tile.BLOCK_M, tile.BLOCK_K
     of_weight = tile.grid(N, K)
     wanted = min(ceil_div(2 * device.processors, of_weight), MOST_SPLITS, ceil_div(M, 4 * step))

@@ -317,8 +317,10 @@ WIDTHS = (  # family, dtype, width, elements from row to row where they are more
 BACKWARD_WIDTHS = (  # family, dtype, rows, width, elements from row to row, architectures
     ("rows", BF16, 2048, 200, None, (90,)),  # dz and dx in one launch
     ("prologue", BF16, 65536, 1004, None, (90,)),
+    ("prologue", F16, 65536, 1004, None, (80,)),
     ("prologue", F16, 65536, 466, None, (80,)),
     ("prologue", BF16, 65536, 1024, 1032, (90,)),
+    ("prologue", BF16, 65536, 1000, 1001, (90,)),
     ("prebatch", F16, 65536, 339, None, (90,)),
 )
 
