@@ -169,9 +169,11 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
-def moved_at_once(N: int, K: int, size: int) -> int:
-    """Bytes, of contiguous rows of N and of K elements of `size` bytes: a power of two."""
-    return min(16, size * math.gcd(16, N, K))
+def moved_at_once(N: int, K: int, size: int, align: int = 16) -> int:
+    """Bytes, of rows of N and of K elements of `size` bytes: a power of two. `align` divides what
+    lies from row to row, if not all are contiguous.
+    """
+    return min(16, size * math.gcd(16, N, K, align))
 
 
 def device_of(device: torch.device) -> Device:
@@ -239,13 +241,15 @@ def is_apart(spec: Spec, M: int, N: int, K: int, backward: bool = False) -> bool
     return M * K * (APART_SAVES * N / 128 - APART_COSTS) > 0.5e6
 
 
-def family_of(spec: Spec, size: int, M: int, N: int, K: int = 0) -> str:
-    """The first row of the table above that fits elements of `size` bytes."""
+def family_of(spec: Spec, size: int, M: int, N: int, K: int = 0, align: int = 16) -> str:
+    """The first row of the table above that fits elements of `size` bytes; `align` as in
+    `moved_at_once`.
+    """
     rows = spec.norm in ("layer", "rms")
     if "norm" in spec.epilogue and rows:
         return "rows" if N <= WIDEST_ROW else "wide"
     if "norm" in spec.epilogue and spec.batch_stats:
-        singly = moved_at_once(N, K, size) == size  # addresses take registers
+        singly = moved_at_once(N, K, size, align) == size  # addresses take registers
         tallest = TALLEST_COLUMN // 2 if singly else TALLEST_COLUMN
         return "columns" if tallest >= M else "batch"
     if "norm" in spec.prologue and spec.batch_stats:
@@ -257,14 +261,14 @@ def family_of(spec: Spec, size: int, M: int, N: int, K: int = 0) -> str:
     return "prologue" if spec.prologue else "tile"
 
 
-def key_of(spec: Spec, size: int, M: int, N: int, K: int) -> str:
+def key_of(spec: Spec, size: int, M: int, N: int, K: int, align: int = 16) -> str:
     """What tuned tiles are filed under: family, bits, and sizes rounded up to a power of two;
     "narrow" where little is moved at once.
     """
     sizes = "x".join(str(power_of_two(n)) for n in (M, N, K))
     kind = " random" * spec.random + " mixed" * bool(spec.dtypes)
-    kind += " narrow" * (moved_at_once(N, K, size) < NARROW)
-    return f"{family_of(spec, size, M, N, K)}{kind} {8 * size} {sizes}"
+    kind += " narrow" * (moved_at_once(N, K, size, align) < NARROW)
+    return f"{family_of(spec, size, M, N, K, align)}{kind} {8 * size} {sizes}"
 
 
 def tiles_of(
@@ -333,18 +337,22 @@ def plan(
     K: int,
     device: Device = UNKNOWN,
     tile: Tile | None = None,
+    align: int = 16,
 ) -> Plan:
-    """The forward launch for x (M, K) and weight (N, K), with `tile` or the one of the tables."""
+    """The forward launch for x (M, K) and weight (N, K), with `tile` or the one of the tables;
+    `align` as in `moved_at_once`.
+    """
     size = dtype.itemsize
-    family, apart = family_of(spec, size, M, N, K), is_apart(spec, M, N, K)
+    family, apart = family_of(spec, size, M, N, K, align), is_apart(spec, M, N, K)
     kernel, over = FAMILIES[family]
     if family == "prologue" and "norm" in spec.prologue and spec.norm in ("layer", "rms"):
         over = "rows of x"
     if tile is None:
-        tuned = config(device.name, device.architecture)["tuned"].get(key_of(spec, size, M, N, K))
+        key = key_of(spec, size, M, N, K, align)
+        tuned = config(device.name, device.architecture)["tuned"].get(key)
         tile = Tile(*tuned) if tuned else None
         if tile is None or not can_compute(family, tile, M, N):
-            width = moved_at_once(N, K, size)
+            width = moved_at_once(N, K, size, align)
             mixed = bool(spec.dtypes)
             tile = choose_tile(family, spec.random, size, M, N, device, mixed, width, K)
             tile = tile.narrowed(width, size)
@@ -418,7 +426,13 @@ class WholePlan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan_whole(
-    dtype: torch.dtype, M: int, N: int, K: int, random: bool, device: Device = UNKNOWN
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    random: bool,
+    device: Device = UNKNOWN,
+    align: int = 16,
 ) -> WholePlan | None:
     """dz (M, N) and dx (M, K) in one launch; `random`: masks after `linear`. None where two
     launches are better: each row block reads all of the weight.
@@ -427,7 +441,7 @@ def plan_whole(
     4 M N elements that go to and from memory must hide it; L2 gives about 2.4 times what memory
     does, so K / BLOCK_M + 4 <= 2.4 * 4.
     """
-    size, width = dtype.itemsize, moved_at_once(N, K, dtype.itemsize)
+    size, width = dtype.itemsize, moved_at_once(N, K, dtype.itemsize, align)
     tiles = tiles_of("whole", random, size, device, width=width)
     tile = next((t for t in tiles if power_of_two(N) == t.BLOCK_N), None)
     if tile is None or N > WIDEST_PRODUCT or width == 2:
@@ -458,15 +472,18 @@ def plan_products(
     random: bool,
     device: Device = UNKNOWN,
     mixed: bool = False,
+    align: int = 16,
 ) -> ProductsPlan:
     """dweight (N, K) and, if `dx`, dx (M, K); `random`: masks before `linear`; `mixed`: as
     in `tiles_of`.
     """
-    size, width = dtype.itemsize, moved_at_once(N, K, dtype.itemsize)
+    size, width = dtype.itemsize, moved_at_once(N, K, dtype.itemsize, align)
     tiles = tiles_of("products", random, size, device, mixed, width)
     fitting = [t for t in tiles if power_of_two(min(N, K)) >= t.BLOCK_M] or tiles[-1:]
     full = (t for t in fitting if t.grid(M, K) >= FULL * device.processors)
     tile = next(full, fitting[-1]).narrowed(width, size)
+    if width == NARROW:  # 64 x 64 by 4 warps spills in fp16
+        tile = tile._replace(num_warps=max(tile.num_warps, min(8, tile.BLOCK_M**2 // 512)))
     block, step = tile.BLOCK_M, tile.BLOCK_K
     of_weight = tile.grid(N, K)
     wanted = min(ceil_div(2 * device.processors, of_weight), MOST_SPLITS, ceil_div(M, 4 * step))

@@ -123,6 +123,14 @@ def alignment(N: int, *matrices: Tensor | None) -> int:
     return common if common < 16 else 1
 
 
+def between_rows(*matrices: Tensor | None) -> int:
+    """The largest power of two up to 16 that divides what lies from row to row, for the planner;
+    of matrices whose columns are adjacent.
+    """
+    found = (t for t in matrices if t is not None and t.stride(1) == 1)
+    return math.gcd(16, *(t.stride(0) for t in found))
+
+
 def stage_operands(
     spec: Spec, o: Operands, stats: Any, align: int = 1, ready: Call | None = None
 ) -> StageOperands:
@@ -172,7 +180,8 @@ def forward_of(o: Operands, recipe: str, save: bool, out: Outputs | None = None)
 
 def _plan(spec: Spec, o: Operands, device: planner.Device) -> Plan:
     (M, K), N = o.x.shape, o.weight.shape[0]
-    return planner.plan(spec, o.weight.dtype, M, N, K, device)
+    align = between_rows(o.x, o.weight, o.residual)
+    return planner.plan(spec, o.weight.dtype, M, N, K, device, None, align)
 
 
 def _forward_constants(spec: Spec, chosen: Plan, dtype: torch.dtype) -> dict[str, Any]:
@@ -348,15 +357,15 @@ def _product_beside(out: Tensor, a: Tensor, b: Tensor, late: bool) -> None:
 
 
 def plan_whole(
-    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, device: planner.Device
+    spec: Spec, dtype: torch.dtype, M: int, N: int, K: int, device: planner.Device, align: int = 16
 ) -> WholePlan | None:
-    """How one launch makes dz and dx of a layer, if it does."""
+    """How one launch makes dz and dx of a layer, if it does; `align` as in `moved_at_once`."""
     if spec.prologue or spec.batch_stats or (dtype == torch.float32 and _precision() == "tf32"):
         return None  # TF32 takes the weight through registers, which then spill
     if N > 256 and Side.of(spec.epilogue).before:
         return None  # what stands before a norm takes more registers than a wide row leaves
     random = bool(RANDOM & set(spec.epilogue))
-    return planner.plan_whole(dtype, M, N, K, random, device)
+    return planner.plan_whole(dtype, M, N, K, random, device, align)
 
 
 def _apart_backward(spec: Spec, dtype: torch.dtype, M: int, K: int, N: int) -> bool:
@@ -398,12 +407,12 @@ def backward_launches(
     return (*([after] if runs or (adds and not direct) else []), *products, before)
 
 
-def spares_registers(spec: Spec, where: str, N: int, K: int, size: int) -> bool:
+def spares_registers(spec: Spec, where: str, N: int, K: int, size: int, align: int = 16) -> bool:
     """Whether neither masks, a gate, casts nor narrow moves take registers in the backward of the
     stages `where`: `plain` of `plan_backward`. Of a weight (N, K) of elements of `size` bytes.
     """
     held = (RANDOM | {"gate"}) & set(getattr(spec, where))
-    return not held and not spec.dtypes and planner.moved_at_once(N, K, size) >= 16
+    return not held and not spec.dtypes and planner.moved_at_once(N, K, size, align) >= 16
 
 
 class RowsLaunch(NamedTuple):
@@ -445,6 +454,7 @@ class _Backward:
         self.dtype = o.weight.dtype  # of the product and its gradients
         self.device, self.ready, self.tape = device, ready, tape
         self.align = alignment(o.weight.shape[0], o.x, o.weight, o.residual, dy, kept.z)
+        self.between_rows = between_rows(o.x, o.weight, o.residual, dy)
         stats = None
         if spec.batch_stats:
             stats = tuple(tape.do(torch.select, kept.stats, 0, i) for i in (0, 1))
@@ -539,7 +549,7 @@ class _Backward:
         spec, (M, K), N = self.spec, self.inputs.x.shape, self.dy.shape[1]
         if "x" not in self.grads:
             return None
-        return plan_whole(spec, self.dtype, M, N, K, self.device)
+        return plan_whole(spec, self.dtype, M, N, K, self.device, self.between_rows)
 
     def rows(
         self,
@@ -593,7 +603,7 @@ class _Backward:
         rows = side.norm and spec.norm != "batch"
         over = "columns" if batch else "rows" if rows else None
         N, K = self.inputs.weight.shape
-        plain = spares_registers(spec, where, N, K, self.dtype.itemsize)
+        plain = spares_registers(spec, where, N, K, self.dtype.itemsize, self.between_rows)
         chosen = planner.plan_backward(M, C, over, self.device, plain)
         options = chosen.options()
         if whole is not None:
@@ -624,7 +634,7 @@ class _Backward:
         (M, K), N = x.shape, weight.shape[0]
         random, mixed = bool(RANDOM & set(spec.prologue)), bool(spec.dtypes)
         chosen = planner.plan_products(
-            self.dtype, M, N, K, dt is not None, random, self.device, mixed
+            self.dtype, M, N, K, dt is not None, random, self.device, mixed, self.between_rows
         )
         partial = arrived = None
         if chosen.splits > 1:
@@ -650,7 +660,9 @@ class _Backward:
         """dx = dz @ weight + skip: one launch."""
         weight, dx = self.inputs.weight, self.grads["x"]
         (M, K), N = dx.shape, weight.shape[0]
-        chosen = planner.plan_products(self.dtype, M, N, K, True, False, self.device)
+        chosen = planner.plan_products(
+            self.dtype, M, N, K, True, False, self.device, align=self.between_rows
+        )
         other, scale = (None, 0.0) if skip is None else skip
         programs = ceil_div(M, chosen.BLOCK) * ceil_div(K, chosen.BLOCK)
         args = (

@@ -112,6 +112,10 @@ def specs():
         ("note", "batch", True, F32, 512, 300, "columns", "columns"),
         ("branch-norm", "batch", True, BF16, 1, 4096, "columns", "columns"),
         ("note", "batch", True, F32, 513, 300, "batch", ""),
+        ("note", "batch", True, F32, 256, 339, "columns", "columns"),
+        ("note", "batch", True, F32, 257, 339, "batch", ""),  # moved one by one
+        ("note", "batch", True, F16, 257, 339, "batch", ""),
+        ("note", "batch", True, F32, 512, 338, "columns", "columns"),
         ("postnorm", "batch", True, F16, 10**6, 16, "batch", ""),
         ("preact", "layer", True, F32, 64, 64, "prologue", "rows of x"),
         ("preact", "rms", True, BF16, 64, 4096, "prologue", "rows of x"),
@@ -321,6 +325,24 @@ def test_what_cannot_be_moved_by_8_bytes_gets_narrower_tiles(align):
         assert width > 2 or 16 * threads >= tile.BLOCK_M * tile.BLOCK_N
         fewer = width == 8 and family in ("algebraic", "rows", "tile", "wide")
         assert tile == usual or width < 8 or fewer, (family, tile)
+
+
+@pytest.mark.parametrize("align", (1, 2, 4))
+def test_views_of_wider_matrices_are_moved_as_their_row_strides_allow(align):
+    """Planned as if their sizes were no better."""
+    for family, dtype in itertools.product(FAMILIES, (F16, F32)):
+        order, norm, _, M, N = FAMILIES[family]
+        spec, size = spec_of(order, norm), dtype.itemsize
+        view = uncached(spec, dtype, M, N, 512, planner.UNKNOWN, None, align)
+        narrow = uncached(spec, dtype, M, N, 512 + align)
+        assert (view.family, view.tile) == (narrow.family, narrow.tile)
+        key = planner.key_of(spec, size, M, N, 512, align)
+        assert (" narrow " in key) == (align * size < 8)
+    whole = planner.plan_whole(F16, 256, 256, 256, False, align=align)
+    assert whole == planner.plan_whole(F16, 256, 256, 256 + align, False)
+    products = planner.plan_products(F16, 4096, 512, 512, True, False, align=align)
+    narrow = planner.plan_products(F16, 4096, 512, 512 + align, True, False)
+    assert products[:3] == narrow[:3]
 
 
 def test_a_tile_asked_for_is_taken():
@@ -605,20 +627,3 @@ def test_programs_that_wait_for_each_other_leave_room_for_collectives(monkeypatc
             assert alone > 100 >= beside
         else:
             assert alone == beside
-
-
-@pytest.mark.parametrize(
-    "size, width, rows, family",
-    [
-        (4, 339, 256, "columns"),
-        (4, 339, 257, "batch"),
-        (2, 339, 300, "batch"),
-        (4, 338, 512, "columns"),
-        (2, 338, 512, "columns"),
-        (2, 338, 513, "batch"),
-    ],
-)
-def test_columns_moved_one_by_one_are_shorter(size, width, rows, family):
-    """512 rows of them in one program spill 8 to 40 bytes on sm_80."""
-    spec = make_spec("linear-norm-act-add", "batch", "silu", training=True)
-    assert planner.family_of(spec, size, rows, width, width) == family

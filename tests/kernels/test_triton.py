@@ -400,6 +400,9 @@ def test_alignment_is_what_widths_and_row_strides_share():
     assert backend.alignment(66, x) == 2
     assert backend.alignment(64, torch.empty(5, 33)[:, :32]) == 1
     assert backend.alignment(64, torch.empty(96, 5).t()) == 1
+    turned = torch.empty(96, 5).t()  # its columns lie apart
+    assert backend.between_rows(x, None, turned) == backend.between_rows(turned) == 16
+    assert backend.between_rows(torch.empty(5, 36)[:, :32], x) == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -289,7 +289,15 @@ def test_every_activation(pool):
 
 CHOOSE_TILE = planner.choose_tile  # which `forward` replaces
 WIDTHS = (168, 200, 339, 466, 1000, 1004)
-STRIDED = ("wide", BF16, 65536, 1024, 1032)  # family, dtype, rows, width, elements to the next row
+STRIDED = (  # sm, family, dtype, rows, width, elements to the next row
+    (90, "wide", BF16, 65536, 1024, 1032),
+    (90, "wide", BF16, 65536, 1000, 1004),
+    (80, "wide", F32, 65536, 1000, 1001),
+    (90, "tile", BF16, 65536, 1000, 1001),
+    (80, "rows", F16, 65536, 168, 170),
+    (80, "algebraic", BF16, 65536, 1000, 1001),
+    (90, "columns", BF16, 512, 1024, 1026),
+)
 
 
 def width_cases():
@@ -303,14 +311,16 @@ def width_cases():
             rows = 65536 if family != "columns" else 256 if width % 2 else 512
             for k, dtype in enumerate(dtypes):
                 yield (90, 80)[(i + j + k) % 2], family, dtype, rows, width, None
-    yield 90, *STRIDED
+    yield from STRIDED
 
 
 BACKWARD_WIDTHS = (  # family, dtype, rows, width, elements from row to row, architectures
     ("rows", BF16, 2048, 200, None, (90,)),  # dz and dx in one launch
     ("prologue", BF16, 65536, 1004, None, (90,)),
+    ("prologue", F16, 65536, 1004, None, (80,)),
     ("prologue", F16, 65536, 466, None, (80,)),
     ("prologue", BF16, 65536, 1024, 1032, (90,)),
+    ("prologue", BF16, 65536, 1000, 1001, (90,)),
     ("prebatch", F16, 65536, 339, None, (90,)),
 )
 
@@ -340,8 +350,8 @@ def test_widths_and_strides(pool):
         (sm, "backward", *case) for *case, architectures in BACKWARD_WIDTHS for sm in architectures
     ]
     for job, kernels in pool.map(width_job, jobs):
-        sm, direction, family, dtype, _, width, _ = job
-        at_once = min(16, dtype.itemsize * math.gcd(16, width))
+        sm, direction, family, dtype, _, width, stride = job
+        at_once = min(16, dtype.itemsize * math.gcd(16, width, stride or 0))
         for found in kernels:
             count += 1
             multiplies = direction == "forward" or "product" in found["kernel"]
