@@ -36,15 +36,15 @@ def _line(node: Node) -> str:
     return trace[-2].strip() if len(trace) > 1 else ""
 
 
-def _said(run: Run, block: Block) -> str:
+def _said(block: Block, adds: int, is_chain: bool) -> str:
     said = []
     for layer in block.layers:
         if layer.gating is not None:
             said.append(f"{layer.gating.unit.activation}(a) * b")
         said.append(spec_of(layer).text)
-    several = len(said) > 1 and not run.is_chain
+    several = len(said) > 1 and not is_chain
     calls = f"{len(said)} fused calls" if several else "one fused call"
-    shared = f" for {len(run.blocks)} residual adds" if len(run.blocks) > 1 else ""
+    shared = f" for {adds} residual adds" if adds > 1 else ""
     return f"{', '.join(said)} in {calls}{shared}"
 
 
@@ -75,8 +75,9 @@ def fuse(module: GraphModule, when: str) -> list[Add]:
         for run, reason in _judged(together, when):
             if reason is None:
                 chosen.append(run)
+            what = len(run.blocks), run.is_chain
             for block in run.blocks:
-                said[block.add] = reason is None, reason or _said(run, block)
+                said[block.add] = reason is None, reason or _said(block, *what)
     moved: dict[Node, Node] = {}
     for run in chosen:
         replace(module, run, moved)
