@@ -119,7 +119,7 @@ def test_what_writes_in_place_is_timed_too(name, monkeypatch):
     )
     monkeypatch.setattr(gain, "_MEASURED", {})
     convert(BLOCKS[name][0](), torch.randn(3, 6, K, requires_grad=True))
-    # One a run, and one more for each of its blocks where the run is slower, as it may be on any day.
+    # One a run, and one for each of its blocks where the run was slower, as it may be any day.
     assert asked and len(timed) == len(asked)
 
 
