@@ -44,7 +44,7 @@ fusedres::DType dtype_of(const std::string& name) {
 // Who multiplies for a layer of M rows, N outputs and K inputs.
 std::string product(int64_t M, int64_t N, int64_t K, fusedres::DType dtype, bool backward) {
   if (fusedres::cpu::own_product(M, N, K, dtype, backward)) return "own";
-  if (fusedres::cpu::multiply_in_float32(dtype)) return "library, in fp32";
+  if (fusedres::cpu::multiply_in_float32(dtype, M)) return "library, in fp32";
   const bool fp32 = dtype == fusedres::DType::float32;
   return fp32 && fusedres::cpu::prefer_onednn(M, N, K) ? "oneDNN" : "ATen";
 }

@@ -125,15 +125,37 @@ inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.size
 // so it adds in torch's order. In fp32 the row pass adds the bias, which saves a pass over z.
 inline bool bias_in_product(DType dtype) { return dtype != DType::float32; }
 
+inline Tensor multiply(const Tensor& a, const Tensor& b, const Optional& bias = std::nullopt);
+
+// The same in fp32, rounded once, b's columns a few at a time: as many as stay in the cache between
+// conversion and product, and no fewer than a has rows, which are read again for each such part.
+inline Tensor multiply_in_float32(const Tensor& a, Tensor b, Optional bias) {
+  constexpr int64_t kElements = 1 << 20;
+  const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
+  const int64_t most = std::max({M, kElements / std::max<int64_t>(K, 1), int64_t{1}});
+  const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
+  const Tensor left = wide(a);
+  if (N <= most) {
+    const Tensor z = multiply(left, wide(b), bias ? Optional(wide(*bias)) : std::nullopt);
+    return torch::stable::to(z, a.scalar_type());
+  }
+  Tensor out = empty({M, N}, a);
+  for (int64_t first = 0; first < N; first += most) {
+    const auto part = [&](Tensor& t, int64_t dim) {
+      return torch::stable::narrow(t, dim, first, std::min(most, N - first));
+    };
+    const Optional some = bias ? Optional(wide(part(*bias, 0))) : std::nullopt;
+    Tensor columns = part(out, 1);
+    torch::stable::copy_(columns, multiply(left, wide(part(b, 1)), some));
+  }
+  return out;
+}
+
 // a @ b (+ bias), a (M, K), b (K, N), any strides, in a's dtype.
-inline Tensor multiply(const Tensor& a, const Tensor& b, const Optional& bias = std::nullopt) {
+inline Tensor multiply(const Tensor& a, const Tensor& b, const Optional& bias) {
   const ScalarType dtype = a.scalar_type();
   const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
-  if (cpu::multiply_in_float32(dtype_of(a))) {
-    const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
-    const Tensor z = multiply(wide(a), wide(b), bias ? Optional(wide(*bias)) : std::nullopt);
-    return torch::stable::to(z, dtype);
-  }
+  if (cpu::multiply_in_float32(dtype_of(a), M)) return multiply_in_float32(a, b, bias);
   if (dtype == ScalarType::Float && aoti_torch_cpu__linear_pointwise && a.stride(1) == 1 &&
       cpu::prefer_onednn(M, N, K)) {
     const Tensor weight = transposed(b);

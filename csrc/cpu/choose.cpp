@@ -136,15 +136,16 @@ bool own_product(int64_t M, int64_t N, int64_t K, DType dtype, bool backward) {
   if (dtype == DType::float64) return false;  // it is there to be compared with torch
   const bool pairs = dtype == DType::bfloat16 && multiplies_pairs();
   // Packing costs as much as five rows of the product; where the library has no fast one, less.
-  if ((pairs || dtype == DType::float32) && M < kFewRows) return false;
+  if (M < kFewRows && !multiply_in_float32(dtype, M)) return false;
   return N * K * (pairs ? 2 : 4) <= largest_weight(dtype, pairs, M, backward);
 }
 
 // oneDNN multiplies bf16 in software where an x86 CPU has no instruction for it, two to four times
-// slower than fp32: bench/NOTES.md. fp16 on CPUs without it 10 to 80 times.
-bool multiply_in_float32(DType dtype) {
+// slower than fp32, but for so few rows that to read the weight is all: bench/NOTES.md. fp16 on CPUs
+// without it 10 to 80 times.
+bool multiply_in_float32(DType dtype, int64_t M) {
 #if defined(__x86_64__)
-  if (dtype == DType::bfloat16) return !multiplies_pairs();
+  if (dtype == DType::bfloat16) return !multiplies_pairs() && M >= kFewRows / 4;
 #endif
   return dtype == DType::float16;
 }

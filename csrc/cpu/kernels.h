@@ -139,7 +139,7 @@ void* scratch(size_t bytes);
 // else they are the library's, on the whole matrix. Of 16-bit types in fp32 or not; and which
 // library's, in fp32.
 bool own_product(int64_t M, int64_t N, int64_t K, DType dtype, bool backward);
-bool multiply_in_float32(DType dtype);
+bool multiply_in_float32(DType dtype, int64_t M);
 bool prefer_onednn(int64_t M, int64_t N, int64_t K);
 
 }  // namespace fusedres::cpu
