@@ -253,6 +253,24 @@ def check_operands(spec: Spec, x: Any, weight: Tensor, residual: Any, pad: bool)
         check_residual(spec, x, residual, width, pad)
 
 
+def batch_fits(spec: Spec, o: Operands) -> bool:
+    """Whether check_call would find nothing in what only batch statistics ask: more than one row,
+    and running statistics that the update, after the op, would not broadcast.
+    """
+    x, mean, var = o.x, o.running_mean, o.running_var
+    if not isinstance(x, Tensor) or x.is_nested:
+        return False
+    if mean is not None and var is not None:
+        shape = (spec.width("norm", o.weight.shape[1], o.weight.shape[0]),)
+        if mean.shape != shape or var.shape != shape or not mean.is_floating_point():
+            return False
+        if mean.dtype is not var.dtype or mean.device != x.device or var.device != x.device:
+            return False
+    elif mean is not var:
+        return False
+    return x.dim() > 1 and x.shape[:-1].numel() != 1
+
+
 def _check_norm(spec: Spec, o: Operands) -> None:
     x, mean, var = o.x, o.running_mean, o.running_var
     if spec.norm is None:

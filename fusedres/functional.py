@@ -73,8 +73,8 @@ def run(
     x, weight, residual = o.x, o.weight, o.residual
     compiling, exporting = is_dynamo_compiling(), is_exporting()
     inner = composite_only(x, weight) or (not compiling and graphs.wants_plain_ops(exporting))
-    unchecked = own_parameters and not (inner or spec.batch_stats or compiling)
-    if unchecked:
+    unchecked = own_parameters and not (inner or compiling)
+    if unchecked and (not spec.batch_stats or checks.batch_fits(spec, o)):
         checks.check_operands(spec, x, weight, residual, pad)
     else:
         checks.check_call(spec, o, pad)

@@ -37,7 +37,9 @@ def batch_norm_step(spec: Spec, norm: Any) -> tuple[Any, ...]:
     them; the count only where it goes up.
     """
     training, momentum, tracked = norm.training, norm.momentum, None
-    mean, var = norm.running_mean, norm.running_var
+    own = norm._buffers
+    mean = own["running_mean"] if "running_mean" in own else norm.running_mean
+    var = own["running_var"] if "running_var" in own else norm.running_var
     spec = spec.with_batch_stats(training or (mean is None and var is None))
     if training:
         if norm.track_running_stats:

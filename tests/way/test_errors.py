@@ -324,6 +324,28 @@ def test_an_error_leaves_the_running_statistics_as_they_were():
     assert module.norm.running_mean.eq(0).all() and module.norm.running_var.eq(1).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "name, value, rows, told",
+    [
+        ("running_mean", torch.zeros(1), 4, ["running_mean", "(1,)", "(6,)"]),
+        ("running_var", torch.ones(9), 4, ["running_var", "(9,)", "(6,)"]),
+        ("running_var", torch.ones(6, dtype=torch.int64), 4, ["running_var", "int64"]),
+        ("running_var", torch.ones(6, device="meta"), 4, ["running_var", "meta", "cpu"]),
+        ("running_mean", None, 4, ["running_mean", "running_var", "both"]),
+        ("running_mean", torch.zeros(6), 1, ["more than 1 row"]),
+    ],
+)
+def test_a_module_s_running_statistics_must_fit(name, value, rows, told, backend):
+    """What a module owns is asked about in few words, in training too; nothing is broadcast."""
+    module = FusedResidual(6, norm="batch", backend=backend)
+    setattr(module.norm, name, value)
+    with pytest.raises((ValueError, TypeError)) as error:
+        module(torch.ones(rows, 6))
+    assert all(word in str(error.value) for word in told), error.value
+    assert module.norm.num_batches_tracked == 0
+
+
 @pytest.mark.parametrize(
     ("name", "value", "known"),
     [
