@@ -131,7 +131,8 @@ class Tile(NamedTuple):
         if width >= 16:
             return self
         if width >= NARROW:
-            warps = max(self.num_warps, min(8, self.BLOCK_M * self.BLOCK_N // 1024))
+            most = 16 if self.BLOCK_N == WIDEST_ROW else 8
+            warps = max(self.num_warps, min(most, self.BLOCK_M * self.BLOCK_N // 1024))
             return self._replace(num_warps=warps, maxnreg=None if size == 2 else self.maxnreg)
         threads = self.BLOCK_M * self.BLOCK_N // (16 if width == 2 else 64)
         tile = self._replace(num_warps=max(self.num_warps, threads // 32))
@@ -279,7 +280,8 @@ def tiles_of(
     columns of the operands, to fit the device's shared memory. `width`: bytes moved at once; with
     few, addresses take as many registers as masks do.
     """
-    holds_most = family in ("algebraic", "tile" if size == 2 else "wide")
+    hopper = device.architecture.startswith("sm_9")  # whose products' operands take no registers
+    holds_most = family in ("algebraic", "tile" if size == 2 else "wide", "" if hopper else "rows")
     random = random or width < (16 if holds_most else NARROW)
     tiles = config(device.name, device.architecture)["tiles"]
     both = [" random mixed"] * (random and mixed)

@@ -289,7 +289,7 @@ def test_every_activation(pool):
 
 CHOOSE_TILE = planner.choose_tile  # which `forward` replaces
 WIDTHS = (168, 200, 339, 466, 1000, 1004)
-STRIDED = (  # sm, family, dtype, rows, width, elements to the next row
+STRIDED = (  # and by 8 bytes; sm, family, dtype, rows, width, elements to the next row
     (90, "wide", BF16, 65536, 1024, 1032),
     (90, "wide", BF16, 65536, 1000, 1004),
     (80, "wide", F32, 65536, 1000, 1001),
@@ -297,6 +297,9 @@ STRIDED = (  # sm, family, dtype, rows, width, elements to the next row
     (80, "rows", F16, 65536, 168, 170),
     (80, "algebraic", BF16, 65536, 1000, 1001),
     (90, "columns", BF16, 512, 1024, 1026),
+    (80, "prebatch", F32, 65536, 1024, 1026),
+    (90, "rows", F16, 65536, 236, None),
+    (80, "rows", F16, 65536, 236, None),
 )
 
 
