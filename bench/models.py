@@ -96,6 +96,17 @@ MODELS: dict[str, Callable[[], Made]] = {
     "GPT-2, 1 layer, 4 x 128": partial(
         _transformer, "GPT2Model", "GPT2Config", n_layer=1, use_cache=False
     ),
+    "Llama, 1 layer of 512, 4 x 128": partial(
+        _transformer,
+        "LlamaModel",
+        "LlamaConfig",
+        num_hidden_layers=1,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_attention_heads=8,
+        vocab_size=1000,
+        use_cache=False,
+    ),
 }
 
 

@@ -11,10 +11,11 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +113,24 @@ def load(path: Path) -> Results:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def newest(folder: Path) -> dict[str, Path]:
-    """The newest file of each device: by date, on one day by its commit's place in history."""
+def machine_of(results: Results) -> str:
+    """A CPU's maker and family, as far as it was recorded, or a GPU's name."""
+    found = results["machine"]
+    family = f" family {found['family']}" if found.get("family") else ""
+    return str(found.get("gpu") or f"{found['cpu']}{family}")
+
+
+def newest(folder: Path, of: Callable[[Results], str] = itemgetter("device")) -> dict[str, Path]:
+    """The newest file of each device, or of each else: by date, on one day by its commit's place in
+    history.
+    """
     found = {path: load(path) for path in sorted(folder.glob("*.json"))}
 
     def age(path: Path) -> tuple[str, int, float]:
         ancestors = _git("rev-list", "--count", found[path]["commit"])
         return found[path]["date"], int(ancestors or 0), path.stat().st_mtime
 
-    return {found[path]["device"]: path for path in sorted(found, key=age)}
+    return {of(found[path]): path for path in sorted(found, key=age)}
 
 
 def versions() -> dict[str, str]:

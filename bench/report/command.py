@@ -8,10 +8,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..measure.results_file import RESULTS, ROOT, Results, check_results, load, name, newest, save
+from ..measure.results_file import (
+    RESULTS,
+    ROOT,
+    Results,
+    check_results,
+    load,
+    machine_of,
+    name,
+    newest,
+    save,
+)
 from . import pictures
-from .headline import MOST as ROWS
-from .headline import headline
+from .machines import machine_table
 from .section import replace_part, section
 
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
@@ -21,28 +30,32 @@ TITLES = {"cpu": "CPU", "cuda": "GPU"}
 MOST = 10  # complaints about a file
 
 
-def render(
-    found: dict[str, Results], part: Callable[[Results], str] = section, level: str = "##"
-) -> str:
+def missing(found: dict[str, Results]) -> list[str]:
+    """A sentence for each kind of device that nothing was measured on."""
+    return [f"**{title}: not measured yet.**" for d, title in TITLES.items() if d not in found]
+
+
+def render(found: dict[str, Results], part: Callable[[Results], str] = section) -> str:
     """A page's generated part: what `part` says of each device, measured or not."""
-    parts = []
-    for device, title in TITLES.items():
-        if device in found:
-            parts.append(f"{level} {title}\n\n{part(found[device])}")
-        else:
-            parts.append(f"**{title}: not measured yet.**")
-    return "\n\n".join(parts)
+    parts = [
+        f"## {TITLES[device]}\n\n{part(found[device])}" for device in TITLES if device in found
+    ]
+    return "\n\n".join([*parts, *missing(found)])
 
 
-def pages(found: dict[str, Results]) -> dict[Path, str]:
+def pages(found: dict[str, Results], machines: list[Results]) -> dict[Path, str]:
     """The text of each page that shows results: README in short, docs/benchmarks.md all."""
     folder = PICTURES.relative_to(PAGE.parent)
-    everything = render(found, lambda results: section(results, pictures.links(results, folder)))
-    rows = ROWS // max(len(found), 1)
-    short = render(found, lambda results: headline(results, rows), "###")
-    return {
-        page: replace_part(page, MARKERS, p) for page, p in ((README, short), (PAGE, everything))
+    by_machine = machine_table(machines).markdown()
+    parts = {
+        README: [by_machine, *missing(found)],
+        PAGE: [by_machine, render(found, lambda r: section(r, pictures.links(r, folder)))],
     }
+    return {page: replace_part(page, MARKERS, "\n\n".join(p)) for page, p in parts.items()}
+
+
+def of_machines() -> list[Results]:
+    return [load(path) for path in newest(RESULTS, machine_of).values()]
 
 
 def read(path: Path) -> Results:
@@ -72,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     by_device = {results["device"]: results for results in found}
     print(render(by_device, partial(section, full=args.full)))
     if args.write:
-        texts = pages(by_device)  # before drawing: it may refuse
+        texts = pages(by_device, of_machines())  # before drawing: it may refuse
         drawn = [path for each in found for path in pictures.draw(each, PICTURES)]
         for page, text in texts.items():
             page.write_text(text, encoding="utf-8")

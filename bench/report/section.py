@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..measure.results_file import Results
+from ..measure.results_file import Results, machine_of
 from .goals import goal_table
 from .tables import SLOWER, Row, distinct, full_tables, loss_table, page_tables, select, short
 
@@ -16,9 +16,8 @@ MOST_NAMED = 6  # of the layers that were not measured, for one reason
 
 def source(results: Results, brief: bool = False) -> str:
     found = results["machine"]
-    where = [str(found.get("gpu") or found["cpu"])]
+    where = [machine_of(results)]
     if results["device"] == "cpu":
-        where[0] += f" family {found['family']}" if found.get("family") else ""
         where += [_count(found[key], key.removesuffix("s")) for key in ("cores", "threads")]
         where += [found["simd"]] if found.get("simd") else []
     elif found.get("driver"):

@@ -238,12 +238,13 @@ def summary_table(rows: list[Row]) -> Table:
     body = []
     for group, mode, dtype in product(("model", "square"), modes, dtypes):
         if chosen := select(rows, group=group, mode=mode, dtype=dtype):
-            spreads = *_spread(chosen, ("eager",)), *_spread(chosen, COMPILED)
+            spreads = *spread_of(chosen, ("eager",)), *spread_of(chosen, COMPILED)
             body.append([f"{group}s", BRIEF[mode], dtype, *spreads])
     return Table("All rows in short", head, body, left=3, note="medians")
 
 
-def _spread(rows: list[Row], names: tuple[str, ...]) -> list[str]:
+def spread_of(rows: list[Row], names: tuple[str, ...]) -> list[str]:
+    """Median, ends and losses of the ratios to the strongest of `names`."""
     found = [(row, name) for row in rows if (name := strongest(row, names))]
     if not found:
         return [UNMEASURED] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from bench.measure import results_file
 from bench.report import command as report
 from bench.report import pictures
-from bench.report.headline import headline, spread
+from bench.report.machines import machine_table
+from bench.report.tables import select
 from results_sample import FORWARD, STEP, find, sample
 
 Results = dict[str, Any]
@@ -60,7 +62,7 @@ def committed() -> dict[str, Results]:
 
 
 def test_pages_say_what_the_newest_results_say() -> None:
-    for page, fresh in report.pages(committed()).items():
+    for page, fresh in report.pages(committed(), report.of_machines()).items():
         assert page.read_text(encoding="utf-8") == fresh, f"{page.name} is out of date: make tables"
 
 
@@ -128,21 +130,19 @@ def test_a_claim_in_prose_would_be_found() -> None:
 # README's table.
 
 
-def test_headline_spans_the_ranking_of_undisturbed_steps(cpu: Results) -> None:
-    steps = [row for row in cpu["rows"] if row["group"] == "model" and row["mode"] == STEP]
-    ranked = [{"ratios": {"eager": {"median": i / 10}}} for i in range(25)]
-    chosen = spread(ranked[::-1], 10)
-    assert len(chosen) == 10 and chosen[0] == ranked[0] and chosen[-1] == ranked[-1]
-    assert chosen == sorted(chosen, key=ranked.index)
-    disturbed = find(cpu, "digits", "fp32", STEP)
-    disturbed |= {"calm": False}
-    assert headline(cpu, most=2).count("\n| ") == 2 + 2  # head and rule
-    text = headline(cpu)
-    names = {row["case"] for row in steps}
-    assert all((f"| {name}" in text) == (name != "digits") for name in names)
-    find(cpu, "rtdl-339", "fp32", STEP)["slower_than"] = ["eager"]
-    [line] = [line for line in headline(cpu).splitlines() if line.startswith("| rtdl-339")]
-    assert "▼" in line
+def test_a_line_for_each_machine_and_dtype(cpu: Results, gpu: Results) -> None:
+    named = cpu | {"machine": cpu["machine"] | {"cpu": "Some CPU", "family": "26"}}
+    rows = select(named["rows"], group="model", dtype="fp32", mode=STEP)
+    ratios = [10.0 + i for i in range(len(rows))]
+    for row, ratio in zip(rows, ratios, strict=True):
+        row["ratios"]["eager"]["median"] = ratio
+    rows[0]["slower_than"], rows[-1]["calm"] = ["eager"], False  # what is disturbed does not count
+    unnamed = cpu | {"machine": named["machine"] | {"family": None}}
+    lines = machine_table([named, unnamed, gpu]).body
+    assert [line[2] for line in lines] == ["fp32", "bf16", "bf16", "fp32"]
+    assert lines[0][0] == "Some CPU family 26"
+    middle, ends = median(ratios[:-1]), f"{ratios[0]:.2f}-{ratios[-2]:.2f}"
+    assert lines[0][5:7] == [f"{middle:.2f} ({ends})", f"1 of {len(rows) - 1}"]
 
 
 # Files.
@@ -217,7 +217,7 @@ def test_write_takes_a_file_over(
     report.main([str(elsewhere), "--write"])
     path = report.RESULTS / f"{results_file.name(cpu)}.json"
     assert results_file.load(path) == cpu
-    assert "### CPU" in report.README.read_text(encoding="utf-8")
+    assert cpu["machine"]["cpu"] in report.README.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
