@@ -209,7 +209,7 @@ def _frame_resnet() -> Made:
 
     names = {stype.numerical: ["a", "b", "c"]}
     statistics = {n: {StatType.MEAN: 0.0, StatType.STD: 1.0} for n in names[stype.numerical]}
-    net = ResNet(WIDTH, 1, DEPTH, statistics, names)
+    net = ResNet(WIDTH, 8, DEPTH, statistics, names)
     return _Prepared(net, lambda x: (TensorFrame({stype.numerical: x}, names),)), (_rows(3),)
 
 
@@ -347,15 +347,23 @@ def _dimenet() -> Made:
     return _Stack(*blocks), (*rows, *torch.randint(0, EDGES, (2, triplets)))
 
 
+class _Given(nn.Module):
+    """Edges that are known, with their lengths."""
+
+    def __init__(self, edges: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("edges", edges)
+
+    def forward(self, places: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        source, target = self.edges
+        return self.edges, (places[source] - places[target]).norm(dim=-1)
+
+
 @_entry("PyG SchNet")
 def _schnet() -> Made:
     from torch_geometric.nn import SchNet
 
-    index = _edges()
-    net = SchNet(
-        WIDTH, HIDDEN, DEPTH, num_gaussians=8,
-        interaction_graph=lambda x, _: (index, (x[index[0]] - x[index[1]]).norm(dim=-1)),
-    )  # fmt: skip
+    net = SchNet(WIDTH, HIDDEN, DEPTH, num_gaussians=8, interaction_graph=_Given(_edges()))
     return net, (torch.randint(1, 10, (NODES,)), torch.randn(NODES, 3))
 
 
@@ -368,16 +376,3 @@ def _gps() -> Made:
 
     layers = (GPSConv(WIDTH, GINConv(mlp()), HEADS) for _ in range(DEPTH))
     return _Stack(*layers), (torch.randn(NODES, WIDTH), _edges())
-
-
-@_entry("physicsnemo MeshGraphNet")
-def _mesh_graph_net() -> Made:
-    from physicsnemo.models.meshgraphnet import MeshGraphNet
-    from torch_geometric.data import Data
-
-    sizes = ("processor", "node_encoder", "edge_encoder", "node_decoder")
-    net = MeshGraphNet(
-        4, 3, 2, processor_size=DEPTH, **{f"hidden_dim_{name}": WIDTH for name in sizes}
-    )
-    inputs = torch.randn(NODES, 4), torch.randn(EDGES, 3), _edges()
-    return _Prepared(net, lambda n, e, index: (n, e, Data(edge_index=index))), inputs
