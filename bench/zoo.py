@@ -188,3 +188,191 @@ def _decoder() -> Made:
     layer = nn.TransformerDecoderLayer(WIDTH, HEADS, HIDDEN, activation="gelu")
     memory = torch.randn(7, 2, WIDTH)
     return nn.TransformerDecoder(layer, DEPTH), (torch.randn(5, 2, WIDTH), memory)
+
+
+class _Prepared(nn.Module):
+    """A net of arguments that are made from tensors first, as tables and graphs are."""
+
+    def __init__(self, net: nn.Module, prepare: Callable[..., tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.net, self.prepare = net, prepare
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.net(*self.prepare(*tensors))
+
+
+@_entry("torch_frame ResNet")
+def _frame_resnet() -> Made:
+    from torch_frame import TensorFrame, stype
+    from torch_frame.data.stats import StatType
+    from torch_frame.nn import ResNet
+
+    names = {stype.numerical: ["a", "b", "c"]}
+    statistics = {n: {StatType.MEAN: 0.0, StatType.STD: 1.0} for n in names[stype.numerical]}
+    net = ResNet(WIDTH, 8, DEPTH, statistics, names)
+    return _Prepared(net, lambda x: (TensorFrame({stype.numerical: x}, names),)), (_rows(3),)
+
+
+def _nflows(context: int | None = None, **settings: Any) -> Callable[[], Made]:
+    """A residual net as the couplings of nflows use it, of a context where that has features."""
+
+    def make() -> Made:
+        from nflows.nn.nets import ResidualNet
+
+        net = ResidualNet(4, 6, WIDTH, context_features=context, num_blocks=DEPTH, **settings)
+        return net, (_rows(4), *([_rows(context)] if context else []))
+
+    return make
+
+
+def _made(context: int | None = None) -> Callable[[], Made]:
+    """A masked net with residual blocks, of a context where that has features."""
+
+    def make() -> Made:
+        from nflows.transforms.made import MADE
+
+        net = MADE(4, WIDTH, context_features=context, num_blocks=DEPTH, output_multiplier=2)
+        return net, (_rows(4), *([_rows(context)] if context else []))
+
+    return make
+
+
+ZOO["nflows ResidualNet"] = _nflows()
+ZOO["nflows ResidualNet, batch norm"] = _nflows(use_batch_norm=True)
+ZOO["nflows ResidualNet, context"] = _nflows(3)
+ZOO["nflows MADE"] = _made()
+ZOO["nflows MADE, context"] = _made(3)
+
+
+@_entry("zuko MaskedMLP")
+def _masked_mlp() -> Made:
+    from zuko.nn import MaskedMLP
+
+    sooner = torch.ones(4, 4, dtype=torch.bool).tril()
+    return MaskedMLP(sooner, [WIDTH] * DEPTH, residual=True), (_rows(4),)
+
+
+class _Loss(nn.Module):
+    """A density estimator's loss, which is what its training calls."""
+
+    def __init__(self, estimator: Any) -> None:
+        super().__init__()
+        self.estimator = estimator
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        loss: Tensor = self.estimator.loss(x, condition)
+        return loss
+
+
+@_entry("sbi ResNetEmbedding1D")
+def _sbi_embedding() -> Made:
+    from sbi.neural_nets.embedding_nets import ResNetEmbedding1D
+
+    hidden = {"c_hidden": HIDDEN}
+    net = ResNetEmbedding1D(
+        5, 4, n_blocks=DEPTH, c_internal=WIDTH, c_hidden_final=HIDDEN,
+        construct_mapping_kwargs=hidden,
+    )  # fmt: skip
+    return net, (_rows(5),)
+
+
+@_entry("sbi spline flow")
+def _sbi_flow() -> Made:
+    from sbi.neural_nets.net_builders import build_nsf
+
+    x, condition = _rows(4), _rows(3)
+    net = build_nsf(x, condition, hidden_features=WIDTH, num_transforms=2, num_blocks=DEPTH)
+    return _Loss(net), (x, condition)
+
+
+@_entry("sbi VectorFieldAdaMLP")
+def _sbi_field() -> Made:
+    from sbi.neural_nets.net_builders.vector_field_nets import VectorFieldAdaMLP
+
+    net = VectorFieldAdaMLP(
+        4, 3, condition_emb_dim=WIDTH, time_emb_dim=16, hidden_features=WIDTH, num_layers=DEPTH
+    )
+    return net, (_rows(4), _rows(3), torch.rand(16))
+
+
+NODES, EDGES = 12, 40
+
+
+def _edges() -> Tensor:
+    return torch.randint(0, NODES, (2, EDGES))
+
+
+class _Stack(nn.Module):
+    """Graph layers one after another, all with the same edges."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, *edges: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, *edges)
+        return x
+
+
+def _deep_gcn(block: str) -> Callable[[], Made]:
+    def make() -> Made:
+        from torch_geometric.nn import DeepGCNLayer, GENConv
+
+        layers = (
+            DeepGCNLayer(GENConv(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.ReLU(), block)
+            for _ in range(DEPTH)
+        )
+        return _Stack(*layers), (torch.randn(NODES, WIDTH), _edges())
+
+    return make
+
+
+ZOO["PyG DeepGCN, res+"] = _deep_gcn("res+")
+ZOO["PyG DeepGCN, res"] = _deep_gcn("res")
+
+
+@_entry("PyG DimeNet++ interactions")
+def _dimenet() -> Made:
+    """Without what finds neighbours and angles, for which DimeNet++ needs torch_sparse."""
+    from torch_geometric.nn.models.dimenet import InteractionPPBlock
+
+    settings = {"num_spherical": 3, "num_radial": 4, "num_before_skip": 1, "num_after_skip": 2}
+    blocks = (
+        InteractionPPBlock(WIDTH, 16, 8, act=torch.nn.functional.silu, **settings)
+        for _ in range(DEPTH)
+    )
+    triplets = 60
+    rows = torch.randn(EDGES, WIDTH), torch.randn(EDGES, 4), torch.randn(triplets, 12)
+    return _Stack(*blocks), (*rows, *torch.randint(0, EDGES, (2, triplets)))
+
+
+class _Given(nn.Module):
+    """Edges that are known, with their lengths."""
+
+    def __init__(self, edges: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("edges", edges)
+
+    def forward(self, places: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        source, target = self.edges
+        return self.edges, (places[source] - places[target]).norm(dim=-1)
+
+
+@_entry("PyG SchNet")
+def _schnet() -> Made:
+    from torch_geometric.nn import SchNet
+
+    net = SchNet(WIDTH, HIDDEN, DEPTH, num_gaussians=8, interaction_graph=_Given(_edges()))
+    return net, (torch.randint(1, 10, (NODES,)), torch.randn(NODES, 3))
+
+
+@_entry("PyG GPSConv")
+def _gps() -> Made:
+    from torch_geometric.nn import GINConv, GPSConv
+
+    def mlp() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+
+    layers = (GPSConv(WIDTH, GINConv(mlp()), HEADS) for _ in range(DEPTH))
+    return _Stack(*layers), (torch.randn(NODES, WIDTH), _edges())

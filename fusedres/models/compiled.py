@@ -43,9 +43,10 @@ def report(model: nn.Module) -> Report:
         raise TypeError(
             f"fusedres.report: model must be a torch.nn.Module, got {type(model).__name__}"
         )
-    graphs: dict[int, list[Add]] = {}
-    for parameter in model.parameters():
-        graphs |= {id(adds): adds for adds in _graphs.get(parameter, ())}
+    graphs: dict[int, tuple[int, list[Add]]] = {}
+    for i, parameter in enumerate(model.parameters()):
+        for adds in _graphs.get(parameter, ()):
+            graphs.setdefault(id(adds), (i, adds))
     if not graphs:
         raise ValueError(
             "fusedres.report: no graph of this model was compiled with backend='fusedres' so far; "

@@ -15,6 +15,7 @@ _ENDS = {
     "add": "a sum",
     "iadd": "a sum",
     "mul": "a product of two activations",
+    "glu": "a gated linear unit, with no product after it",
     "batch_norm": "batch norm over another dimension than the last",
 }
 

@@ -95,10 +95,7 @@ def make_plan(
         for name, p in root.named_parameters():
             if type(p) not in PLAIN:  # convert comes before fully_shard or parallelize_module
                 raise CannotTrace(f"its parameter {name} is a {type(p).__name__} already")
-        before = Modules(list(root.modules()))
         graph, tracer = trace(root, flat, tree, opaque)
-        if before.find([]) is None:
-            raise CannotTrace("it changes attributes of its modules")
         fakes = _fakes(tracer, graph)
         seen = Modules(tracer.through)
         graph.eliminate_dead_code(

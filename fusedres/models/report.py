@@ -71,16 +71,17 @@ class Report(_Told[Add]):
     adds: tuple[Add, ...]
 
     @staticmethod
-    def of_graphs(title: str, graphs: Iterable[Iterable[Add]]) -> Report:
-        """Of several graphs, the newest last: what two have, of training and evaluation say, counts
-        once, as the newest has it.
+    def of_graphs(title: str, graphs: Iterable[tuple[int, Iterable[Add]]]) -> Report:
+        """Of several graphs, the newest last, each with the number of its first parameter: what two
+        of the same parameter have, of training and evaluation say, counts once, as the newest has
+        it.
         """
-        adds: dict[tuple[str, str, int], Add] = {}
-        for i, graph in enumerate(graphs):
+        adds: dict[tuple[int, str, str, int], Add] = {}
+        for i, (first, graph) in enumerate(graphs):
             times: Counter[tuple[str, str]] = Counter()
             for add in graph:
                 line = add.line or f"of graph {i}"
-                adds[add.where, line, times[add.where, line]] = add
+                adds[first, add.where, line, times[add.where, line]] = add
                 times[add.where, line] += 1
         return Report(title, tuple(adds.values()))
 

@@ -7,8 +7,10 @@ dtypes, devices, ranks, and sizes where they were asked for.
 
 from __future__ import annotations
 
+import builtins
 import logging
 import random
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_unflatten
 
 from ..layers import hooked
+from .guard import Modules
 from .reading import value
 
 
@@ -32,6 +35,7 @@ _KNOWN_OF_TENSORS = {
     *("dtype", "device", "layout", "is_cuda", "ndim", "is_nested", "is_sparse", "is_meta"),
     *("dim", "is_floating_point", "is_complex", "ndimension"),
 }
+_BY_VALUES = ("GuardOnDataDependentSymNode", "DataDependentOutputException")  # fake tensors'
 _NOT_KNOWN = {"requires_grad", "data", "grad", "is_contiguous", "stride", "grad_fn", "is_leaf"}
 
 
@@ -63,6 +67,55 @@ class _Proxy(Proxy):
 
     def __float__(self) -> float:
         return float(value(self.node))
+
+
+_isinstance = isinstance
+_OWN = ("torch.", "fusedres.")  # whose own code goes by what a proxy is
+
+
+def _is_instance(thing: Any, kinds: Any) -> bool:
+    """isinstance for a model's code, to which the proxy of a tensor is a tensor."""
+    if _isinstance(thing, kinds):
+        return True
+    if type(thing) is not _Proxy or not _isinstance(value(thing.node), Tensor):
+        return False
+    asks = sys._getframe(1).f_globals.get("__name__", "")
+    return not asks.startswith(_OWN) and issubclass(Tensor, kinds)
+
+
+@contextmanager
+def _proxies_are_tensors() -> Iterator[None]:
+    """Not by their __class__, which C++ would believe."""
+    builtins.isinstance = _is_instance
+    try:
+        yield
+    finally:
+        builtins.isinstance = _isinstance
+
+
+class _Kept:
+    """What a model's modules hold: a forward that is read may assign what only stands for it."""
+
+    def __init__(self, root: nn.Module) -> None:
+        modules = list(root.modules())
+        self.modules = Modules(modules)
+        self.buffers = [(m._buffers, dict(m._buffers)) for m in modules]
+        self.dicts = [(m.__dict__, dict(m.__dict__)) for m in modules]
+
+    def put_back(self) -> bool:
+        """Whether something had changed; now it has not."""
+        try:
+            changed = self.modules.find([]) is None
+        except Exception:  # comparisons of what only stands for a value
+            changed = True
+        for now, before in self.buffers:
+            changed |= list(now) != list(before) or any(now[k] is not before[k] for k in before)
+        if changed:
+            for now, before in (*self.buffers, *self.dicts):
+                for name in now.keys() - before.keys():
+                    del now[name]
+                now.update(before)
+        return changed
 
 
 # Private to torch, hence the getattr.
@@ -225,6 +278,12 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
+def _told(error: BaseException) -> str:
+    if type(error).__name__ in _BY_VALUES:
+        return "it decides by the values of a tensor"
+    return str(error).splitlines()[0]
+
+
 def _where(error: BaseException) -> str:
     """The line of the model that an error came from."""
     ours = ("/torch/", "/fusedres/models/")
@@ -250,19 +309,23 @@ def trace(
     sizes = "free"
     while True:
         tracer = ExampleTracer(flat, tree, sizes, lambda m: m in shut or opaque(m))
-        drawn = torch.get_rng_state(), random.getstate()
+        drawn, kept = (torch.get_rng_state(), random.getstate()), _Kept(module)
         try:
-            with _quiet():
+            with _quiet(), _proxies_are_tensors():
                 graph = tracer.trace(module)
         except Exception as error:  # whatever a model's code raises at what it is given
             culprit = tracer.calling[-1] if tracer.calling else module
             if sizes == "free" and not isinstance(error, CannotTrace):
                 sizes = "fixed"
             elif culprit is module or culprit in shut:
-                raise CannotTrace(f"{str(error).splitlines()[0]}{_where(error)}") from None
+                raise CannotTrace(f"{_told(error)}{_where(error)}") from None
             else:
                 shut.add(culprit)
             continue
+        finally:
+            changed = kept.put_back()
+        if changed:
+            raise CannotTrace("it changes attributes of its modules")
         if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
             torch.set_rng_state(drawn[0])
             random.setstate(drawn[1])

@@ -363,6 +363,10 @@ LEFT = {
         lambda: _make(lambda s, x: x + s.fc1(x) * x.mean(-1, keepdim=True), fc1=linear()),
         "a product of two activations",
     ),
+    "a gated linear unit last": (
+        lambda: _make(lambda s, x: x + F.glu(s.fc1(x)), fc1=linear(2 * K)),
+        "a gated linear unit, with no product after it",
+    ),
     "another activation": (
         lambda: _make(lambda s, x: x + F.leaky_relu(s.fc1(x), 0.3), fc1=linear()),
         "leaky_relu",

@@ -229,6 +229,25 @@ def test_report_counts_an_add_once():
     assert fusedres.report(net) == report
 
 
+def test_report_counts_modules_of_one_path():
+    """Where their caller is not compiled, each is a model to its own graph."""
+
+    @torch._dynamo.disable(recursive=False)
+    def forward(s, x):
+        for layer in s.layers:
+            x = layer(x)
+        return x
+
+    layers = (make(lambda s, x: s.inner(x), inner=BLOCKS["prenorm"][0]) for _ in range(3))
+    net = make(forward, layers=lambda: nn.ModuleList(layers))
+    fast, x = compiled(net), torch.randn(3, 6, K)
+    fast(x)
+    with torch.no_grad():
+        fast(x)
+    report = fusedres.report(fast)
+    assert report.found == len(report.fused) == 3
+
+
 def test_report_of_nothing():
     with pytest.raises(ValueError, match="no graph of this model"):
         fusedres.report(nn.Linear(2, 2))

@@ -280,6 +280,10 @@ def _stops(s, x):
     return x - s.fc(x)
 
 
+def _counts_groups(s, x):
+    return x + s.fc(x) * (int(x.argmax()) + 1)
+
+
 def _draws(s, x):
     return x + s.fc(x) * float(torch.rand(()))
 
@@ -303,6 +307,7 @@ def _makes(s, x):
     "forward, why",
     [
         (_stops, "values of a tensor at test_convert_sums.py"),
+        (_counts_groups, "values of a tensor at test_convert_sums.py"),
         (_draws, "random numbers"),
         (_counts, "changes attributes"),
         (_switches, "switches autocast or gradients"),
@@ -314,6 +319,38 @@ def test_what_cannot_be_read(forward, why):
     kind = type(model)
     report = convert(model, x, when="always")
     assert type(model) is kind and why in str(report) and "torch.compile" in str(report)
+
+
+def _asks_for_kinds(s, x):
+    pair = (x, x) if isinstance(x, torch.Tensor) else x
+    if not isinstance(x, (list, nn.Parameter)):
+        return pair[0] + s.fc(pair[1])
+    return pair[0]
+
+
+def test_a_tensor_is_a_tensor_while_it_is_read():
+    model, x = make(_asks_for_kinds, fc=linear()), torch.randn(3, K)
+    plain, asks = copy.deepcopy(model), isinstance
+    report = convert(model, x, when="always").residual_adds
+    assert report.found == len(report.fused) == calls(model, x) == 1
+    assert_same(step(model, model, x), step(plain, plain, x))
+    assert isinstance is asks
+
+
+def test_what_a_forward_keeps_is_its_own():
+    """Not what stood for it while the forward was read."""
+
+    def forward(s, x):
+        s.kept = s.kept * 0.5 + x
+        s.before = x
+        return x + s.fc(x)
+
+    model, x = make(forward, fc=linear()), torch.ones(3, K)
+    model.register_buffer("kept", torch.zeros(3, K))
+    report = convert(model, x, when="always")
+    assert "changes attributes" in str(report) and type(model.kept) is torch.Tensor
+    plain = copy.deepcopy(model)
+    assert_same([model(x), model.kept, model.before], [plain(x), plain.kept, plain.before])
 
 
 def test_inputs_by_name_and_inputs_that_do_not_fit():

@@ -23,6 +23,11 @@ EXCEPTIONS = {
     "torch TransformerEncoder": (4, 2, 2),  # nn.MultiheadAttention transposes
     "torch TransformerEncoder, norm first": (4, 2, 2),
     "torch TransformerDecoder": (6, 2, 2),
+    "nflows ResidualNet, context": (2, 0, 0),  # a gated linear unit is last
+    "sbi spline flow": (4, 0, 0),  # of such nets
+    "sbi VectorFieldAdaMLP": (2, 0, 0),  # its gates are made of the condition
+    "PyG SchNet": (2, 2, 0),  # asks for the largest number of a batch
+    "PyG GPSConv": (4, 4, 0),  # makes the mask of its attention within
 }
 
 
