@@ -13,7 +13,6 @@ import triton.language as tl
 from .stages import load_tile, run_stages
 
 GROUP = tl.constexpr(16)  # column sums meet in groups of 16 programs, then of 16 groups
-AHEAD = tl.constexpr(4)  # rows of them on their way while one is added
 
 
 @triton.jit
@@ -145,7 +144,7 @@ def wait_for_all(counter_ptr, count):
 def add_rows(ptr, first, step, count, n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """[BLOCK_N]: the sum of rows first, first + step, ... (`count` of them) of ptr (., N)."""
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for begin in tl.range(0, count, BLOCK_M, num_stages=AHEAD):
+    for begin in range(0, count, BLOCK_M):
         i = begin + tl.arange(0, BLOCK_M)
         row = first + i.to(tl.int64) * step
         inside = (i < count)[:, None] & (n < N)[None, :]
