@@ -127,8 +127,13 @@ class Block:
 def divide(tail: Layer, steps: list[tuple[Op, Node]]) -> list[Layer] | None:
     """A layer for each matmul of what stands before the last one (`steps`, nearest first), and the
     last; None where a layer would have two stages of a kind. Stages between two matmuls join the
-    first one's end, from its second of a kind on the other one's beginning.
+    first one's end, from its second of a kind on the other one's beginning; or, where the first one
+    begins with such a stage, the other one's beginning alone.
     """
+    return _divide(tail, steps, True) or _divide(tail, steps, False)
+
+
+def _divide(tail: Layer, steps: list[tuple[Op, Node]], at_end: bool) -> list[Layer] | None:
     last = replace(tail, stages=[*tail.stages], nodes=[*tail.nodes], tensors={**tail.tensors})
     last.settings, last.passing = {**tail.settings}, {**tail.passing}
     layers, between = [last], list[tuple[Op, Node]]()
@@ -136,7 +141,7 @@ def divide(tail: Layer, steps: list[tuple[Op, Node]]) -> list[Layer] | None:
         if op.kind == "linear":
             layer = Layer(op.x)
             layer.put(op, node, first=True)
-            while between and between[-1][0].kind not in layer.stages:
+            while at_end and between and between[-1][0].kind not in layer.stages:
                 layer.put(*between.pop())
             if not layers[-1].begin(between):
                 return None

@@ -247,6 +247,23 @@ BLOCKS = {
             "linear-add",
         ],
     ),
+    "activations first": (
+        lambda: _make(
+            lambda s, x: x + s.fc2(F.relu(s.fc1(F.relu(x)))), fc1=linear(H), fc2=linear(K, H)
+        ),
+        ["act-linear activation=relu", "act-linear-add activation=relu"],
+    ),
+    "norms and activations first": (
+        lambda: _make(
+            lambda s, x: x + s.fc2(F.relu(s.n2(s.fc1(F.relu(s.n1(x)))))),
+            fc1=linear(H), fc2=linear(K, H),
+            n1=lambda: nn.LayerNorm(K), n2=lambda: nn.LayerNorm(H),
+        ),
+        [
+            "norm-act-linear norm=layer activation=relu",
+            "norm-act-linear-add norm=layer activation=relu",
+        ],
+    ),
     "linear shortcut": (
         lambda: _make(
             lambda s, x: s.short(x) + s.fc2(F.relu(s.fc1(s.norm(x)))), short=linear(), **MLP
