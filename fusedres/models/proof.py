@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from .chains import Run
 from .reading import value
@@ -37,7 +38,9 @@ class Pair:
             if node in passing:
                 values[node] = values.get(passing[node])
             else:
-                values[node] = graph.node_copy(node, values.__getitem__)
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                # by its target's name, not its own, so that blocks of a kind have the same code
+                values[node] = graph.create_node(node.op, node.target, args, kwargs)
         graph.output(values[self.run.out])
         return GraphModule(nn.Module(), graph)
 

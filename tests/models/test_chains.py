@@ -172,6 +172,20 @@ def test_slower_together_is_judged_block_by_block(monkeypatch, joined):
     assert len(report.fused) == 2 and 3 not in joined and "call for" not in str(report)
 
 
+def test_blocks_of_a_kind_are_timed_once(monkeypatch, joined):
+    from fusedres.models import gain
+
+    timed = []
+    slower_together = lambda pair: (1.0, float(len(pair.run.blocks) > 1))  # noqa: E731
+    monkeypatch.setattr(gain, "_measure", lambda p: timed.append(p) or slower_together(p))
+    monkeypatch.setattr(gain, "_MEASURED", {})
+    net = net_of(*(KINDS["layer"][0]() for _ in range(4)))
+    fast = torch.compile(net, backend=backend)
+    fast(torch.randn(7, 5))
+    assert [len(pair.run.blocks) for pair in timed] == [4, 1]
+    assert len(fusedres.report(fast).fused) == 4
+
+
 def test_under_transforms_link_by_link():
     torch.manual_seed(2)
     line = ("norm-linear-add norm=layer", None, 0)
