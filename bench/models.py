@@ -204,8 +204,11 @@ def table(results: Row) -> str:
     return f"Measured on {source(results)}.\n\n{timed}{missing}"
 
 
-def page(results: Row) -> str:
-    return replace_part(PAGE, MARKERS, table(results))
+def page() -> str:
+    """docs/models.md with the newest results of each machine."""
+    files = results_file.newest(RESULTS, results_file.machine_of).values()
+    tables = [table(results_file.load(path)) for path in files]
+    return replace_part(PAGE, MARKERS, "\n\n".join(reversed(tables)))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -213,13 +216,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="short, and no file")
     parser.add_argument("--only", default="", metavar="TEXT", help="part of a name; no file")
     parser.add_argument("--threads", type=int, help="1 measures CPU time: for a busy machine")
-    told = "measure nothing; write the newest results into docs/models.md"
+    told = "measure nothing; write the newest results of each machine into docs/models.md"
     parser.add_argument("--write", action="store_true", help=told)
     args = parser.parse_args(arguments)
     if args.write:
-        newest = results_file.newest(RESULTS)
-        if newest:
-            PAGE.write_text(page(results_file.load(newest["cpu"])), encoding="utf-8")
+        PAGE.write_text(page(), encoding="utf-8")
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -243,6 +244,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(results))
     if results["rows"] and not (args.quick or args.only):
         path: Path = results_file.save(results, RESULTS / f"{results_file.name(results)}.json")
-        PAGE.write_text(page(results), encoding="utf-8")
+        PAGE.write_text(page(), encoding="utf-8")
         print(f"Written: {path}, {PAGE}", file=sys.stderr)
     return 0

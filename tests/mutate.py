@@ -55,6 +55,8 @@ SUITES = {
     "tools": ("graph_tools", "flops or exported"),
     "locale": ("errors", "decimal_comma"),
     "products": ("cpu_kernels", "(products and not instruction) or batch_norm or any_number"),
+    "wide": ("cpu_kernels", "too_large_for_blocks"),
+    "fits": ("errors", "running_statistics"),
     "chain": (
         "network",
         "scaled or each_gradient or (batch_norm_is and False-training) "
@@ -70,6 +72,8 @@ SUITES = {
     "triton glu": ("triton_glu", "shapes"),
     "gated": ("compiled", "gated"),
     "chains": ("chains", ""),
+    "matched": ("compiled", "(found_and_equal and first) or counts"),
+    "read": ("convert_sums", "read or keeps"),
     "triton": ("triton", "as_eager or shortcuts or rows_past or everything_on or (scales and 1.0)"),
     "triton drops": ("triton", "masks or everything_on"),
     "triton acts": ("triton", "activation or scales or cdf"),
@@ -103,6 +107,10 @@ class Mutant(NamedTuple):
 TABLE = {
 "csrc/tensors.h": [
     ("layouts", "the stride of a vector is ignored", "kOwn && v.stride == 1)", "kOwn)"),
+    ("wide", "the first part's bias for all", "wide(part(*bias, 0))",
+     "wide(torch::stable::narrow(*bias, 0, 0, std::min(most, N - first)))"),
+    ("wide", "the last columns are left out", "first < N; first += most",
+     "first + most < N; first += most"),
 ],
 "csrc/call.h": [
     ("step", "two bits of `needs` swapped", "kNormWeight, kNormBias, kGate,",
@@ -201,6 +209,25 @@ TABLE = {
      "if not block.nodes.issuperset(last.users) or", "if"),
     ("chains", "what is written in between is forgotten", "if disturbed else", "if False else"),
     ("chains", "links know their first dtypes for ever", "or known.facts != facts", ""),
+],
+"fusedres/models/block.py": [
+    ("matched", "no matmul begins with an activation where the first one does",
+     "_divide(tail, steps, True) or _divide(tail, steps, False)", "_divide(tail, steps, True)"),
+],
+"fusedres/models/report.py": [
+    ("matched", "modules of one path are one", "adds[first, add.where", "adds[0, add.where"),
+],
+"fusedres/models/trace.py": [
+    ("read", "a forward that keeps values is taken", "if changed:\n            raise",
+     "if False:\n            raise"),
+    ("read", "what stood for a buffer stays", "                now.update(before)",
+     "                pass"),
+    ("read", "a tensor is none while it is read", "issubclass(Tensor, kinds)", "False"),
+],
+"fusedres/checks.py": [
+    ("fits", "one row has a variance", "x.dim() > 1 and x.shape[:-1].numel() != 1", "True"),
+    ("fits", "running statistics of another width", "mean.shape != shape or var.shape != shape or",
+     ""),
 ],
 "fusedres/models/rewrite.py": [
     ("chains", "a block adds its last layer's input", "len(layers) - 1 if layer", "0 if layer"),

@@ -327,6 +327,17 @@ def test_what_cannot_be_moved_by_8_bytes_gets_narrower_tiles(align):
         assert tile == usual or width < 8 or fewer, (family, tile)
 
 
+def test_whole_rows_moved_by_8_bytes():
+    """With as many rows as wgmma wants by 16 warps, elsewhere with fewer."""
+    spec = spec_of("linear-norm-act-add", "layer")
+    hopper, ampere, newer = (
+        planner.plan(spec, F16, 65536, 236, 236, planner.UNKNOWN._replace(architecture=sm)).tile
+        for sm in ("sm_90", "sm_80", "sm_100")
+    )
+    assert hopper[:4] == (64, 256, 64, 16)
+    assert ampere[:4] == newer[:4] == (32, 256, 64, 8)
+
+
 @pytest.mark.parametrize("align", (1, 2, 4))
 def test_views_of_wider_matrices_are_moved_as_their_row_strides_allow(align):
     """Planned as if their sizes were no better."""
