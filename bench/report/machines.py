@@ -10,8 +10,8 @@ from .tables import UNMEASURED, Table, select, spread_of
 
 DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32")}
 NOTE = (
-    "times faster than eager torch, the median and the ends of so many undisturbed layers, a step "
-    "is forward + backward; slower: by more than noise"
+    "times faster than eager torch, median and range of undisturbed layers, a step is forward + "
+    "backward; slower: by more than noise, of how many"
 )
 
 

@@ -124,7 +124,7 @@ def memory(results: Results, found: list[Row]) -> Any:
     right = max(1.0, *(part for parts in columns for part in parts))
     for axis, parts, (key, title) in zip(axes[0], columns, TITLES.items(), strict=True):
         bars(axis, [1.0] * len(found), [PALE], 0.8)
-        bars(axis, parts, [ORANGE if part > 1 else BLUE for part in parts], 0.8)
+        bars(axis, parts, [ORANGE if round(part, 2) > 1 else BLUE for part in parts], 0.8)
         for at, (row, part) in enumerate(zip(found, parts, strict=True)):
             start, colour = (0.02, "white") if part > SHORT else (part + 0.02, INK)
             axis.text(start, at, f"{part:.2f}", size=8, va="center", color=colour)
