@@ -21,6 +21,7 @@ from ..layers import customised, stage_of
 from ..modules import FusedResidual
 from ..network import JOINED, FusedSequential
 from ..reference import Residual
+from ..spec import meant
 from .fuse import check_when
 from .plan import Planned, Plans, is_planned, planned_kind
 from .report import Add, Change, ConversionReport
@@ -182,6 +183,7 @@ def convert(
     kwargs: Mapping[str, Any] | None = None,
     linear_stacks: bool | None = None,
     when: str = "faster",
+    **unknown: Any,
 ) -> ConversionReport:
     """Fuses, in place, the layers of a model that can be proved to stay the same function.
 
@@ -206,11 +208,16 @@ def convert(
             faster here (off a CPU all), "always" all.
 
     Returns a report to print: what was done, or why not. Raises TypeError for anything but a
-    torch.nn.Module and `kwargs` other than a dict, ValueError for an unknown `when`, and where the
+    torch.nn.Module, `kwargs` other than a dict and other names, ValueError for an unknown `when`, and where the
     model fails with the example inputs: its own error is the cause.
     """
     _check_module("convert", model)
     check_when(TITLE, when)
+    for name in unknown:
+        raise TypeError(
+            f"{TITLE}: unknown argument {name!r}; {meant(name, ('kwargs', 'linear_stacks', 'when'))}"
+            f"what the model takes by name goes into kwargs={{{name!r}: ...}}"
+        )
     if not isinstance(kwargs, (Mapping, type(None))):
         raise TypeError(f"{TITLE}: kwargs must be a dict, got {type(kwargs).__name__}")
     given = bool(example_inputs or kwargs)

@@ -370,6 +370,10 @@ def test_inputs_by_name_and_inputs_that_do_not_fit():
         assert not model._forward_hooks and model.training
     with pytest.raises(TypeError, match="kwargs must be a dict, got Tensor"):
         convert(model, x, kwargs=mask)
+    with pytest.raises(TypeError, match=r"unknown argument 'mask'; .* into kwargs=\{'mask': ...\}"):
+        convert(model, x, mask=mask)
+    with pytest.raises(TypeError, match="unknown argument 'wehn'; did you mean 'when'"):
+        convert(model, x, wehn="always")
     plain = copy.deepcopy(model)
     for given in ((x,), {"mask": mask}), ((), {"x": x, "mask": mask}):
         assert (
