@@ -208,15 +208,16 @@ def convert(
             faster here (off a CPU all), "always" all.
 
     Returns a report to print: what was done, or why not. Raises TypeError for anything but a
-    torch.nn.Module, `kwargs` other than a dict and other names, ValueError for an unknown `when`, and where the
-    model fails with the example inputs: its own error is the cause.
+    torch.nn.Module, `kwargs` other than a dict and other names, ValueError for an unknown `when`,
+    and where the model fails with the example inputs: its own error is the cause.
     """
     _check_module("convert", model)
     check_when(TITLE, when)
     for name in unknown:
+        question = meant(name, ("kwargs", "linear_stacks", "when"))
         raise TypeError(
-            f"{TITLE}: unknown argument {name!r}; {meant(name, ('kwargs', 'linear_stacks', 'when'))}"
-            f"what the model takes by name goes into kwargs={{{name!r}: ...}}"
+            f"{TITLE}: unknown argument {name!r}; {question}what the model takes by name goes into "
+            f"kwargs={{{name!r}: ...}}"
         )
     if not isinstance(kwargs, (Mapping, type(None))):
         raise TypeError(f"{TITLE}: kwargs must be a dict, got {type(kwargs).__name__}")
