@@ -43,12 +43,12 @@ struct Call {
   }
   int64_t width(Stage stage) const { return in_prologue(stage) ? K() : N(); }
 
-  ScalarType product_dtype() const { return weight.scalar_type(); }
+  ScalarType product_dtype() const { return type_of(weight); }
   ScalarType y_dtype() const {
     return recipe.y_dtype ? scalar_type(*recipe.y_dtype) : product_dtype();
   }
   // Whether x is cast for the product by itself, which backward then gets instead of x.
-  bool casts() const { return recipe.prologue.empty() && x.scalar_type() != product_dtype(); }
+  bool casts() const { return recipe.prologue.empty() && type_of(x) != product_dtype(); }
 
  private:
   bool reads_x(int64_t needs) const {
@@ -75,13 +75,13 @@ inline std::string backward_schema(const std::string& op) {
 
 // What every tensor of a call shares with x.
 struct Common {
-  decltype(std::declval<const Tensor&>().device()) device;
+  std::pair<int32_t, int32_t> device;
   bool float64;
   Common(const Tensor& x)  // NOLINT: so that x itself will do
-      : device(x.device()), float64(x.scalar_type() == ScalarType::Double) {}
+      : device(device_of(x)), float64(type_of(x) == ScalarType::Double) {}
 };
 
-inline bool together(const Tensor& t, const Common& x) { return t.device() == x.device; }
+inline bool together(const Tensor& t, const Common& x) { return device_of(t) == x.device; }
 
 inline void check_vector(const char* name, const Optional& t, int64_t size, const Common& x) {
   if (!t) return;
@@ -95,7 +95,7 @@ inline void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_
   STD_TORCH_CHECK(together(t, x) && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns,
                   "fusedres: ", name, " has shape ", shape_text(t), ", expected (", rows, ", ",
                   columns, ") on x's device");
-  STD_TORCH_CHECK((t.scalar_type() == ScalarType::Double) == x.float64, "fusedres: of ", name,
+  STD_TORCH_CHECK((type_of(t) == ScalarType::Double) == x.float64, "fusedres: of ", name,
                   " and x only one is float64");
   dtype_of(t);
 }
@@ -110,7 +110,7 @@ inline void check(const Call& c, bool cuda) {
   check_matrix("x", c.x, c.x.size(0), c.weight.size(1), x);
   check_matrix("weight", c.weight, c.N(), c.K(), x);
   check_vector("bias", c.bias, c.N(), x);
-  STD_TORCH_CHECK(!c.bias || c.bias->scalar_type() == c.product_dtype(),
+  STD_TORCH_CHECK(!c.bias || type_of(*c.bias) == c.product_dtype(),
                   "fusedres: bias and weight have different dtypes");
   check_vector("norm_weight", c.norm_weight, c.width(Stage::norm), x);
   check_vector("norm_bias", c.norm_bias, c.width(Stage::norm), x);
@@ -126,7 +126,7 @@ inline void check(const Call& c, bool cuda) {
   STD_TORCH_CHECK(c.sample_rows > 0, "fusedres: sample_rows must be positive, got ", c.sample_rows);
   if (r.has(Stage::dropout) || r.has(Stage::droppath))
     STD_TORCH_CHECK(c.seed && together(*c.seed, x) && c.seed->numel() == 1 &&
-                        c.seed->scalar_type() == ScalarType::Long,
+                        type_of(*c.seed) == ScalarType::Long,
                     "fusedres: dropout and drop-path need seed, one int64 on x's device");
   if (c.residual) {
     STD_TORCH_CHECK(c.residual->dim() == 2 && c.residual->size(1) <= c.width(Stage::add),
@@ -192,7 +192,7 @@ struct Saved {
     const auto check_kept = [&](const char* name, const Optional& t, int64_t features) {
       if (!t) return;
       check_matrix(name, *t, c.M(), features, c.x);
-      STD_TORCH_CHECK(t->scalar_type() == c.product_dtype(), "fusedres: ", name,
+      STD_TORCH_CHECK(type_of(*t) == c.product_dtype(), "fusedres: ", name,
                       " and weight have different dtypes");
     };
     check_kept("z", z, c.N());

@@ -21,8 +21,8 @@ void chain_forward_op(StableIValue* stack) {
   const Masks masks{to<Optional>(stack[4]), to<int64_t>(stack[5])};
   const Keep keep = keep_of(to<int64_t>(stack[6]));
   Chain chain(x, operands, text, depth, masks);
-  stack[0] = from(x.scalar_type() == ScalarType::Double ? chain_forward<double>(chain, keep)
-                                                        : chain_forward<float>(chain, keep));
+  stack[0] = from(type_of(x) == ScalarType::Double ? chain_forward<double>(chain, keep)
+                                                   : chain_forward<float>(chain, keep));
 }
 
 void chain_backward_op(StableIValue* stack) {
@@ -42,7 +42,7 @@ void chain_backward_op(StableIValue* stack) {
   check_matrix("dy", dy, chain.M, chain.links.back().N, x);
   STD_TORCH_CHECK(dtype_of(dy) == chain.dtype(chain.size()),
                   "fusedres: dy has another dtype than y");
-  stack[0] = from(x.scalar_type() == ScalarType::Double
+  stack[0] = from(type_of(x) == ScalarType::Double
                       ? chain_backward<double>(chain, dy, saved, wanted, over_z)
                       : chain_backward<float>(chain, dy, saved, wanted, over_z));
 }

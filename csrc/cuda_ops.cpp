@@ -193,7 +193,7 @@ struct Prepared {
   // x has no columns, so x @ weight.T is 0: the same with one column of zeros.
   void without_features(const Tensor& weight) {
     const auto zeros = [&](int64_t rows) {
-      const Tensor t = empty({rows, 1}, weight.scalar_type(), weight.get_device_index());
+      const Tensor t = empty({rows, 1}, type_of(weight), weight.get_device_index());
       return matrix_of(keep(torch::stable::fill_(t, 0.0)));
     };
     layer.x = zeros(layer.M);
@@ -269,12 +269,12 @@ bool saves_statistics(const Call& c) {
 std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved, int64_t needs) {
   check_recipe(c);
   check_matrix("dy", dy, c.M(), c.N(), c.x);
-  STD_TORCH_CHECK(dy.scalar_type() == c.y_dtype(), "fusedres: dy and y have different dtypes");
+  STD_TORCH_CHECK(type_of(dy) == c.y_dtype(), "fusedres: dy and y have different dtypes");
   const Recipe& r = c.recipe;
   const Tensor& x = c.x;
   if (const Optional& stats = saved.stats)
     STD_TORCH_CHECK(together(*stats, x) && stats->is_contiguous() && stats->numel() == 2 * c.M() &&
-                        stats->scalar_type() == ScalarType::Float,
+                        type_of(*stats) == ScalarType::Float,
                     "fusedres: stats has shape ", shape_text(*stats), ", expected (", 2 * c.M(),
                     ",), float32, on x's device");
 
@@ -291,8 +291,8 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
     STD_TORCH_CHECK(inputs[i].has_value(), "fusedres: the gradient of input ", i,
                     " was asked for, but there is none");
     const Tensor& t = *inputs[i];
-    grads[i] = t.dim() == 2 ? where.make({t.size(0), t.size(1)}, t.scalar_type())
-                            : where.make({t.size(0)}, t.scalar_type());
+    grads[i] = t.dim() == 2 ? where.make({t.size(0), t.size(1)}, type_of(t))
+                            : where.make({t.size(0)}, type_of(t));
     results.push_back(*grads[i]);
   }
   if (results.empty()) return results;

@@ -86,8 +86,8 @@ std::vector<Tensor> forward(const Call& c, bool save) {
       pass = {.after = pass.after, .product = pass.product, .x = rows_of(*z)};
     }
   }
-  if (own || after || y.scalar_type() != c.y_dtype()) {
-    const bool over_z = !own && !keeps_z && y.scalar_type() == c.y_dtype();  // row by row
+  if (own || after || type_of(y) != c.y_dtype()) {
+    const bool over_z = !own && !keeps_z && type_of(y) == c.y_dtype();  // row by row
     if (!over_z) y = empty({M, c.N()}, c.y_dtype());
     pass.y = rows_of(y);
     run(pass, M);
@@ -159,7 +159,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
     walk.dhc_sum = of_norm.data() + C;
   };
 
-  const bool changes = !r.epilogue.empty() || dy.scalar_type() != product;
+  const bool changes = !r.epilogue.empty() || type_of(dy) != product;
   Tensor dz = dy;
   Optional dh;
   if (changes || wants(kBias)) {
@@ -243,7 +243,7 @@ std::vector<Tensor> backward(const Call& c, const Tensor& dy, const Saved& saved
     if (wants(kX)) {
       // What is read row by row may be written over.
       const Optional read = doperand ? doperand : over_z ? dh : Optional();
-      const bool fits = read && x.scalar_type() == read->scalar_type() && read->size(1) == c.K();
+      const bool fits = read && type_of(x) == type_of(*read) && read->size(1) == c.K();
       grads.of[kX] = fits ? *read : empty({M, c.K()}, x);
       end.pass.dx = rows_of(*grads.of[kX]);
     }
@@ -285,12 +285,11 @@ void residual_backward(StableIValue* stack) {
   check_matrix("dy", dy, c.M(), c.N(), c.x);
   const bool wide = c.product_dtype() == ScalarType::Double;
   if (saved.stats)
-    STD_TORCH_CHECK(
-        saved.stats->is_cpu() && saved.stats->is_contiguous() &&
-            saved.stats->numel() == 2 * c.width(Stage::norm) &&
-            saved.stats->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-        "fusedres: stats has shape ", shape_text(*saved.stats), ", expected (2, ",
-        c.width(Stage::norm), ")");
+    STD_TORCH_CHECK(saved.stats->is_cpu() && saved.stats->is_contiguous() &&
+                        saved.stats->numel() == 2 * c.width(Stage::norm) &&
+                        type_of(*saved.stats) == (wide ? ScalarType::Double : ScalarType::Float),
+                    "fusedres: stats has shape ", shape_text(*saved.stats), ", expected (2, ",
+                    c.width(Stage::norm), ")");
   stack[0] =
       from(wide ? backward<double>(c, dy, saved, needs) : backward<float>(c, dy, saved, needs));
 }

@@ -41,7 +41,7 @@ void update_running(StableIValue* stack) {
   STD_TORCH_CHECK(batch.is_cpu() && batch.dim() == 2 && batch.size(0) == 2 && batch.is_contiguous(),
                   "fusedres: batch statistics have shape ", shape_text(batch), ", expected (2, C)");
   STD_TORCH_CHECK(!tracked || (tracked->is_cpu() && tracked->numel() == 1 &&
-                               tracked->scalar_type() == ScalarType::Long),
+                               type_of(*tracked) == ScalarType::Long),
                   "fusedres: num_batches_tracked must be one int64 on the CPU");
   STD_TORCH_CHECK(momentum || tracked, "fusedres: without momentum, num_batches_tracked is needed");
   const int64_t n = batch.size(1);
@@ -54,7 +54,7 @@ void update_running(StableIValue* stack) {
     const auto with = [&](auto* data) {
       update(data + i * n, n, scale, momentum, count ? *count + 1.0 : 1.0, vector_of(running[i]));
     };
-    if (batch.scalar_type() == ScalarType::Double)
+    if (type_of(batch) == ScalarType::Double)
       with(static_cast<const double*>(batch.data_ptr()));
     else
       with(static_cast<const float*>(batch.data_ptr()));

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -62,8 +63,31 @@ inline ScalarType scalar_type(DType dtype) {
   }
 }
 
+// As t.scalar_type(), which asks torch at each call for the number of every dtype that there is.
+inline ScalarType type_of(const Tensor& t) {
+  static const std::pair<int32_t, ScalarType> known[] = {
+      {aoti_torch_dtype_float32(), ScalarType::Float},
+      {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+      {aoti_torch_dtype_float16(), ScalarType::Half},
+      {aoti_torch_dtype_float64(), ScalarType::Double},
+      {aoti_torch_dtype_int64(), ScalarType::Long}};
+  int32_t number;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  for (const auto& [its, type] : known)
+    if (its == number) return type;
+  return t.scalar_type();
+}
+
+// A device's kind and index, as torch numbers them.
+inline std::pair<int32_t, int32_t> device_of(const Tensor& t) {
+  std::pair<int32_t, int32_t> found;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &found.first));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &found.second));
+  return found;
+}
+
 inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+  switch (type_of(t)) {
     case ScalarType::Float:
       return DType::float32;
     case ScalarType::BFloat16:
@@ -101,7 +125,7 @@ inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype, int 
 }
 
 inline Tensor empty(std::initializer_list<int64_t> shape, const Tensor& like) {
-  return empty(shape, like.scalar_type());
+  return empty(shape, type_of(like));
 }
 
 inline Tensor transposed(const Tensor& t) {
@@ -137,7 +161,7 @@ inline Tensor multiply_in_float32(const Tensor& a, Tensor b, Optional bias) {
   const Tensor left = wide(a);
   if (N <= most) {
     const Tensor z = multiply(left, wide(b), bias ? Optional(wide(*bias)) : std::nullopt);
-    return torch::stable::to(z, a.scalar_type());
+    return torch::stable::to(z, type_of(a));
   }
   Tensor out = empty({M, N}, a);
   for (int64_t first = 0; first < N; first += most) {
@@ -153,7 +177,7 @@ inline Tensor multiply_in_float32(const Tensor& a, Tensor b, Optional bias) {
 
 // a @ b (+ bias), a (M, K), b (K, N), any strides, in a's dtype.
 inline Tensor multiply(const Tensor& a, const Tensor& b, const Optional& bias) {
-  const ScalarType dtype = a.scalar_type();
+  const ScalarType dtype = type_of(a);
   const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
   if (cpu::multiply_in_float32(dtype_of(a), M)) return multiply_in_float32(a, b, bias);
   if (dtype == ScalarType::Float && aoti_torch_cpu__linear_pointwise && a.stride(1) == 1 &&

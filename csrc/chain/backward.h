@@ -197,7 +197,7 @@ struct Kept {
     STD_TORCH_CHECK(
         !has_statistics || (statistics && statistics->is_cpu() && statistics->is_contiguous() &&
                             statistics->numel() == chain.statistics() &&
-                            statistics->scalar_type() == scalar_type(exact)),
+                            type_of(*statistics) == scalar_type(exact)),
         "fusedres: the saved batch statistics do not fit, expected ", chain.statistics(),
         " elements");
     std::vector<Rows> rows;

@@ -205,7 +205,7 @@ struct Chain {
   }
   static Tensor first_of(const Tensor& seeds) {
     STD_TORCH_CHECK(seeds.dim() == 1 && seeds.numel() > 0 && seeds.is_contiguous() &&
-                        seeds.is_cpu() && seeds.scalar_type() == ScalarType::Long,
+                        seeds.is_cpu() && type_of(seeds) == ScalarType::Long,
                     "fusedres: a chain's seeds have shape ", shape_text(seeds),
                     ", expected (links that drop at random,) of int64 on the CPU");
     const int64_t sizes[1] = {1}, strides[1] = {1};

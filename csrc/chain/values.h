@@ -90,7 +90,7 @@ class Store {
       const int64_t elements = M_ * piece.columns;
       STD_TORCH_CHECK(first < given.size() && given[first].numel() == elements &&
                           given[first].is_contiguous() && given[first].is_cpu() &&
-                          given[first].scalar_type() == scalar_type(piece.dtype),
+                          type_of(given[first]) == scalar_type(piece.dtype),
                       "fusedres: saved tensor ", first, " does not fit, expected ", elements,
                       " elements");
       keep(given[first++]);
