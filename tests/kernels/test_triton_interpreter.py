@@ -9,10 +9,23 @@ import pytest
 
 pytest.importorskip("triton")
 
-LAYOUTS = "shapes or layouts or outside or nan or expanded or empty"
+
+def cut(file, *words):
+    """A file in parts that run beside each other: for each of `words` what pytest's -k finds by it
+    and by none before, and the rest.
+    """
+    for i in range(len(words) + 1):
+        others = [f"not ({word})" for word in words[:i]]
+        yield file, " and ".join([*(f"({word})" for word in words[i : i + 1]), *others])
+
+
 PARTS = (
-    ("test_triton.py", LAYOUTS),
-    ("test_triton.py", f"not ({LAYOUTS})"),
+    *cut(
+        "test_triton.py",
+        "shapes or layouts or outside or nan or expanded or empty",
+        "scales or shortcuts or permutation or everything_on",
+        "launch or alignment or many or wide or same_call or alone or product",
+    ),
     ("test_triton_grid.py", ""),
     ("test_triton_mixed.py", ""),
     ("test_triton_chain.py", ""),
