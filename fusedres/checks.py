@@ -268,7 +268,7 @@ def batch_fits(spec: Spec, o: Operands) -> bool:
             return False
     elif mean is not var:
         return False
-    return x.dim() > 1 and x.shape[:-1].numel() != 1
+    return x.dim() > 1 and math.prod(x.shape[:-1]) != 1
 
 
 def _check_norm(spec: Spec, o: Operands) -> None:

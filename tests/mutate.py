@@ -225,7 +225,7 @@ TABLE = {
     ("read", "a tensor is none while it is read", "issubclass(Tensor, kinds)", "False"),
 ],
 "fusedres/checks.py": [
-    ("fits", "one row has a variance", "x.dim() > 1 and x.shape[:-1].numel() != 1", "True"),
+    ("fits", "one row has a variance", "x.dim() > 1 and math.prod(x.shape[:-1]) != 1", "True"),
     ("fits", "running statistics of another width", "mean.shape != shape or var.shape != shape or",
      ""),
 ],
