@@ -17,6 +17,8 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; none is visible"))
+    # The longest first, minutes each: the last ones of a worker are nobody else's to take.
+    items.sort(key=lambda item: "test_in_the_interpreter" not in item.nodeid)
 
 
 @pytest.fixture(autouse=True)
