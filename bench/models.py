@@ -206,9 +206,8 @@ def table(results: Row) -> str:
 
 def page() -> str:
     """docs/models.md with the newest results of each machine."""
-    files = results_file.newest(RESULTS, results_file.machine_of).values()
-    tables = [table(results_file.load(path)) for path in files]
-    return replace_part(PAGE, MARKERS, "\n\n".join(reversed(tables)))
+    tables = map(table, results_file.newest_of_machines(RESULTS))
+    return replace_part(PAGE, MARKERS, "\n\n".join(tables) or "Not measured yet.")
 
 
 def main(arguments: list[str] | None = None) -> int:

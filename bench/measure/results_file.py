@@ -133,6 +133,10 @@ def newest(folder: Path, of: Callable[[Results], str] = itemgetter("device")) ->
     return {of(found[path]): path for path in sorted(found, key=age)}
 
 
+def newest_of_machines(folder: Path) -> list[Results]:
+    return [load(path) for path in newest(folder, machine_of).values()]
+
+
 def versions() -> dict[str, str]:
     """Of Python, torch and ours; of tools those that are installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__}

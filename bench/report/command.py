@@ -14,9 +14,9 @@ from ..measure.results_file import (
     Results,
     check_results,
     load,
-    machine_of,
     name,
     newest,
+    newest_of_machines,
     save,
 )
 from . import pictures
@@ -54,10 +54,6 @@ def pages(found: dict[str, Results], machines: list[Results]) -> dict[Path, str]
     return {page: replace_part(page, MARKERS, "\n\n".join(p)) for page, p in parts.items()}
 
 
-def of_machines() -> list[Results]:
-    return [load(path) for path in newest(RESULTS, machine_of).values()]
-
-
 def read(path: Path) -> Results:
     """A results file of the present form."""
     results = load(path)
@@ -85,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     by_device = {results["device"]: results for results in found}
     print(render(by_device, partial(section, full=args.full)))
     if args.write:
-        texts = pages(by_device, of_machines())  # before drawing: it may refuse
+        texts = pages(by_device, newest_of_machines(RESULTS))  # before drawing: it may refuse
         drawn = [path for each in found for path in pictures.draw(each, PICTURES)]
         for page, text in texts.items():
             page.write_text(text, encoding="utf-8")

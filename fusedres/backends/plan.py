@@ -281,7 +281,8 @@ def tiles_of(
     few, addresses take as many registers as masks do.
     """
     hopper = device.architecture.startswith("sm_9")  # whose products' operands take no registers
-    holds_most = family in ("algebraic", "tile" if size == 2 else "wide", "" if hopper else "rows")
+    holds_most = family in ("algebraic", "tile" if size == 2 else "wide")
+    holds_most |= family == "rows" and size == 2 and not hopper
     random = random or width < (16 if holds_most else NARROW)
     tiles = config(device.name, device.architecture)["tiles"]
     both = [" random mixed"] * (random and mixed)

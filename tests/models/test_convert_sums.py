@@ -110,17 +110,13 @@ def test_a_batch_norm_that_is_called_twice():
 @pytest.mark.parametrize("name", ["in place", "in place into the branch", "in place into the skip"])
 def test_what_writes_in_place_is_timed_too(name, monkeypatch):
     """In training, where a leaf that learns must not be written into."""
-    asked, timed = [], []
+    timed = []
     measure = gain._measure
-    monkeypatch.setattr(
-        gain,
-        "_measure",
-        lambda pair: asked.append(pair) or timed.append(measure(pair)) or timed[-1],
-    )
+    # Taken for slower, whatever it was: one that is fused is timed again, without gradients.
+    monkeypatch.setattr(gain, "_measure", lambda pair: timed.append(measure(pair)) or (1.0, 2.0))
     monkeypatch.setattr(gain, "_MEASURED", {})
     convert(BLOCKS[name][0](), torch.randn(3, 6, K, requires_grad=True))
-    # One a run, and one for each of its blocks where the run was slower, as it may be any day.
-    assert asked and len(timed) == len(asked)
+    assert len(timed) == 1
 
 
 def test_parameters_keys_and_modules_stay():
