@@ -237,9 +237,11 @@ def check_fits(spec: Spec, o: Operands, *saved: Tensor | None) -> None:
         raise RuntimeError(f"fusedres: bias has dtype {o.bias.dtype}, weight {weight.dtype}")
 
 
-def check_operands(spec: Spec, x: Any, weight: Tensor, residual: Any, pad: bool) -> None:
-    """The part of check_call that is about x and residual: what a module must ask on every call."""
-    K = weight.shape[1]
+def check_operands(spec: Spec, x: Any, size: torch.Size, residual: Any, pad: bool) -> None:
+    """The part of check_call that is about x and residual: what a module must ask on every call.
+    `size`: the weight's.
+    """
+    K = size[1]
     try:
         fits = isinstance(x, Tensor) and x.dim() != 0 and x.shape[-1] == K
     except RuntimeError:  # a nested tensor has no shape
@@ -248,7 +250,7 @@ def check_operands(spec: Spec, x: Any, weight: Tensor, residual: Any, pad: bool)
         check_x(x, K)
     if residual is not None:
         check_tensor("residual", residual)
-    width = weight.shape[0] if "add" in spec.epilogue else K
+    width = size[0] if "add" in spec.epilogue else K
     if residual is not None or (width != K and spec.adds):
         check_residual(spec, x, residual, width, pad)
 

@@ -26,6 +26,8 @@ from .tracing import transforms_active
 
 _forward_ad = torch.autograd.forward_ad
 _modes = torch._C._len_torch_dispatch_stack
+# Of all devices at once, for a tenth of what one costs. Private to torch, hence the getattr.
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -75,16 +77,19 @@ def run(
     inner = composite_only(x, weight) or (not compiling and graphs.wants_plain_ops(exporting))
     unchecked = own_parameters and not (inner or compiling)
     if unchecked and (not spec.batch_stats or checks.batch_fits(spec, o)):
-        checks.check_operands(spec, x, weight, residual, pad)
+        size = weight.shape  # once: to ask costs as much as a call
+        checks.check_operands(spec, x, size, residual, pad)
     else:
         checks.check_call(spec, o, pad)
+        size = weight.shape
+    N, K = size
     recipe, dtype, autocast = spec.text, weight.dtype, None
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    asks = compiling or _any_autocast()
+    if asks and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         autocast = torch.get_autocast_dtype(x.device.type)
     if autocast or x.dtype is not dtype or (residual is not None and residual.dtype is not dtype):
         third = None if residual is None else residual.dtype
         recipe, dtype = typed(recipe, x.dtype, dtype, third, autocast, x.device.type)
-    N, K = weight.shape
     given, flat = o, x.dim() == 2
     if not flat:
         rows = x.reshape(math.prod(x.shape[:-1]), K)
@@ -92,13 +97,12 @@ def run(
         o = o._replace(x=rows, residual=r, sample_rows=rows_per_sample(x))
     if spec.random:
         o = o._replace(seed=draw_seed(x.device))
-    M = o.x.shape[0]
 
     name = "reference"
     batch: tuple[Tensor, Tensor] | None = None
     stats: Tensor | None = None
     if not inner:
-        small = x.is_cuda and backends.is_small(x.device, dtype, M, N, K)
+        small = x.is_cuda and backends.is_small(x.device, dtype, o.x.shape[0], N, K)
         name = backends.choose(backend, recipe, dtype, x.device, N, K, small)
     if name == "reference":
         checks.check_all_dense(given)
@@ -133,10 +137,12 @@ def run(
             checks.check_call(spec, given, pad)
             checks.check_memory(error)
             raise
-    if stats is not None:
-        update_by_batch(o.running_mean, o.running_var, stats, M, momentum, tracked)
-    elif spec.batch_stats:
-        update_running_statistics(o.running_mean, o.running_var, batch, 1.0, M, momentum, tracked)
+    if spec.batch_stats:
+        running, M = (o.running_mean, o.running_var), o.x.shape[0]
+        if stats is not None:
+            update_by_batch(*running, stats, M, momentum, tracked)
+        else:
+            update_running_statistics(*running, batch, 1.0, M, momentum, tracked)
     return y if flat else y.view(*x.shape[:-1], N)
 
 

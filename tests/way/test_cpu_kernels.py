@@ -130,6 +130,7 @@ def test_the_plan_says_who_multiplies():
 
     assert product(256, 256, 256, "float32") == product(1, 512, 512, "float16") == "own"
     assert product(4, 512, 512, "float32") in ("ATen", "oneDNN")  # packing is not worth it
+    assert product(1, 64, 64, "float32") == product(3, 64, 64, "bfloat16") == "own"
     assert product(256, 8192, 8192, "bfloat16") in ("ATen", "library, in fp32")
     assert product(256, 8192, 8192, "float16") == "library, in fp32"
     assert product(256, 64, 64, "float64") == product(2, 512, 512, "bfloat16") == "ATen"
