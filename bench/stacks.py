@@ -297,30 +297,34 @@ HEADLINE = (
 )
 
 
-def headline(results: Row) -> str:
-    """What README shows: the same nets whatever they gain."""
-    head = ["net", "layers", "rows x width", "call", "ms", "x eager"]
-    by_name = {(row["net"], row["mode"]): row for row in results["rows"]}
+def headline(files: list[Row]) -> str:
+    """What README shows: the same nets whatever they gain, a column a machine."""
+    head = ["net", "layers", "rows x width", "call", *map(results_file.machine_of, files)]
+    measured = [{(row["net"], row["mode"]): row for row in results["rows"]} for results in files]
     body = []
     for name in HEADLINE:
-        row = by_name[name]
-        ms = "" if row["calm"] else "~"
-        ms += short(row["times_us"]["fused"]["median"] / 1e3)
+        row, cells = measured[0][name], []
+        for found in (rows[name] for rows in measured):
+            ms = "" if found["calm"] else "~"
+            ms += short(found["times_us"]["fused"]["median"] / 1e3)
+            cells.append(f"{_x(found, 'eager')} ({ms} ms)")
         shape = f"{row['rows']} x {row['features']}"
-        body.append([row["net"], str(row["depth"]), shape, row["mode"], ms, _x(row, "eager")])
-    note = "`ms` is FusedResidualStack's, x eager: times faster than torch's layers one by one; "
-    note += f"measured on {source(results, brief=True)}"
+        body.append([row["net"], str(row["depth"]), shape, row["mode"], *cells])
+    note = "times faster than torch's layers one by one, by FusedResidualStack, and its time; "
+    note += "2 threads; " + ", ".join(f"{r['commit']} of {r['date']}" for r in files)
     return Table("Whole networks, fp32", head, body, 4, note).markdown()
 
 
-def pages(results: Row) -> dict[Path, str]:
-    """The text of each page that shows the results."""
-    parts = {PAGE: tables(results), README: headline(results)}
+def pages() -> dict[Path, str]:
+    """The text of each page that shows results: the newest of each CPU."""
+    found = results_file.newest_of_machines(RESULTS)
+    files = [results for results in found if results["device"] == "cpu"]
+    parts = {PAGE: "\n\n".join(map(tables, files)), README: headline(files)}
     return {page: replace_part(page, MARKERS, part) for page, part in parts.items()}
 
 
-def _write(results: Row) -> None:
-    for page, text in pages(results).items():
+def _write() -> None:
+    for page, text in pages().items():
         page.write_text(text, encoding="utf-8")
         print(f"Written: {page}", file=sys.stderr)
 
@@ -332,11 +336,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="1 measures CPU time: for a busy machine")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, metavar="FILE", help="no page is written then")
-    told = "measure nothing; write the newest results into README and docs"
+    told = "measure nothing; write the newest results of each machine into README and docs"
     parser.add_argument("--write", action="store_true", help=told)
     args = parser.parse_args(arguments)
     if args.write:
-        _write(results_file.load(results_file.newest(RESULTS)["cpu"]))
+        _write()
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -361,6 +365,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not (args.quick or args.only or args.output):
         path: Path = results_file.save(results, RESULTS / f"{results_file.name(results)}.json")
         if not gpu:
-            _write(results)
+            _write()
         print(f"Written: {path}", file=sys.stderr)
     return 0

@@ -134,7 +134,11 @@ def newest(folder: Path, of: Callable[[Results], str] = itemgetter("device")) ->
 
 
 def newest_of_machines(folder: Path) -> list[Results]:
-    return [load(path) for path in newest(folder, machine_of).values()]
+    """Without old files of CPUs whose family is not told, where others tell it."""
+    found = [load(path) for path in newest(folder, machine_of).values()]
+    told = {r["machine"].get("cpu") for r in found if r["machine"].get("family")}
+    old = [r for r in found if r["machine"].get("cpu") in told and not r["machine"].get("family")]
+    return [r for r in found if r["device"] != "cpu" or r not in old]
 
 
 def versions() -> dict[str, str]:

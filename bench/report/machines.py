@@ -16,14 +16,10 @@ NOTE = (
 
 
 def machine_table(files: Iterable[Results]) -> Table:
-    """A line a dtype; without old files of CPUs whose family is not told, where others tell it."""
-    files = list(files)
-    told = {r["machine"].get("cpu") for r in files if r["machine"].get("family")}
+    """A line a dtype."""
     body = []
     for results in files:
         found, device = results["machine"], results["device"]
-        if device == "cpu" and found["cpu"] in told and not found.get("family"):
-            continue
         for dtype in DTYPES[device]:
             cells = []
             for mode in (INFERENCE, STEP):
