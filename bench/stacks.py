@@ -311,7 +311,8 @@ def headline(files: list[Row]) -> str:
         shape = f"{row['rows']} x {row['features']}"
         body.append([row["net"], str(row["depth"]), shape, row["mode"], *cells])
     note = "times faster than torch's layers one by one, by FusedResidualStack, and its time; "
-    note += "2 threads; " + ", ".join(f"{r['commit']} of {r['date']}" for r in files)
+    runs = (f"{r['machine']['threads']} threads, {r['commit']}, {r['date']}" for r in files)
+    note += f"measured with {'; '.join(runs)}"
     return Table("Whole networks, fp32", head, body, 4, note).markdown()
 
 
