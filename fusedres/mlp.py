@@ -316,8 +316,8 @@ class FusedResidualMLP(nn.Module):
             norm: an nn.LayerNorm, nn.RMSNorm or nn.BatchNorm1d; a pair of them for orders with two.
             activation: a name, a torch.nn module such as nn.GELU(), or None.
             gate: as the constructor's, or the nn.Parameter of a LayerScale, which is shared.
-            order, gate_init, hidden_dropout, dropout, drop_path, residual_scale, shortcut, glu,
-                backend: as the constructor's.
+            order, gate_init, hidden_dropout, dropout, drop_path: as the constructor's.
+            residual_scale, shortcut, glu, backend: as the constructor's.
 
         Raises TypeError or ValueError where a layer does not fit.
         """

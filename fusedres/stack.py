@@ -73,8 +73,8 @@ class FusedResidualStack(nn.Module):
         layers_per_block: B.
         recompute: keep only the layers' inputs for backward and compute their products again: half
             the memory for a third more products.
-        order, norm, activation, bias, eps, momentum, gate, gate_init, dropout, drop_path,
-            residual_scale, backend, device, dtype: of each layer, as in FusedResidual.
+        order, norm, activation, bias, eps, momentum: of each layer, as in FusedResidual.
+        gate, gate_init, dropout, drop_path, residual_scale, backend, device, dtype: the same.
 
     Shapes: x and y (..., N), in parameters' dtype unless autocast casts; parameters ``weight``
     (L, N, N), ``bias``, ``norm_weight``, ``norm_bias`` (L, N), ``gate`` (L / B, 1) or (L / B, N);

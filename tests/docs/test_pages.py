@@ -7,6 +7,7 @@ which a package that was only put on the path has not.
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -126,6 +127,20 @@ def test_every_order_is_drawn_and_every_name_is_in_the_reference() -> None:
         assert f"`{name}`" in layers
     functions = [n for n in fusedres.__all__ if callable(getattr(fusedres, n))]
     assert set(re.findall(r"^::: fusedres\.(\w+)$", api, re.M)) == set(functions)
+
+
+def test_every_line_of_arguments_says_what_they_are() -> None:
+    """As mkdocstrings reads them: names, a colon, a description; what goes on is indented more."""
+    found = 0
+    for path in sorted((ROOT / "fusedres").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            kinds = (ast.ClassDef, ast.FunctionDef)
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            for part in re.findall(r"^Args:\n((?: .*\n?|\n(?= ))+)", text or "", re.M):
+                for line in re.findall(r"^    (\S.*)", part, re.M):
+                    assert re.match(r"[\w*]+(, [\w*]+)*: \S", line), f"{path.name}: {line}"
+                    found += 1
+    assert found > 50
 
 
 def test_readme_names_the_version() -> None:
