@@ -56,6 +56,7 @@ SUITES = {
     "locale": ("errors", "decimal_comma"),
     "products": ("cpu_kernels", "(products and not instruction) or batch_norm or any_number"),
     "wide": ("cpu_kernels", "too_large_for_blocks"),
+    "plan of a CPU": ("cpu_kernels", "plan_says"),
     "fits": ("errors", "running_statistics"),
     "chain": (
         "network",
@@ -223,6 +224,9 @@ TABLE = {
     ("read", "what stood for a buffer stays", "                now.update(before)",
      "                pass"),
     ("read", "a tensor is none while it is read", "issubclass(Tensor, kinds)", "False"),
+],
+"csrc/cpu/choose.cpp": [
+    ("plan of a CPU", "no weight is small", " && N * K > kSmallWeight", ""),
 ],
 "fusedres/checks.py": [
     ("fits", "one row has a variance", "x.dim() > 1 and math.prod(x.shape[:-1]) != 1", "True"),
@@ -517,6 +521,7 @@ TABLE = {
     ("plan", "single elements by as few warps", "16 if width == 2 else 64", "64"),
 ],
 "fusedres/functional.py": [
+    ("mixed", "autocast is not asked for", "compiling or _any_autocast()", "compiling"),
     ("running", "batches are not counted", "tracked.add_(1)", "tracked.add_(0)"),
     ("running", "running variance is biased", "rows / max(rows - 1, 1)", "1.0"),
     ("train", "every call draws the same masks", "seed=draw_seed(x.device)",
