@@ -260,6 +260,10 @@ def _x(row: Row, name: str) -> str:
     return "" if ratio is None else f"{ratio['median']:.2f}"
 
 
+def _ms(row: Row) -> str:
+    return "~" * (not row["calm"]) + short(row["times_us"]["fused"]["median"] / 1e3)
+
+
 def tables(results: Row) -> str:
     """What docs/deep.md shows of a results file."""
     head = ["net", "rows x width", "layers", "call", "ms", "x eager", "x eager, fused Adam"]
@@ -267,9 +271,7 @@ def tables(results: Row) -> str:
     body = []
     for row in results["rows"]:
         shape = f"{row['rows']} x {row['features']}"
-        ms = "" if row["calm"] else "~"
-        ms += short(row["times_us"]["fused"]["median"] / 1e3)
-        cells = [row["net"], shape, str(row["depth"]), row["mode"], ms]
+        cells = [row["net"], shape, str(row["depth"]), row["mode"], _ms(row)]
         rivals = ("eager", "eager, fused Adam", "compile", "sequential", "recompute")
         body.append([*cells, *(_x(row, name) for name in rivals)])
     note = (
@@ -303,11 +305,8 @@ def headline(files: list[Row]) -> str:
     measured = [{(row["net"], row["mode"]): row for row in results["rows"]} for results in files]
     body = []
     for name in HEADLINE:
-        row, cells = measured[0][name], []
-        for found in (rows[name] for rows in measured):
-            ms = "" if found["calm"] else "~"
-            ms += short(found["times_us"]["fused"]["median"] / 1e3)
-            cells.append(f"{_x(found, 'eager')} ({ms} ms)")
+        found = [rows[name] for rows in measured]
+        row, cells = found[0], [f"{_x(row, 'eager')} ({_ms(row)} ms)" for row in found]
         shape = f"{row['rows']} x {row['features']}"
         body.append([row["net"], str(row["depth"]), shape, row["mode"], *cells])
     note = "times faster than torch's layers one by one, by FusedResidualStack, and its time; "

@@ -62,7 +62,7 @@ def routes(quick: bool) -> Iterator[Route]:
     yield Route("isolated", "pip install .", WARNS)
     yield Route("build, isolated", f"{build}\n{wheel}", WARNS)
     if sys.version_info < (3, 12):  # newer ones bring none
-        yield Route("setuptools of venv", INSTALL, "needs 77 or newer")
+        yield Route("setuptools of venv", INSTALL, "found setuptools 6")
     yield Route("no compiler", readme, "no C++ compiler c++", path="")
     if quick:
         return

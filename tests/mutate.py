@@ -56,7 +56,7 @@ SUITES = {
     "locale": ("errors", "decimal_comma"),
     "products": ("cpu_kernels", "(products and not instruction) or batch_norm or any_number"),
     "wide": ("cpu_kernels", "too_large_for_blocks"),
-    "plan of a CPU": ("cpu_kernels", "plan_says"),
+    "few rows": ("cpu_kernels", "few_rows"),
     "fits": ("errors", "running_statistics"),
     "chain": (
         "network",
@@ -226,7 +226,7 @@ TABLE = {
     ("read", "a tensor is none while it is read", "issubclass(Tensor, kinds)", "False"),
 ],
 "csrc/cpu/choose.cpp": [
-    ("plan of a CPU", "no weight is small", " && N * K > kSmallWeight", ""),
+    ("few rows", "few rows are not the library's", "M < kFewRows && !mul", "M < 0 && !mul"),
 ],
 "fusedres/checks.py": [
     ("fits", "one row has a variance", "x.dim() > 1 and math.prod(x.shape[:-1]) != 1", "True"),

@@ -137,8 +137,13 @@ def newest_of_machines(folder: Path) -> list[Results]:
     """Without old files of CPUs whose family is not told, where others tell it."""
     found = [load(path) for path in newest(folder, machine_of).values()]
     told = {r["machine"].get("cpu") for r in found if r["machine"].get("family")}
-    old = [r for r in found if r["machine"].get("cpu") in told and not r["machine"].get("family")]
-    return [r for r in found if r["device"] != "cpu" or r not in old]
+
+    def counts(results: Results) -> bool:
+        machine = results["machine"]
+        named = bool(machine.get("family")) or machine["cpu"] not in told
+        return named or results["device"] != "cpu"
+
+    return list(filter(counts, found))
 
 
 def versions() -> dict[str, str]:

@@ -88,7 +88,7 @@ Set choose() {
                               names);
 }
 
-constexpr int64_t kFewRows = 16, kSmallWeight = 64 * 64;
+constexpr int64_t kFewRows = 16;
 
 // Bytes of a core's L2.
 int64_t level_2() {
@@ -135,10 +135,8 @@ bool multiplies_tiles() { return chosen().tiles; }
 bool own_product(int64_t M, int64_t N, int64_t K, DType dtype, bool backward) {
   if (dtype == DType::float64) return false;  // it is there to be compared with torch
   const bool pairs = dtype == DType::bfloat16 && multiplies_pairs();
-  // Packing costs as much as five rows of the product; where the library has no fast one, less. A
-  // small weight is packed before the library has looked at its arguments.
-  const bool few = M < kFewRows && N * K > kSmallWeight;
-  if (few && !multiply_in_float32(dtype, M)) return false;
+  // Packing costs as much as five rows of the product; where the library has no fast one, less.
+  if (M < kFewRows && !multiply_in_float32(dtype, M)) return false;
   return N * K * (pairs ? 2 : 4) <= largest_weight(dtype, pairs, M, backward);
 }
 

@@ -1,4 +1,4 @@
-"""`python -m bench stacks`: it measures, judges, and the pages show what its newest file says."""
+"""`python -m bench stacks`: it measures, judges, and the pages show each machine's newest file."""
 
 import pytest
 import torch
@@ -53,6 +53,6 @@ def test_goals_are_judged_by_what_was_found():
     assert judged["digits, step"]["met"] is None
 
 
-def test_pages_show_the_newest_results():
+def test_pages_show_the_newest_results_of_each_machine():
     for page, text in stacks.pages().items():
         assert page.read_text() == text, f"{page.name}: run `make tables`"
